@@ -1,0 +1,38 @@
+# Needs make and Python >= 3.11, nothing else; every target does its own set-up in .venv.
+SHELL := /bin/bash
+PYTHON ?= python3
+ARGS ?=
+BIN := .venv/bin
+
+.PHONY: help install demo test check format sample-model screenshots clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/ -/'
+
+install: .venv/installed  ## set up .venv with everything
+
+.venv/installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	    || { echo "moescope needs Python >= 3.11; $(PYTHON) is $$($(PYTHON) --version). Try make PYTHON=python3.12"; exit 2; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[all]'
+	@touch $@
+
+demo: install  ## profile the bundled model and open the dashboard; ARGS=--no-dashboard ends after the summary
+	@$(BIN)/python -P -m app.cli demo $(ARGS)
+
+test: install  ## run all tests; those that need a browser are skipped where there is none
+	$(BIN)/python -P -m pytest $(ARGS)
+
+check: install  ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: install  ## put the code into shape
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:  ## remove .venv and caches
+	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,1 @@
+"""What people see: the dashboard, the figures, and the ``moescope`` command."""

@@ -1,0 +1,64 @@
+"""Locked, read-only connections: in memory, with run files attached and everything else shut."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import polars as pl
+
+from moescope.errors import StoreError
+from store.schema import literal
+
+Parameters = Sequence[Any] | Mapping[str, Any] | None
+
+_READING = {duckdb.StatementType.SELECT, duckdb.StatementType.EXPLAIN}
+
+
+def connect(databases: Mapping[str, Path]) -> duckdb.DuckDBPyConnection:
+    """A connection in memory with files attached read-only under the given names.
+
+    A file that is replaced later goes on being read as it was: attach again to see the new one (a connection opened on
+    the path itself would keep showing the old file to the whole process).
+
+    Raises:
+        StoreError: a file is no DuckDB file, or another program holds it open for writing.
+    """
+    connection = duckdb.connect(":memory:")
+    for alias, path in databases.items():
+        try:
+            connection.execute(f"attach {literal(path)} as {alias} (read_only)")
+        except duckdb.Error as error:
+            connection.close()
+            raise StoreError(f"{path} cannot be read as a run: {str(error).splitlines()[0]}") from error
+    return connection
+
+
+def lock(connection: duckdb.DuckDBPyConnection, directories: Sequence[Path] = ()) -> None:
+    """Shut files, network, extensions and settings; only ``directories`` (shards of live runs) stay readable."""
+    if directories:
+        allowed = ", ".join(literal(directory) for directory in directories)
+        connection.execute(f"set allowed_directories = [{allowed}]")
+    connection.execute("set enable_external_access = false")
+    connection.execute("set lock_configuration = true")
+
+
+def query(connection: duckdb.DuckDBPyConnection, sql: str, parameters: Parameters = None) -> pl.DataFrame:
+    """Run one reading statement on a cursor of its own (a shared connection returns wrong rows across threads).
+
+    Raises:
+        StoreError: not exactly one SELECT (or EXPLAIN, DESCRIBE), or SQL that DuckDB refuses; the message is DuckDB's.
+    """
+    cursor = connection.cursor()
+    try:
+        statements = cursor.extract_statements(sql)
+        if len(statements) != 1 or statements[0].type not in _READING:
+            raise StoreError("only one SELECT statement at a time: a run is never written through SQL")
+        frame: pl.DataFrame = cursor.sql(sql, params=parameters).pl()
+        return frame
+    except duckdb.Error as error:
+        raise StoreError(f"the query failed: {str(error).splitlines()[0]}") from error
+    finally:
+        cursor.close()

@@ -1,0 +1,131 @@
+"""What a run says about itself: provenance, layers, progress, and whether its capture proved itself right."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from datetime import UTC, datetime
+from typing import Any, Literal
+
+from moescope import __version__
+from moescope.errors import StoreError
+from store.schema import SCHEMA_VERSION
+
+BadgeStatus = Literal["valid", "warning", "invalid", "unchecked"]
+ProgressState = Literal["collecting", "compacting", "interrupted", "failed"]
+
+
+def _now() -> datetime:
+    return datetime.now(UTC).replace(microsecond=0, tzinfo=None)
+
+
+@dataclass
+class RunInfo:
+    """Where a run comes from; the fields are the columns of table ``run`` (``schema.sql`` documents them)."""
+
+    model: str
+    schema_version: int = SCHEMA_VERSION
+    tool_version: str = __version__
+    created_at: datetime = field(default_factory=_now)
+    model_revision: str = ""
+    model_fingerprint: str = ""
+    model_class: str = ""
+    model_type: str = ""
+    model_config: dict[str, Any] = field(default_factory=dict)
+    num_layers: int = 0
+    hidden_size: int = 0
+    dtype: str = ""
+    device: str = ""
+    backend: str = ""
+    torch_version: str = ""
+    transformers_version: str = ""
+    origin: str = "watch"
+    levels: str = "routing"
+    settings: dict[str, Any] = field(default_factory=dict)
+    text_kept: bool = True
+    sequences: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    complete: bool = False
+
+    def to_row(self) -> dict[str, Any]:
+        """One row of table ``run``: dictionaries become JSON with sorted keys."""
+        row = asdict(self)
+        row["model_config"] = json.dumps(self.model_config, sort_keys=True, default=str)
+        row["settings"] = json.dumps(self.settings, sort_keys=True, default=str)
+        return row
+
+    @classmethod
+    def from_row(cls, row: Mapping[str, Any]) -> RunInfo:
+        """The reverse of :meth:`to_row`; columns of a newer version are left aside."""
+        known = {name.name for name in fields(cls)}
+        values = {name: value for name, value in row.items() if name in known}
+        for name in ("model_config", "settings"):
+            values[name] = json.loads(values.get(name) or "{}")
+        if isinstance(values.get("created_at"), str):
+            values["created_at"] = datetime.fromisoformat(values["created_at"])
+        return cls(**values)
+
+
+@dataclass(frozen=True)
+class LayerInfo:
+    """One MoE layer (one call of its experts); the fields are the columns of table ``layer``."""
+
+    layer: int
+    step: int = 0
+    module: str = ""
+    experts_class: str = ""
+    router_class: str = ""
+    num_experts: int = 0
+    top_k: int = 0
+    num_shared: int = 0
+    expert_width: int = 0
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a collection is; ``token_budget`` 0 and ``seconds_left`` None mean unknown."""
+
+    tokens: int = 0
+    token_budget: int = 0
+    tokens_per_second: float = 0.0
+    seconds_left: float | None = None
+    state: ProgressState = "collecting"
+    detail: str = ""
+
+
+@dataclass(frozen=True)
+class Badge:
+    """The verdict of a run's self-checks and the sentence that explains it."""
+
+    status: BadgeStatus
+    reason: str
+
+
+def badge(checks: Sequence[Mapping[str, Any]]) -> Badge:
+    """The verdict over rows of table ``check``: one failure makes a run invalid, one warning makes it doubtful."""
+    if not checks:
+        return Badge("unchecked", "no check has been recorded")
+    for status, verdict in (("fail", "invalid"), ("warning", "warning")):
+        found = [check for check in checks if check["status"] == status]
+        if found:
+            more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
+            return Badge(verdict, f"{found[0]['name']}: {found[0]['detail']}{more}")  # type: ignore[arg-type]
+    skipped = sum(check["status"] == "skipped" for check in checks)
+    passed = len(checks) - skipped
+    return Badge("valid", f"{passed} checks passed" + (f", {skipped} skipped" if skipped else ""))
+
+
+def require_version(version: int, name: str) -> None:
+    """Refuse a file of another schema.
+
+    Raises:
+        StoreError: the version is not the one that this moescope reads.
+    """
+    if version != SCHEMA_VERSION:
+        age = "an older" if version < SCHEMA_VERSION else "a newer"
+        raise StoreError(
+            f"{name} has schema {version}, this moescope reads schema {SCHEMA_VERSION}: open it with {age} moescope"
+            " or collect the run again"
+        )

@@ -1,0 +1,251 @@
+"""Reading one run, finished or still being collected, as tables, as a trace, or with SQL. No torch from here on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import duckdb
+import numpy as np
+import polars as pl
+from numpy.typing import NDArray
+
+from moescope.errors import StoreError
+from store import connection, derived, live
+from store.info import Badge, LayerInfo, Progress, RunInfo, badge, require_version
+from store.schema import merge_query, quoted, tables, views
+from store.trace import Trace, none_value, unpack_trace
+
+FILE_SUFFIX = ".duckdb"
+
+
+@dataclass(frozen=True)
+class SequenceText:
+    """The tokens of one sequence.
+
+    Attributes:
+        token_ids: (tokens,) ids.
+        pieces: UTF-8 bytes of each token; a token may hold only a part of a character.
+        special: (tokens,) bool, special tokens of the tokenizer.
+    """
+
+    token_ids: NDArray[np.int64]
+    pieces: list[bytes]
+    special: NDArray[np.bool_]
+
+
+def open_run(path: str | Path) -> Run:
+    """Open ``NAME.duckdb``, or ``NAME.live/`` while it is collected.
+
+    Raises:
+        StoreError: there is no such run, it is not one, or its schema is of another version.
+    """
+    path = Path(path)
+    if path.is_dir() and path.name.endswith(live.SUFFIX):
+        return Run(path, live_folder=True)
+    if not path.is_file():
+        near = sorted(entry.name for entry in path.parent.glob(f"*{FILE_SUFFIX}") if ".derived" not in entry.name)
+        hint = f"; {path.parent} has {', '.join(near[:5])}" if near else ""
+        raise StoreError(f"no run at {path}{hint}")
+    return Run(path, live_folder=False)
+
+
+def version_of(path: Path) -> tuple[object, ...]:
+    """What changes whenever the content of a run changes: a key for caches."""
+    if path.is_dir():
+        return (str(path), len(live.shards(path)))
+    stamps: list[object] = [str(path)]
+    for file in (path, derived.path_of(path)):
+        if file.exists():
+            status = file.stat()
+            stamps += [status.st_mtime_ns, status.st_ino]
+    return tuple(stamps)
+
+
+class Run:
+    """One profiling of one model on one corpus, opened for reading. Made by :func:`open_run`."""
+
+    def __init__(self, path: Path, *, live_folder: bool) -> None:
+        self.path = path
+        self.live = live_folder
+        self.name = path.name.removesuffix(live.SUFFIX if live_folder else FILE_SUFFIX)
+        self.version = version_of(path)
+        self._connection = _open_folder(path) if live_folder else _open_file(path)
+
+    def close(self) -> None:
+        """Let go of the file."""
+        self._connection.close()
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"<Run {self.name!r}: {self.info.model}, {self.info.tokens} tokens>"
+
+    @cached_property
+    def info(self) -> RunInfo:
+        """Provenance; sequences and tokens of a live run are those published so far."""
+        if not self.live:
+            return RunInfo.from_row(self.table("run").row(0, named=True))
+        info = live.read_info(self.path)
+        counted = self.query("select count(*) as sequences, coalesce(sum(tokens), 0)::bigint as tokens from sequence")
+        info.sequences, info.tokens = counted.row(0)
+        return info
+
+    @cached_property
+    def layers(self) -> list[LayerInfo]:
+        """The MoE layers, in the order of a trace's axis 0."""
+        rows = self.query("select * from layer order by layer, step").iter_rows(named=True)
+        return [LayerInfo(**row) for row in rows]
+
+    @cached_property
+    def domains(self) -> list[str]:
+        """The domains of the run's text, sorted."""
+        return self.query("select distinct domain from sequence order by domain")["domain"].to_list()
+
+    @cached_property
+    def badge(self) -> Badge:
+        """Whether the capture proved itself right, and why not if it did not."""
+        return badge(self.table("check").to_dicts())
+
+    @property
+    def progress(self) -> Progress | None:
+        """How far a live run is; None for a finished one."""
+        return live.read_progress(self.path) if self.live else None
+
+    def table(self, name: str) -> pl.DataFrame:
+        """All rows of one table of the schema, merged over shards while the run is live.
+
+        Raises:
+            StoreError: the schema has no such table.
+        """
+        if name not in tables():
+            raise StoreError(f"no table {name!r} in a run; there are {', '.join(tables())}")
+        keys = ", ".join(quoted(key) for key in tables()[name].keys)
+        return self.query(f"select * from {quoted(name)}" + (f" order by {keys}" if keys else ""))
+
+    def query(self, sql: str, parameters: connection.Parameters = None) -> pl.DataFrame:
+        """The answer of one SELECT over the run's tables and the view ``route``; nothing else is allowed.
+
+        Raises:
+            StoreError: another statement, or SQL that DuckDB refuses.
+        """
+        return connection.query(self._connection, sql, parameters)
+
+    def metrics(self, metric: str | None = None) -> pl.DataFrame:
+        """Rows of the derived table ``metric_value``: one metric's, or all."""
+        if metric is None:
+            return self.query("select * from metric_value")
+        return self.query("select * from metric_value where metric = ?", [metric])
+
+    def selections(
+        self,
+        *,
+        domain: str | None = None,
+        layers: Sequence[int] | None = None,
+        sequences: Sequence[int] | None = None,
+        max_sequences: int | None = None,
+    ) -> Trace:
+        """The trace, or the part of it that one domain, some layers, or some sequences make.
+
+        Args:
+            domain: only sequences of this domain.
+            layers: only these layers, by decoder-layer index.
+            sequences: only these sequences, by number.
+            max_sequences: at most so many sequences, the first ones.
+
+        Raises:
+            StoreError: the run has no such domain or layer.
+        """
+        wanted = self._wanted_layers(layers)
+        chosen = self._wanted_sequences(domain, sequences, max_sequences)
+        # Lists travel as parameters; an empty choice reads nothing.
+        numbers = chosen["sequence"].to_numpy().astype(np.int64)
+        chunks = self.query(
+            "select * from route_chunk where layer in (select unnest($layers))"
+            " and sequence in (select unnest($sequences)) order by layer, step, sequence, start",
+            {"layers": sorted({layer for layer, _ in wanted}), "sequences": numbers.tolist()},
+        )
+        return unpack_trace(
+            chunks=chunks,
+            layers=wanted,
+            sequences=numbers,
+            lengths=chosen["tokens"].to_numpy().astype(np.int64),
+            domains=chosen["domain"].to_list(),
+            num_experts=max((layer.num_experts for layer in self.layers), default=0),
+        )
+
+    def sequence_text(self, sequence: int) -> SequenceText | None:
+        """The tokens of one sequence; None when the run keeps no text (or has no such sequence)."""
+        rows = self.query(
+            "select token_ids, special from sequence_token where sequence = ? order by start", [int(sequence)]
+        )
+        if not len(rows):
+            return None
+        ids = rows["token_ids"].explode().to_numpy().astype(np.int64)
+        found = self.query(
+            "select token_id, bytes from vocabulary where token_id in (select unnest(?))", [np.unique(ids).tolist()]
+        )
+        text = dict(zip(found["token_id"].to_list(), found["bytes"].to_list(), strict=True))
+        special = rows["special"].explode().to_numpy().astype(bool)
+        return SequenceText(ids, [text.get(int(token)) or b"" for token in ids], special)
+
+    def _wanted_layers(self, layers: Sequence[int] | None) -> list[tuple[int, int]]:
+        all_layers = [(layer.layer, layer.step) for layer in self.layers]
+        if layers is None:
+            return all_layers
+        missing = sorted(set(layers) - {layer for layer, _ in all_layers})
+        if missing:
+            known = ", ".join(str(layer) for layer, _ in all_layers)
+            raise StoreError(f"run {self.name!r} has no MoE layer {missing[0]}; it has {known}")
+        return [pair for pair in all_layers if pair[0] in set(layers)]
+
+    def _wanted_sequences(self, domain: str | None, sequences: Sequence[int] | None, limit: int | None) -> pl.DataFrame:
+        if domain is not None and domain not in self.domains:
+            raise StoreError(f"run {self.name!r} has no domain {domain!r}; it has {', '.join(self.domains)}")
+        frame = self.query("select sequence, domain, tokens from sequence order by sequence")
+        if domain is not None:
+            frame = frame.filter(pl.col("domain") == domain)
+        if sequences is not None:
+            frame = frame.filter(pl.col("sequence").is_in(list(sequences)))
+        return frame.head(limit) if limit is not None else frame
+
+
+def _open_file(path: Path) -> duckdb.DuckDBPyConnection:
+    beside = derived.path_of(path)
+    databases = {"data": path} | ({"derived": beside} if beside.exists() else {})
+    opened = connection.connect(databases)
+    try:
+        version = opened.sql("select schema_version from data.run").fetchall()
+    except duckdb.Error as error:
+        raise StoreError(f"{path} is a DuckDB file but not a run of moescope") from error
+    require_version(version[0][0] if version else 0, path.name)
+    experts = opened.sql("select coalesce(max(num_experts), 0) from data.layer").fetchall()[0][0]
+    for name in tables():
+        opened.execute(f"create view {quoted(name)} as select * from data.{quoted(name)}")
+    _create_views(opened, experts)
+    derived.create_view(opened, attached=beside.exists())
+    connection.lock(opened)
+    return opened
+
+
+def _open_folder(path: Path) -> duckdb.DuckDBPyConnection:
+    require_version(live.read_info(path).schema_version, path.name)
+    opened = connection.connect({})
+    for name, table in tables().items():
+        opened.execute(f"create view {quoted(name)} as {merge_query(table, live.source(path, name))}")
+    experts = opened.sql("select coalesce(max(num_experts), 0) from layer").fetchall()[0][0]
+    _create_views(opened, experts)
+    derived.create_view(opened, attached=False)
+    connection.lock(opened, [path])
+    return opened
+
+
+def _create_views(opened: duckdb.DuckDBPyConnection, num_experts: int) -> None:
+    for name, body in views().items():
+        opened.execute(f"create view {name} as {body.replace('no_expert()', str(none_value(num_experts)))}")

@@ -1,0 +1,64 @@
+"""Several runs read as one: every view has the run's name as its first column."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import polars as pl
+
+from moescope.errors import StoreError
+from store import connection, derived
+from store.run import FILE_SUFFIX, open_run
+from store.schema import literal, quoted, tables
+
+
+class Union:
+    """Finished runs attached to one connection. Made by :func:`attach`."""
+
+    def __init__(self, paths: list[Path]) -> None:
+        self.names = [path.name.removesuffix(FILE_SUFFIX) for path in paths]
+        results = [derived.path_of(path) for path in paths]
+        aliases = {f"run_{index}": path for index, path in enumerate(paths)}
+        aliases |= {f"derived_{index}": path for index, path in enumerate(results) if path.exists()}
+        self._connection = connection.connect(aliases)
+        for table in tables():
+            self._create_view(table, "run", range(len(paths)))
+        with_results = [index for index, path in enumerate(results) if path.exists()]
+        self._create_view("metric_value", "derived", with_results)
+        connection.lock(self._connection)
+
+    def query(self, sql: str, parameters: connection.Parameters = None) -> pl.DataFrame:
+        """The answer of one SELECT, for instance ``select run, layer, expert, tokens from expert_load``."""
+        return connection.query(self._connection, sql, parameters)
+
+    def close(self) -> None:
+        """Let go of the files."""
+        self._connection.close()
+
+    def _create_view(self, table: str, prefix: str, indices: Iterable[int]) -> None:
+        parts = [
+            f"select {literal(self.names[index])} as run, * from {prefix}_{index}.{quoted(table)}" for index in indices
+        ]
+        if parts:
+            self._connection.execute(f"create view {quoted(table)} as {' union all by name '.join(parts)}")
+
+
+def attach(paths: Iterable[str | Path]) -> Union:
+    """Attach any number of finished runs.
+
+    Raises:
+        StoreError: no run given, two of the same name, or one that cannot be opened (see :func:`store.open_run`).
+    """
+    files = [Path(path) for path in paths]
+    if not files:
+        raise StoreError("no run to attach: give at least one path")
+    names = [path.name for path in files]
+    doubled = {name for name in names if names.count(name) > 1}
+    if doubled:
+        raise StoreError(f"two runs are named {doubled.pop()!r}: rename one, views tell runs apart by name")
+    for path in files:
+        with open_run(path) as run:
+            if run.live:
+                raise StoreError(f"run {run.name!r} is still being collected: attach it when it is finished")
+    return Union(files)
