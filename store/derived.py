@@ -18,7 +18,7 @@ COLUMNS = {
     "metric": "varchar",  # name in the registry of metrics
     "version": "integer",  # version of its formula
     "parameters": "varchar",  # JSON with sorted keys
-    "control": "varchar",  # observed | shuffled_in_sequence | shuffled | uniform
+    "control": "varchar",  # observed | shuffled_in_sequence | shuffled | uniform | lower_bound
     "domain": "varchar",  # null: all domains pooled
     "layer": "integer",  # null: the whole model
     "step": "integer",

@@ -101,7 +101,7 @@ class Run:
     def layers(self) -> list[LayerInfo]:
         """The MoE layers, in the order of a trace's axis 0."""
         rows = self.query("select * from layer order by layer, step").iter_rows(named=True)
-        return [LayerInfo(**row) for row in rows]
+        return [LayerInfo(**{name: value for name, value in row.items() if value is not None}) for row in rows]
 
     @cached_property
     def domains(self) -> list[str]:

@@ -1,0 +1,13 @@
+"""The subcommands of ``moescope``, in the order in which ``--help`` lists them.
+
+A command is a module with ``NAME``, ``SUMMARY``, ``add_arguments(parser)`` and ``run(options) -> exit code``. To add
+one, write the module and list it here.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+from app.commands import collect, dashboard, demo, inspect, runs, show
+
+COMMANDS: tuple[ModuleType, ...] = (demo, inspect, collect, runs, show, dashboard)

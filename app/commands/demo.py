@@ -1,0 +1,99 @@
+"""``moescope demo``: the dashboard on the bundled run, while the bundled model is profiled on its bundled texts."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import shutil
+import sys
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from app.commands.collect import show_progress
+from app.commands.dashboard import add_server
+from app.commands.options import add_store, positive
+
+if TYPE_CHECKING:
+    import subprocess
+
+NAME = "demo"
+SUMMARY = "profile the bundled model and open the dashboard"
+BUNDLED = "sample"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of the command."""
+    add_store(parser)
+    add_server(parser)
+    parser.add_argument("--no-dashboard", action="store_true", help="only profile, and end with the summary")
+    parser.add_argument("--tokens", type=positive, default=120_000, metavar="N", help="token budget (default 120k)")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Open the dashboard at once, profile meanwhile, print the summary, and serve until interrupted."""
+    _lay_out_bundled_run(options.store)
+    server = None if options.no_dashboard else _open_dashboard(options)
+    try:
+        if importlib.util.find_spec("torch") is None:
+            print("torch is not installed: only the bundled run is shown. For your own: pip install 'moescope[torch]'")
+        else:
+            path = profile_sample(options.store, tokens=options.tokens)
+            _print_summary(path)
+        if server is not None:
+            print("\nThe dashboard stays open; Ctrl-C ends it.", flush=True)
+            return server.wait()
+    finally:
+        if server is not None:
+            server.terminate()
+            server.wait()
+    return 0
+
+
+def profile_sample(store: Path, *, tokens: int, name: str = "") -> Path:
+    """Profile the bundled model on its held-out texts; returns the run file."""
+    from profiler.collect import collect, load_model
+    from profiler.corpus import open_corpus
+    from sample_data import MODEL, TEXTS
+
+    model, tokenizer = load_model(str(MODEL), dtype="float32", device="auto")
+    corpus = open_corpus([str(TEXTS)], tokenizer=tokenizer, sequence_length=512, batch_size=8, token_budget=tokens)
+    path = collect(
+        model,
+        corpus=corpus,
+        store=store,
+        name=name or datetime.now().strftime("demo-%Y%m%d-%H%M%S"),
+        level="routing,activations",
+        tokenizer=tokenizer,
+        progress=show_progress,
+    )
+    print(file=sys.stderr)
+    return Path(path)
+
+
+def _lay_out_bundled_run(store: Path) -> None:
+    """Copy the finished run that comes with moescope into the store, unless it is there already."""
+    from sample_data import RUN
+    from store import Catalog
+
+    if any(entry.name == BUNDLED for entry in Catalog(store).entries()):
+        return
+    store.mkdir(parents=True, exist_ok=True)
+    for source in sorted(RUN.parent.glob(f"{RUN.stem}*.duckdb")):
+        shutil.copyfile(source, store / source.name.replace(RUN.stem, BUNDLED, 1))
+
+
+def _open_dashboard(options: argparse.Namespace) -> subprocess.Popen[bytes]:
+    from app.serve import start
+
+    server, url = start(options.store, host=options.host, port=options.port, browser=not options.no_browser)
+    print(f"dashboard: {url}", flush=True)
+    return server
+
+
+def _print_summary(path: Path) -> None:
+    import store
+    from app.commands.show import summary
+
+    with store.open_run(path) as finished:
+        print(summary(finished))

@@ -1,0 +1,98 @@
+"""Options that several commands share, and options from a file."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+
+from moescope.errors import InputError
+
+
+def add_store(parser: argparse.ArgumentParser) -> None:
+    """``--store DIR``: where the runs are."""
+    default = os.environ.get("MOESCOPE_STORE", "runs")
+    parser.add_argument(
+        "--store", metavar="DIR", type=Path, default=Path(default), help="directory of runs (default: ./runs)"
+    )
+
+
+def add_json(parser: argparse.ArgumentParser) -> None:
+    """``--json``: an answer for machines."""
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+
+
+def add_config(parser: argparse.ArgumentParser) -> None:
+    """``--config FILE``: any option from a TOML file; what the command line says wins."""
+    parser.add_argument("--config", metavar="FILE", type=Path, help="TOML file with options, for instance tokens = 100000")
+
+
+def positive(text: str) -> int:
+    """A whole number above zero; also ``100k`` and ``1.5M``."""
+    factors = {"k": 1_000, "m": 1_000_000, "g": 1_000_000_000}
+    factor = factors.get(text[-1:].lower(), 1)
+    try:
+        number = float(text[:-1] if factor > 1 else text) * factor
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number; write 100000 or 100k") from None
+    if number < 1 or number != int(number):
+        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number above zero")
+    return int(number)
+
+
+def apply_config(
+    parser: argparse.ArgumentParser, options: argparse.Namespace, given: Sequence[str]
+) -> argparse.Namespace:
+    """Parse again with the defaults that ``--config FILE`` gives, if it was given.
+
+    Raises:
+        InputError: the file cannot be read, is not TOML, or names an option that the command has not.
+    """
+    file: Path | None = getattr(options, "config", None)
+    if file is None:
+        return options
+    try:
+        content = tomllib.loads(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise InputError(f"--config {file}: {error}") from error
+    command: argparse.ArgumentParser = options.parser
+    actions = {action.dest: action for action in command._actions if action.option_strings}
+    words: list[str] = []
+    for name, value in content.items():
+        action = actions.get(name.replace("-", "_"))
+        if action is None or action.dest in ("help", "config"):
+            raise InputError(f"--config {file}: {options.command} has no option {name!r}; it has {_names(actions)}")
+        words += _as_words(action, value)
+    # The file's options come first, so that what the command line says wins.
+    place = list(given).index(options.command) + 1
+    return parser.parse_args([*given[:place], *_not_given(words, given), *given[place:]])
+
+
+def _as_words(action: argparse.Action, value: object) -> list[str]:
+    flag = max(action.option_strings, key=len)
+    if action.nargs == 0 or isinstance(action, argparse.BooleanOptionalAction):
+        if isinstance(action, argparse.BooleanOptionalAction) and value is False:
+            return [f"--no-{flag[2:]}"]
+        return [flag] if value else []
+    values = value if isinstance(value, list) else [value]
+    if action.nargs in ("+", "*"):
+        return [flag, *map(str, values)]
+    return [word for item in values for word in (flag, str(item))]
+
+
+def _not_given(words: list[str], given: Sequence[str]) -> list[str]:
+    """Leave out list options of the file that the command line gives too: lists replace, they do not add up."""
+    kept: list[str] = []
+    skipping = False
+    for word in words:
+        if word.startswith("--"):
+            skipping = word in given or any(text.startswith(f"{word}=") for text in given)
+        if not skipping:
+            kept.append(word)
+    return kept
+
+
+def _names(actions: dict[str, argparse.Action]) -> str:
+    return ", ".join(name.replace("_", "-") for name in actions if name not in ("help", "config"))

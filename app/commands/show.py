@@ -1,0 +1,118 @@
+"""``moescope show``: a run in the terminal, the same frames that the pages draw."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from app.commands.options import add_json, add_store
+
+if TYPE_CHECKING:
+    import polars as pl
+
+    import store
+
+NAME = "show"
+SUMMARY = "print a run: its summary, or one view or table of it"
+
+VIEWS = {
+    "figures": ("app.frames.overview", "key_figures"),
+    "checks": ("app.frames.overview", "checks"),
+    "alerts": ("app.frames.alerts", "alerts"),
+    "balance": ("app.frames.load", "balance"),
+    "srp": ("app.frames.consistency", "srp_model"),
+    "srp-layers": ("app.frames.consistency", "srp_layers"),
+    "hit-rates": ("app.frames.consistency", "hit_rates"),
+    "super-experts": ("app.frames.super_experts", "super_experts"),
+    "output-maxima": ("app.frames.super_experts", "output_maxima"),
+    "residual": ("app.frames.super_experts", "residual"),
+    "metrics": ("app.commands.show", "metrics"),
+}
+"""Views by name: the module and the function that makes the frame."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of the command."""
+    parser.add_argument("target", metavar="RUN", help="path of a run, or its name in --store")
+    parser.add_argument(
+        "view", nargs="?", metavar="VIEW", help=f"{', '.join(VIEWS)}, or a table of the run (docs/schema.md)"
+    )
+    add_store(parser)
+    add_json(parser)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Print the summary, or one view."""
+    import store
+    from app.text import table
+
+    with store.open_run(store.Catalog(options.store).resolve(options.target)) as opened:
+        if options.view is not None:
+            frame = view(opened, options.view)
+            print(json.dumps(frame.to_dicts(), default=str) if options.json else table(frame))
+        elif options.json:
+            print(json.dumps(_summary_json(opened), default=str))
+        else:
+            print(summary(opened))
+    return 0
+
+
+def view(run: store.Run, name: str) -> pl.DataFrame:
+    """One view, or one table, of a run.
+
+    Raises:
+        InputError: there is neither a view nor a table of that name.
+    """
+    import difflib
+
+    import store
+    from moescope.errors import InputError
+
+    if name in VIEWS:
+        module, function = VIEWS[name]
+        frame: pl.DataFrame = getattr(import_module(module), function)(run)
+        return frame
+    if name in store.tables():
+        return run.table(name)
+    known = [*VIEWS, *store.tables()]
+    near = difflib.get_close_matches(name, known, n=3)
+    hint = f"did you mean {', '.join(near)}?" if near else f"there are {', '.join(known)}"
+    raise InputError(f"no view or table {name!r}; {hint}")
+
+
+def metrics(run: store.Run) -> pl.DataFrame:
+    """All metric results of a run."""
+    return run.metrics()
+
+
+def summary(run: store.Run) -> str:
+    """A run on one screen: verdict of the capture, key figures, alerts, and what to look at next."""
+    from app.frames.alerts import alerts
+    from app.frames.overview import key_figures, next_steps
+    from app.text import table
+
+    found = alerts(run).select("severity", "alert", "layers", "detail")
+    parts = [
+        f"run {run.name}: capture {run.badge.status} ({run.badge.reason})",
+        table(key_figures(run)),
+        table(found) if len(found) else "no alerts",
+        table(next_steps(run)),
+    ]
+    return "\n\n".join(parts)
+
+
+def _summary_json(run: store.Run) -> dict[str, object]:
+    from dataclasses import asdict
+
+    from app.frames.alerts import alerts
+
+    return {
+        "run": run.name,
+        "path": str(run.path),
+        "capture": asdict(run.badge),
+        "info": asdict(run.info),
+        "layers": [asdict(layer) for layer in run.layers],
+        "alerts": alerts(run).to_dicts(),
+    }

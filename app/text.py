@@ -1,0 +1,59 @@
+"""Frames as text for a terminal."""
+
+from __future__ import annotations
+
+import shutil
+
+import polars as pl
+
+
+def table(frame: pl.DataFrame, *, rows: int | None = 60) -> str:
+    """The frame as an aligned table; ``rows`` None prints all of them.
+
+    Numbers keep four significant digits; what is left out is counted below the table.
+    """
+    shown = frame if rows is None else frame.head(rows)
+    cells = [[_cell(value) for value in row] for row in shown.iter_rows()]
+    widths = [max([len(name), *(len(row[index]) for row in cells)]) for index, name in enumerate(shown.columns)]
+    right = [dtype.is_numeric() for dtype in shown.dtypes]
+    lines = [_line(shown.columns, widths, right), _line(["-" * width for width in widths], widths, right)]
+    lines += [_line(row, widths, right) for row in cells]
+    if len(shown) < len(frame):
+        lines.append(f"... {len(frame) - len(shown)} more rows; --json prints all")
+    return "\n".join(lines)
+
+
+def progress_line(text: str) -> str:
+    """The text cut and padded to the terminal's width, to be printed over the last one."""
+    width = max(20, shutil.get_terminal_size((100, 20)).columns - 1)
+    return text[:width].ljust(width)
+
+
+def duration(seconds: float | None) -> str:
+    """Seconds as ``45 s``, ``3 min 20 s`` or ``2 h 05 min``; unknown is a dash."""
+    if seconds is None:
+        return "–"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def _line(cells: list[str], widths: list[int], right: list[bool]) -> str:
+    parts = [
+        cell.rjust(width) if is_number else cell.ljust(width)
+        for cell, width, is_number in zip(cells, widths, right, strict=True)
+    ]
+    return "  ".join(parts).rstrip()
+
+
+def _cell(value: object) -> str:
+    if value is None:
+        return "–"
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 10_000 else f"{value:.4g}"
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f"{value:,}" if abs(value) >= 10_000 else str(value)
+    return str(value)

@@ -1,0 +1,41 @@
+"""Shared by all tests: the browser option, and no network."""
+
+from __future__ import annotations
+
+import os
+import shutil
+
+import pytest
+
+# Models and tokenizers come from folders; a test that would ask a hub must fail at once, not wait for it.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TRANSFORMERS_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--require-browser", action="store_true", help="fail instead of skipping without a browser")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if CHROMIUM is not None:
+        return
+    waiting = [item for item in items if item.get_closest_marker("browser")]
+    if waiting and config.getoption("--require-browser"):
+        raise pytest.UsageError(f"no Chromium found: {len(waiting)} browser tests cannot run")
+    for item in waiting:
+        item.add_marker(pytest.mark.skip(reason="no Chromium on this machine"))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if CHROMIUM is None:
+        terminalreporter.section("BROWSER TESTS WERE SKIPPED: no Chromium found", sep="!", red=True, bold=True)
+
+
+@pytest.fixture(scope="session")
+def chromium() -> str:
+    """Path of the browser; only tests marked ``browser`` ask for it."""
+    assert CHROMIUM is not None
+    return CHROMIUM
