@@ -26,7 +26,9 @@ def add_json(parser: argparse.ArgumentParser) -> None:
 
 def add_config(parser: argparse.ArgumentParser) -> None:
     """``--config FILE``: any option from a TOML file; what the command line says wins."""
-    parser.add_argument("--config", metavar="FILE", type=Path, help="TOML file with options, for instance tokens = 100000")
+    parser.add_argument(
+        "--config", metavar="FILE", type=Path, help="TOML file with options, for instance tokens = 100000"
+    )
 
 
 def positive(text: str) -> int:
@@ -65,13 +67,14 @@ def apply_config(
         if action is None or action.dest in ("help", "config"):
             raise InputError(f"--config {file}: {options.command} has no option {name!r}; it has {_names(actions)}")
         words += _as_words(action, value)
-    # The file's options come first, so that what the command line says wins.
+    # The file's options come first, so that what the command line says wins; --config behind them ends their last list.
     place = list(given).index(options.command) + 1
-    return parser.parse_args([*given[:place], *_not_given(words, given), *given[place:]])
+    words = [*_not_given(words, given), "--config", str(file)]
+    return parser.parse_args([*given[:place], *words, *given[place:]])
 
 
 def _as_words(action: argparse.Action, value: object) -> list[str]:
-    flag = max(action.option_strings, key=len)
+    flag = next(text for text in action.option_strings if text.startswith("--"))
     if action.nargs == 0 or isinstance(action, argparse.BooleanOptionalAction):
         if isinstance(action, argparse.BooleanOptionalAction) and value is False:
             return [f"--no-{flag[2:]}"]

@@ -1,0 +1,60 @@
+"""The metrics that every run gets at its end: load, local consistency, super experts, repetition; with controls.
+
+Computed from the run file alone, without the model, and stored beside it: deleting ``NAME.derived.duckdb`` loses
+nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import polars as pl
+
+import store
+from moescope.errors import StoreError
+from profiler.headline.load import load_rows, repetition_rows
+from profiler.headline.local_consistency import hit_rate_rows, segment_rows
+from profiler.headline.subject import Rows, Subject
+from profiler.headline.super_experts import super_expert_rows
+from profiler.metrics.registry import METRICS
+
+PARTS: tuple[Callable[[Subject], Rows], ...] = (
+    load_rows,
+    segment_rows,
+    hit_rate_rows,
+    super_expert_rows,
+    repetition_rows,
+)
+"""What is computed, in order; a new headline metric is a function and a line here."""
+
+
+def compute_and_store(path: str | Path) -> Path:
+    """Compute the headline metrics of a finished run and store them beside it.
+
+    Raises:
+        StoreError: there is no such run, or it is still being collected.
+    """
+    with store.open_run(path) as run:
+        if run.live:
+            raise StoreError(f"run {run.name!r} is still being collected: its metrics come when it is finished")
+        frame = compute(run)
+    return store.write_metrics(path, frame)
+
+
+def compute(run: store.Run) -> pl.DataFrame:
+    """All headline metrics of a run as rows of table ``metric_value``."""
+    subject = Subject(run)
+    rows: Rows = []
+    for part in PARTS:
+        rows += part(subject)
+    return _frame(rows)
+
+
+def _frame(rows: Rows) -> pl.DataFrame:
+    versions = {metric.name: metric.version for metric in METRICS}
+    for row in rows:
+        row.setdefault("parameters", "{}")
+        row.setdefault("control", "observed")
+        row["version"] = versions[row["metric"]]
+    return pl.DataFrame(rows, infer_schema_length=None)
