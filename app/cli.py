@@ -29,7 +29,7 @@ def parser() -> argparse.ArgumentParser:
     """The parser of the whole command line."""
     top = argparse.ArgumentParser(
         prog="moescope",
-        description="Profile a Mixture-of-Experts model: where it routes, which experts matter, what caching would pay.",
+        description="Profile a Mixture-of-Experts model: where it routes, which experts matter, whether caching pays.",
         epilog="Exit codes: 0 done, 1 the work failed, 2 the input was wrong. Try: moescope demo",
     )
     top.add_argument("--version", action="version", version=f"moescope {__version__}")

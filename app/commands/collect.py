@@ -52,6 +52,7 @@ def _add_corpus(parser: argparse.ArgumentParser) -> None:
         "--chat-template", action=argparse.BooleanOptionalAction, default=True,
         help="put chat messages through the tokenizer's template",
     )  # fmt: skip
+    corpus.add_argument("--roles", nargs="+", metavar="ROLE", help="keep only chat messages of these roles")
     corpus.add_argument("--seed", type=int, default=0, help="order of the documents")
 
 
@@ -100,6 +101,7 @@ def collect_run(options: argparse.Namespace) -> Path:
         bos=options.bos,
         packing=options.packing,
         chat_template=options.chat_template,
+        roles=options.roles,
         seed=options.seed,
         split=options.split,
     )

@@ -57,7 +57,8 @@ def profile_sample(store: Path, *, tokens: int, name: str = "") -> Path:
     from sample_data import MODEL, TEXTS
 
     model, tokenizer = load_model(str(MODEL), dtype="float32", device="auto")
-    corpus = open_corpus([str(TEXTS)], tokenizer=tokenizer, sequence_length=512, batch_size=8, token_budget=tokens)
+    texts = sorted(str(path) for path in TEXTS.glob("*.jsonl"))
+    corpus = open_corpus(texts, tokenizer=tokenizer, sequence_length=512, batch_size=8, token_budget=tokens)
     path = collect(
         model,
         corpus=corpus,

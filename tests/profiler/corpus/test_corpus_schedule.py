@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import io
 import json
 import random
 import shutil
@@ -227,6 +228,12 @@ def test_too_many_domains_are_refused(tmp_path, tokenizer):
         open_corpus(path, tokenizer=tokenizer)
 
 
+def test_a_long_document_does_not_fill_a_budget_alone(tmp_path, tokenizer):
+    path = write(tmp_path / "x.jsonl", [{"text": text * 40} for text in sentences(3, 12)])
+    corpus = open_corpus(path, tokenizer=tokenizer, sequence_length=64, token_budget=640)
+    assert corpus.documents == corpus.num_sequences == 10
+
+
 def test_parquet_spans_hold_each_row_once(tmp_path, tokenizer):
     texts = sentences(5, 3000)
     pl.DataFrame({"text": texts, "domain": ["p", "q"] * 1500, "unused": range(3000)}).write_parquet(
@@ -245,6 +252,6 @@ def test_parquet_spans_hold_each_row_once(tmp_path, tokenizer):
 
 
 def test_a_full_disk_is_said_in_one_line(three, tokenizer, monkeypatch):
-    monkeypatch.setattr("tempfile.TemporaryFile", lambda **_: open("/dev/full", "wb", buffering=0))
+    monkeypatch.setattr("tempfile.TemporaryFile", lambda **_: io.FileIO("/dev/full", "w"))
     with pytest.raises(CorpusError, match=r"the tokens do not fit into .* \(No space left on device\): free space"):
         open_corpus(three, tokenizer=tokenizer)

@@ -1,0 +1,75 @@
+"""A chart card: the figure, the sentence that says how to read it, and its downloads."""
+
+from __future__ import annotations
+
+import io
+import re
+
+import plotly.graph_objects as go
+import polars as pl
+import streamlit as st
+
+from app import state
+
+
+def show(
+    figure: go.Figure, frame: pl.DataFrame, *, key: str, read: str, alt: str, rests_on: str = "", bordered: bool = True
+) -> None:
+    """Draw one figure.
+
+    Args:
+        figure: what to draw.
+        frame: the data behind it, for the downloads.
+        key: unique on the page; names the downloaded files.
+        read: one or two sentences on how to read the figure.
+        alt: what the figure shows, for those who do not see it.
+        rests_on: number of tokens, interval or source, where they apply.
+    """
+    with st.container(border=bordered):
+        st.plotly_chart(figure, key=f"chart-{key}", theme="streamlit", width="stretch", alt=alt, config=_config(key))
+        with st.container(horizontal=True, vertical_alignment="top", gap="medium"):
+            st.caption(read + (f" *{rests_on}*" if rests_on else ""), width="stretch")
+            downloads(frame, figure, key=key)
+
+
+def downloads(frame: pl.DataFrame, figure: go.Figure | None, *, key: str) -> None:
+    """A menu with the data as CSV and Parquet and the figure as a page of its own; each is made on click."""
+    name = file_name(key)
+    with st.popover("Download", icon=":material/download:", type="tertiary", key=f"download-{key}"):
+        st.download_button("Data, CSV", lambda: frame.write_csv().encode(), f"{name}.csv", "text/csv",
+                           key=f"csv-{key}", on_click="ignore", width="stretch")  # fmt: skip
+        st.download_button("Data, Parquet", lambda: _parquet(frame), f"{name}.parquet", "application/vnd.apache.parquet",
+                           key=f"parquet-{key}", on_click="ignore", width="stretch")  # fmt: skip
+        if figure is not None:
+            st.download_button("Figure, HTML", lambda: page(figure), f"{name}.html", "text/html",
+                               key=f"html-{key}", on_click="ignore", width="stretch")  # fmt: skip
+            st.caption("SVG: the camera in the figure's corner.")
+
+
+def page(figure: go.Figure) -> bytes:
+    """The figure as one HTML file that opens without a network."""
+    copy = go.Figure(figure)
+    background = "#10171F" if state.theme() == "dark" else "#FFFFFF"
+    copy.update_layout(paper_bgcolor=background, plot_bgcolor=background)
+    html: str = copy.to_html(include_plotlyjs=True, full_html=True, config=_config("figure"))
+    return html.encode()
+
+
+def file_name(key: str) -> str:
+    """The name of downloaded files: the run and the chart, in characters that every file system takes."""
+    run = str(st.session_state.get("run") or "run")
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", f"{run}-{key}").strip("-")
+
+
+def _config(key: str) -> dict[str, object]:
+    return {
+        "displaylogo": False,
+        "modeBarButtonsToRemove": ["select2d", "lasso2d", "autoScale2d"],
+        "toImageButtonOptions": {"format": "svg", "filename": file_name(key)},
+    }
+
+
+def _parquet(frame: pl.DataFrame) -> bytes:
+    buffer = io.BytesIO()
+    frame.write_parquet(buffer)
+    return buffer.getvalue()

@@ -1,0 +1,92 @@
+"""The only module that caches: open runs and the frames made from them.
+
+Every key holds ``run.version``, which changes when a run is published anew, so nothing goes stale and nothing expires.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import streamlit as st
+
+import store
+from store import Catalog, Entry, Run
+
+STORE_VARIABLE = "MOESCOPE_STORE"
+
+FrameMaker = Callable[..., pl.DataFrame]
+
+
+def store_directories() -> list[Path]:
+    """The stores that the dashboard was started on: ``MOESCOPE_STORE``, several separated as in ``PATH``."""
+    given = [part for part in os.environ.get(STORE_VARIABLE, "").split(os.pathsep) if part]
+    return [Path(part).expanduser() for part in given] or [Path("runs")]
+
+
+def entries() -> dict[str, Entry]:
+    """All runs of all stores by name, the newest first; of two runs with one name, the first store's counts."""
+    found: dict[str, Entry] = {}
+    for directory in store_directories():
+        for entry in Catalog(directory).entries():
+            found.setdefault(entry.name, entry)
+    return dict(sorted(found.items(), key=lambda item: _age(item[1].path)))
+
+
+def open_run(path: Path) -> Run:
+    """The run at a path, opened once per version.
+
+    Raises:
+        MoescopeError: it is gone, locked, or not a run.
+    """
+    return _open(str(path), store.version_of(path))
+
+
+def frame(maker: FrameMaker, run: Run, **arguments: Any) -> pl.DataFrame:
+    """What ``maker(run, **arguments)`` returns, computed once per version of the run. Do not change it in place."""
+    key = (f"{maker.__module__}.{maker.__qualname__}", tuple(sorted(arguments.items())))
+    return _frame(str(run.path), run.version, key, _maker=maker, _run=run, _arguments=arguments)
+
+
+def frame_list(maker: Callable[[Run], list[str]], run: Run) -> list[str]:
+    """A short list of names, such as phases, computed once per version of the run."""
+    return _names(str(run.path), run.version, f"{maker.__module__}.{maker.__qualname__}", _maker=maker, _run=run)
+
+
+def reference(maker: FrameMaker) -> pl.DataFrame:
+    """A frame that needs no run, such as published values."""
+    return _reference(f"{maker.__module__}.{maker.__qualname__}", _maker=maker)
+
+
+# No closing on release: another session may still read through the same connection; dropping the reference is enough.
+@st.cache_resource(max_entries=8, show_spinner=False)
+def _open(path: str, version: tuple[object, ...]) -> Run:
+    return store.open_run(path)
+
+
+@st.cache_resource(max_entries=256, show_spinner=False)
+def _frame(
+    path: str, version: tuple[object, ...], key: tuple[object, ...], _maker: FrameMaker, _run: Run, _arguments: dict[str, Any]
+) -> pl.DataFrame:
+    return _maker(_run, **_arguments)
+
+
+@st.cache_data(max_entries=64, show_spinner=False)
+def _names(path: str, version: tuple[object, ...], name: str, _maker: Callable[[Run], list[str]], _run: Run) -> list[str]:
+    return _maker(_run)
+
+
+@st.cache_resource(max_entries=16, show_spinner=False)
+def _reference(name: str, _maker: FrameMaker) -> pl.DataFrame:
+    return _maker()
+
+
+def _age(path: Path) -> float:
+    """Seconds before the epoch of the last change, so that the newest sorts first; 0 for what just vanished."""
+    try:
+        return -path.stat().st_mtime
+    except OSError:
+        return 0.0

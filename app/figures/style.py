@@ -1,0 +1,158 @@
+"""The look of every figure: palettes for light and dark, the layout they share, and safe text."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import plotly.graph_objects as go
+
+Theme = Literal["light", "dark"]
+
+
+@dataclass(frozen=True)
+class Palette:
+    """Colours of one theme. Sequential scales run from "little" (near the background) to "much"."""
+
+    background: str
+    text: str
+    muted: str
+    grid: str
+    accent: str
+    alarm: str
+    sequential: tuple[str, ...]
+    diverging: tuple[str, ...]
+    categorical: tuple[str, ...]
+
+
+_PALETTES: dict[str, Palette] = {
+    "light": Palette(
+        background="#FFFFFF",
+        text="#17212B",
+        muted="#6B7A89",
+        grid="#E6EBF0",
+        accent="#1F6FB2",
+        alarm="#D1495B",
+        sequential=("#F4F7FA", "#DCE9F3", "#B7D5E8", "#86BBDA", "#529BC8", "#2A7AB3", "#125B95", "#083F70", "#04284D"),
+        diverging=("#9C3D10", "#C8642B", "#E39A6B", "#F3CFB6", "#F6F7F8", "#BBD8EA", "#76AFD3", "#357FB2", "#0F5486"),
+        categorical=(
+            "#1F6FB2", "#DD7A1B", "#1E8F6D", "#8457C2", "#C94057", "#2A9DB8", "#8E6B3A", "#C75BA1", "#6F7F8F", "#8A9A22",
+        ),
+    ),
+    "dark": Palette(
+        background="#10171F",
+        text="#E4EAF0",
+        muted="#93A1AF",
+        grid="#263341",
+        accent="#58A6DC",
+        alarm="#F2777E",
+        sequential=("#15202B", "#17324A", "#19476B", "#1B5F8F", "#2A7CB2", "#4C9BCD", "#7DBBE0", "#B3DAEF", "#EAF6FD"),
+        diverging=("#F5A86B", "#D9803C", "#A95A24", "#63381D", "#1A222B", "#1C4563", "#276E9E", "#4A9BD0", "#8CC8EE"),
+        categorical=(
+            "#58A6DC", "#F0A04B", "#45BF97", "#AF8BE6", "#F2777E", "#56C5DC", "#C49E66", "#E08CC3", "#9AA9B8", "#BECB55",
+        ),
+    ),
+}  # fmt: skip
+
+
+def palette(theme: Theme = "light") -> Palette:
+    """The colours of a theme; an unknown theme reads as light."""
+    return _PALETTES.get(theme, _PALETTES["light"])
+
+
+def scale(colours: Sequence[str]) -> list[tuple[float, str]]:
+    """Colours at even distances, as Plotly wants a colour scale."""
+    return [(index / (len(colours) - 1), colour) for index, colour in enumerate(colours)]
+
+
+def fade(colour: str, alpha: float) -> str:
+    """``#rrggbb`` as rgba with the given opacity."""
+    red, green, blue = (int(colour[start : start + 2], 16) for start in (1, 3, 5))
+    return f"rgba({red}, {green}, {blue}, {alpha:g})"
+
+
+def safe(text: object, limit: int = 60) -> str:
+    """Text from data for a label: escaped, because Plotly reads tags, and cut where it is long."""
+    plain = " ".join(str(text).split())
+    return html.escape(plain if len(plain) <= limit else plain[: limit - 1] + "…")
+
+
+def colours_of(names: Sequence[str], theme: Theme = "light") -> dict[str, str]:
+    """A colour for each name, in order; they repeat after the tenth."""
+    wheel = palette(theme).categorical
+    return {name: wheel[index % len(wheel)] for index, name in enumerate(names)}
+
+
+def layout(
+    figure: go.Figure,
+    *,
+    title: str,
+    x: str,
+    y: str,
+    theme: Theme = "light",
+    height: int = 380,
+    legend: bool = True,
+    **axes: Any,
+) -> go.Figure:
+    """Give a figure its title, axis titles and the shared look; further arguments go to ``update_layout``."""
+    colours = palette(theme)
+    axis = {
+        "gridcolor": colours.grid,
+        "zerolinecolor": colours.grid,
+        "linecolor": colours.grid,
+        "tickcolor": colours.grid,
+        "tickfont": {"color": colours.muted, "size": 12},
+        "automargin": True,
+    }
+    figure.update_layout(
+        title={"text": title, "font": {"size": 15, "color": colours.text}, "x": 0, "xanchor": "left", "y": 0.98, "yanchor": "top"},
+        font={"color": colours.text, "family": "system-ui, 'Segoe UI', 'Liberation Sans', Arial, sans-serif", "size": 12},
+        paper_bgcolor="rgba(0,0,0,0)",
+        plot_bgcolor="rgba(0,0,0,0)",
+        colorway=list(colours.categorical),
+        height=height,
+        margin={"l": 8, "r": 12, "t": 74 if legend else 46, "b": 8},
+        showlegend=legend,
+        legend={
+            "orientation": "h", "x": 0, "xanchor": "left", "y": 1.0, "yanchor": "bottom",
+            "font": {"size": 12, "color": colours.text}, "title": {"text": ""}, "bgcolor": "rgba(0,0,0,0)",
+        },
+        hoverlabel={"bgcolor": colours.background, "bordercolor": colours.muted, "font": {"color": colours.text, "size": 12}, "align": "left"},
+        hovermode="closest",
+    )  # fmt: skip
+    figure.update_xaxes(**axis, title={"text": x, "font": {"color": colours.muted, "size": 12}, "standoff": 10})
+    figure.update_yaxes(**axis, title={"text": y, "font": {"color": colours.muted, "size": 12}, "standoff": 10})
+    figure.update_layout(**axes)
+    return figure
+
+
+def colorbar(title: str, theme: Theme = "light", **more: Any) -> dict[str, Any]:
+    """A slim colour bar beside the plot."""
+    colours = palette(theme)
+    return {
+        "title": {"text": title, "font": {"size": 12, "color": colours.muted}, "side": "right"},
+        "thickness": 12,
+        "len": 1.0,
+        "outlinewidth": 0,
+        "tickfont": {"size": 11, "color": colours.muted},
+        "xpad": 8,
+        **more,
+    }
+
+
+def message(text: str, *, title: str, theme: Theme = "light", height: int = 220) -> go.Figure:
+    """A figure that holds one sentence instead of data."""
+    figure = go.Figure()
+    figure.add_annotation(text=safe(text, 300), showarrow=False, x=0.5, y=0.5, xref="paper", yref="paper",
+                          font={"color": palette(theme).muted, "size": 13})  # fmt: skip
+    layout(figure, title=title, x="", y="", theme=theme, height=height, legend=False)
+    figure.update_xaxes(visible=False)
+    figure.update_yaxes(visible=False)
+    return figure
+
+
+def rows_height(rows: int, *, each: int = 20, least: int = 260, most: int = 760) -> int:
+    """The height of a map with so many rows, pixels."""
+    return int(min(max(rows * each + 110, least), most))

@@ -1,0 +1,53 @@
+"""Domains: what the text is made of, and how much the router tells its kinds apart."""
+
+from __future__ import annotations
+
+import polars as pl
+
+import store
+from app.frames.load import expert_load
+
+
+def domain_tokens(run: store.Run) -> pl.DataFrame:
+    """One row per domain, the largest first: domain, sequences, tokens, share of all tokens (0..1)."""
+    table = run.table("sequence")
+    grouped = table.group_by("domain").agg(pl.len().cast(pl.Int64).alias("sequences"), pl.col("tokens").cast(pl.Int64).sum())
+    return grouped.with_columns((pl.col("tokens") / pl.col("tokens").sum()).alias("share")).sort(
+        ["tokens", "domain"], descending=[True, False]
+    )
+
+
+def domain_shares(run: store.Run, *, phase: str | None = None) -> pl.DataFrame:
+    """One row per domain and routed expert: the columns layer, step, label, expert, domain, tokens, share, and
+
+    pooled_share = mean of the domains' shares (every domain counts alike, whatever its size); difference = share -
+    pooled_share; ratio = share / pooled_share. A layer that a domain never reached is left out.
+    """
+    parts = [
+        expert_load(run, domain=domain, phase=phase).with_columns(pl.lit(domain).alias("domain")) for domain in run.domains
+    ]
+    columns = ["layer", "step", "label", "expert", "domain", "num_experts", "tokens", "share"]
+    if not parts:
+        empty = expert_load(run).with_columns(pl.lit("").alias("domain")).select(columns).head(0)
+        return _against_pooled(empty)
+    return _against_pooled(pl.concat(parts).select(columns).drop_nulls("share"))
+
+
+def specialization(run: store.Run, *, phase: str | None = None) -> pl.DataFrame:
+    """One row per MoE layer and domain: how far the domain's load lies from the mean of the domains.
+
+    moved = half the sum of absolute differences of the shares: the part of the selections (0..1) that would have to
+    move to another expert to turn the domain's load into the mean load. 0 = the router does not tell them apart.
+    """
+    frame = domain_shares(run, phase=phase)
+    return frame.group_by("layer", "step", "label", "domain", maintain_order=True).agg(
+        (pl.col("difference").abs().sum() / 2).alias("moved"), pl.col("tokens").sum().alias("selections")
+    )
+
+
+def _against_pooled(frame: pl.DataFrame) -> pl.DataFrame:
+    pooled = pl.col("share").mean().over("layer", "step", "expert")
+    ratio = pl.when(pooled > 0).then(pl.col("share") / pooled)
+    return frame.with_columns(
+        pooled.alias("pooled_share"), (pl.col("share") - pooled).alias("difference"), ratio.alias("ratio")
+    )

@@ -1,0 +1,101 @@
+"""A run at a glance: key figures, self-checks, and what to look at next."""
+
+from __future__ import annotations
+
+import polars as pl
+
+import store
+from app.frames.load import balance
+
+STATUS_ORDER = ["fail", "warning", "skipped", "pass"]
+
+
+def key_figures(run: store.Run) -> pl.DataFrame:
+    """One row per figure: figure, value (text), detail. The same rows in the same order for every run."""
+    info, layers = run.info, run.layers
+    experts = _range([layer.num_experts for layer in layers])
+    top_k = _range([layer.top_k for layer in layers])
+    shared = _range([layer.num_shared for layer in layers])
+    steps = len({layer.layer for layer in layers})
+    rate = f"{info.tokens / info.seconds:,.0f} tokens/s while watching" if info.seconds else ""
+    rows = [
+        ("tokens", f"{info.tokens:,}", rate),
+        ("sequences", f"{info.sequences:,}", f"{len(run.domains)} domains"),
+        ("MoE layers", str(steps), f"of {info.num_layers} decoder layers" if info.num_layers else ""),
+        ("experts per layer", experts, f"and {shared} shared" if shared not in ("0", "–") else ""),
+        ("experts per token", top_k, "top-k"),
+        ("model", info.model, info.model_class),
+        ("type of weights", info.dtype or "–", f"on {info.device}" if info.device else ""),
+        ("experts backend", info.backend or "–", ""),
+        ("recorded", info.levels, f"origin: {info.origin}"),
+        ("text", "kept" if info.text_kept else "not kept", ""),
+        ("complete", "yes" if info.complete else "no", "" if info.complete or run.live else "the collection ended early"),
+    ]
+    return pl.DataFrame(rows, schema=["figure", "value", "detail"], orient="row")
+
+
+def checks(run: store.Run) -> pl.DataFrame:
+    """The run's self-checks, failures first: status, name, layer, step, value, tolerance, detail."""
+    table = run.table("check")
+    order = pl.col("status").replace_strict({name: i for i, name in enumerate(STATUS_ORDER)}, default=9, return_dtype=pl.Int8)
+    return table.with_columns(order.alias("order")).sort(["order", "name", "layer"], nulls_last=True).select(
+        "status", "name", "layer", "step", "value", "tolerance", "detail"
+    )
+
+
+def check_summary(run: store.Run) -> pl.DataFrame:
+    """One row per check and status: status, name, layers (how many rows), worst value, tolerance, detail."""
+    frame = checks(run)
+    return frame.group_by("status", "name", maintain_order=True).agg(
+        pl.len().cast(pl.Int64).alias("places"),
+        pl.col("value").max(),
+        pl.col("tolerance").max(),
+        pl.col("detail").first(),
+    )
+
+
+def next_steps(run: store.Run) -> pl.DataFrame:
+    """What to look at next, most useful first: page, reason."""
+    rows: list[tuple[str, str]] = []
+    if run.badge.status == "invalid":
+        rows.append(("Overview", "The capture failed a check: read the table of checks before any other page."))
+    even = balance(run).drop_nulls("max_violation")
+    if len(even):
+        worst = even.sort("max_violation", descending=True).row(0, named=True)
+        text = f"Layer {worst['label']} is the least even: its busiest expert takes {worst['max_violation'] + 1:.1f} x the mean."
+        rows.append(("Routing", text))
+    metrics = run.metrics()
+    rows += _super_expert_step(run, metrics) + _consistency_step(metrics)
+    if run.info.text_kept:
+        rows.append(("Tokens", "Read the text with each token coloured by the expert that took it."))
+    return pl.DataFrame(rows, schema=["page", "reason"], orient="row")
+
+
+def _super_expert_step(run: store.Run, metrics: pl.DataFrame) -> list[tuple[str, str]]:
+    if "activations" not in run.info.levels:
+        return [("Super experts", "Not recorded: collect with --level routing,activations to find super experts.")]
+    found = metrics.filter((pl.col("metric") == "super_expert") & pl.col("parameters").str.contains("paper"))
+    found = found.filter(pl.col("parameters").str.contains('"all"')).sort("value", descending=True)
+    if found.is_empty():
+        return [("Super experts", "No expert stands out by the paper's rule; the page shows by how much.")]
+    names = ", ".join(f"({layer}, {expert})" for layer, expert in found.select("layer", "expert").head(4).iter_rows())
+    return [("Super experts", f"{len(found)} found, as (layer, expert): {names}. Protect them in every plan.")]
+
+
+def _consistency_step(metrics: pl.DataFrame) -> list[tuple[str, str]]:
+    model = metrics.filter(
+        (pl.col("metric") == "srp") & pl.col("layer").is_null() & pl.col("domain").is_null() & (pl.col("at") == 16)
+    )
+    value = {row["control"]: row["value"] for row in model.iter_rows(named=True)}
+    if "observed" not in value:
+        return []
+    text = f"SRP over 16 tokens is {value['observed']:.1%}"
+    if "shuffled" in value:
+        text += f"; popularity alone gives {value['shuffled']:.1%}"
+    return [("Local consistency", text + ". It says whether caching experts can pay.")]
+
+
+def _range(values: list[int]) -> str:
+    if not values:
+        return "–"
+    return str(values[0]) if min(values) == max(values) else f"{min(values)}–{max(values)}"

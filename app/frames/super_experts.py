@@ -1,0 +1,87 @@
+"""Super experts: what each expert's down_proj puts out at most, and where massive activations form."""
+
+from __future__ import annotations
+
+import json
+from typing import Literal
+
+import polars as pl
+
+import store
+from app.frames.axes import with_label
+
+TokenChoice = Literal["all", "first_routed"]
+COLUMN = {"all": "output_max", "first_routed": "first_routed_output_max"}
+
+
+def output_maxima(run: store.Run, *, tokens: TokenChoice = "all", domain: str | None = None) -> pl.DataFrame:
+    """One row per expert that was used, the largest value first.
+
+    Columns: rank (from 1), layer, step, label, expert, kind, value = largest |down_proj output|, and for tokens="all"
+    where it stood: channel, sequence, position (null for "first_routed"); first_position: whether that was position 0;
+    paper, code: whether that rule calls it a super expert.
+    """
+    table = run.table("expert_output")
+    if domain is not None:
+        table = table.filter(pl.col("domain") == domain)
+    value = pl.col(COLUMN[tokens])
+    keys = ["layer", "step", "expert", "kind"]
+    top = table.filter(value.is_not_null()).sort(value, descending=True).group_by(keys, maintain_order=True).first()
+    somewhere = tokens == "all"
+    place = [
+        pl.col(column).cast(pl.Int64) if somewhere else pl.lit(None, dtype=pl.Int64).alias(column)
+        for column in ("output_max_channel", "output_max_sequence", "output_max_position")
+    ]
+    frame = top.select(*keys, value.alias("value"), *place).rename(
+        {"output_max_channel": "channel", "output_max_sequence": "sequence", "output_max_position": "position"}
+    )
+    frame = with_label(frame.sort("value", descending=True)).with_row_index("rank", 1)
+    frame = frame.with_columns((pl.col("position") == 0).alias("first_position"), pl.col("rank").cast(pl.Int64))
+    for rule in ("paper", "code"):
+        # The derived rows name routed experts by (layer, expert); a shared expert never carries the mark by accident.
+        marked = super_experts(run).filter((pl.col("rule") == rule) & (pl.col("tokens") == tokens))
+        pairs = set(marked.select("layer", "expert").iter_rows())
+        hits = [
+            kind == "routed" and (layer, expert) in pairs
+            for layer, expert, kind in frame.select("layer", "expert", "kind").iter_rows()
+        ]
+        frame = frame.with_columns(pl.Series(rule, hits, dtype=pl.Boolean))
+    return frame
+
+
+def super_experts(run: store.Run) -> pl.DataFrame:
+    """One row per super expert found: rule (paper | code), tokens (all | first_routed), layer, expert, value."""
+    frame = _with_parameters(run.metrics("super_expert"))
+    columns = ["rule", "tokens", "layer", "expert", "value"]
+    return frame.select(columns).sort(["rule", "tokens", "value"], descending=[True, False, True])
+
+
+def thresholds(run: store.Run) -> pl.DataFrame:
+    """One row per rule and choice of tokens: rule, tokens, value = what an expert's maximum must exceed."""
+    return _with_parameters(run.metrics("super_expert_threshold")).select("rule", "tokens", "value")
+
+
+def residual(run: store.Run, *, domain: str | None = None) -> pl.DataFrame:
+    """One row per decoder layer: the residual stream's largest |value| after it, and where it stands.
+
+    Columns: layer, absolute_max, median_there = median |value| of that token, ratio of the two, channel, sequence,
+    position, later_max = the largest over positions after the first, massive: above 100 and 1,000 times the median.
+    """
+    table = run.table("residual")
+    if domain is not None:
+        table = table.filter(pl.col("domain") == domain)
+    peak = table.sort("absolute_max", descending=True).group_by("layer", maintain_order=True).first()
+    later = table.group_by("layer").agg(pl.col("later_max").max())
+    frame = peak.select("layer", "absolute_max", "median_there", "channel", "sequence", "position").join(later, on="layer")
+    ratio = pl.when(pl.col("median_there") > 0).then(pl.col("absolute_max") / pl.col("median_there"))
+    massive = (pl.col("absolute_max") > 100) & (ratio >= 1000)
+    return frame.with_columns(ratio.alias("ratio"), massive.fill_null(False).alias("massive")).sort("layer")
+
+
+def _with_parameters(frame: pl.DataFrame) -> pl.DataFrame:
+    """The frame with columns rule and tokens from its parameters."""
+    parsed = [json.loads(text or "{}") for text in frame["parameters"].to_list()]
+    return frame.with_columns(
+        pl.Series("rule", [item.get("rule") for item in parsed], dtype=pl.String),
+        pl.Series("tokens", [item.get("tokens") for item in parsed], dtype=pl.String),
+    )

@@ -1,0 +1,111 @@
+"""Tokens: the text of one sequence and the experts that each token used. Reads that sequence only."""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Sequence
+
+import numpy as np
+import polars as pl
+
+import store
+from app.frames.axes import layer_label
+
+TOKENS = {"position": pl.Int64, "token_id": pl.Int64, "text": pl.String, "special": pl.Boolean}
+ROUTES = {
+    "position": pl.Int64,
+    "layer": pl.Int32,
+    "step": pl.Int32,
+    "label": pl.String,
+    "rank": pl.Int32,
+    "expert": pl.Int32,
+    "weight": pl.Float64,
+}
+SPLIT = "\u2026"
+"""Stands for a token that holds only a part of a character; the character stands at the token that completes it."""
+
+
+def sequences(run: store.Run, *, domain: str | None = None, limit: int = 1000) -> pl.DataFrame:
+    """The first ``limit`` sequences, of one domain or of all: sequence, domain, source, tokens, prompt_tokens."""
+    table = run.table("sequence").sort("sequence")
+    if domain is not None:
+        table = table.filter(pl.col("domain") == domain)
+    return table.select("sequence", "domain", "source", "tokens", "prompt_tokens").head(limit)
+
+
+def sequence_tokens(run: store.Run, sequence: int) -> pl.DataFrame:
+    """One row per token of a sequence: position, token_id, text, special. Without kept text, positions only.
+
+    Bytes are decoded incrementally: where a character is split over tokens, all but the last read ``SPLIT``.
+    """
+    text = run.sequence_text(sequence)
+    if text is None:
+        table = run.table("sequence").filter(pl.col("sequence") == sequence)
+        count = int(table["tokens"][0]) if len(table) else 0
+        columns = {"position": range(count), "token_id": [None] * count, "text": [None] * count, "special": [None] * count}
+        return pl.DataFrame(columns, schema=TOKENS)
+    return pl.DataFrame(
+        {
+            "position": np.arange(len(text.token_ids)),
+            "token_id": text.token_ids,
+            "text": decode(text.pieces),
+            "special": text.special,
+        },
+        schema=TOKENS,
+    )
+
+
+def decode(pieces: Sequence[bytes]) -> list[str]:
+    """The text that each token adds, from the UTF-8 bytes of each; bytes that are no UTF-8 become U+FFFD."""
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    texts = []
+    for index, piece in enumerate(pieces):
+        added = decoder.decode(piece, final=index == len(pieces) - 1)
+        texts.append(added if added or not piece else SPLIT)
+    return texts
+
+
+def token_routes(run: store.Run, sequence: int) -> pl.DataFrame:
+    """One row per token, MoE layer and rank of one sequence: position, layer, step, label, rank, expert, weight.
+
+    rank 0 has the largest gate weight; weight is restored from 8 bits.
+    """
+    trace = run.selections(sequences=[sequence])
+    if not len(trace.sequences):
+        return pl.DataFrame(schema=ROUTES)
+    ids, weights = trace.ids[:, 0], trace.weights[:, 0]  # (layers, tokens, k)
+    axis, position, rank = np.nonzero(ids >= 0)
+    layers = np.array([layer for layer, _ in trace.layers], np.int32)
+    steps = np.array([step for _, step in trace.layers], np.int32)
+    labels = [layer_label(layer, step) for layer, step in trace.layers]
+    return pl.DataFrame(
+        {
+            "position": position,
+            "layer": layers[axis],
+            "step": steps[axis],
+            "label": [labels[index] for index in axis],
+            "rank": rank.astype(np.int32),
+            "expert": ids[axis, position, rank].astype(np.int32),
+            "weight": weights[axis, position, rank].astype(np.float64),
+        },
+        schema=ROUTES,
+    )
+
+
+def layer_routes(routes: pl.DataFrame, label: str) -> pl.DataFrame:
+    """One row per token for one layer: position, expert (first choice), weight (its part of the gate weights, 0..1),
+
+    entropy of the gate weights over the selection, divided by ln of their number (0 = one expert decides, 1 = even).
+    """
+    part = routes.filter(pl.col("label") == label)
+    share = pl.col("weight") / pl.col("weight").sum().over("position")
+    part = part.with_columns(share.fill_nan(0.0).alias("share"))
+    log = pl.when(pl.col("share") > 0).then(pl.col("share") * pl.col("share").log()).otherwise(0.0)
+    grouped = part.sort("position", "rank").group_by("position", maintain_order=True).agg(
+        pl.col("expert").first(),
+        pl.col("share").first().alias("weight"),
+        (-log.sum()).alias("nats"),
+        pl.len().alias("width"),
+    )
+    even = pl.when(pl.col("width") > 1).then(pl.col("nats") / pl.col("width").log()).otherwise(0.0)
+    return grouped.select("position", "expert", "weight", even.clip(0.0, 1.0).alias("entropy"))

@@ -1,0 +1,133 @@
+"""What the user chose, and the URL: every choice is a widget bound to a query parameter of the same name.
+
+Values from a URL are checked against what the run has before a widget sees them; a bad one falls back to the default.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import streamlit as st
+
+from app.figures.style import Theme
+from store import Entry
+
+ALL = "all"
+KEYS = ("run", "domain", "phase", "layer", "sequence", "token")
+"""Query parameters that several pages share."""
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """The run that the sidebar shows."""
+
+    entry: Entry
+
+    @property
+    def name(self) -> str:
+        """Its name."""
+        return self.entry.name
+
+
+def theme() -> Theme:
+    """The theme that the browser shows."""
+    kind = getattr(st.context.theme, "type", None)
+    return "dark" if kind == "dark" else "light"
+
+
+def choose_run(entries: dict[str, Entry]) -> Chosen | None:
+    """The sidebar's run selection; None in an empty store. The newest finished run stands first."""
+    names = sorted(entries, key=lambda name: entries[name].live)
+    if not names:
+        return None
+    _explain_missing(names)
+    _keep_valid("run", names, default=names[0])
+    name = st.selectbox(
+        "Run",
+        names,
+        key="run",
+        index=None,
+        required=True,
+        bind="query-params",
+        format_func=lambda name: f"{name} (collecting)" if entries[name].live else name,
+        help="Runs of the store, the newest first. The link in the address bar opens the same run and view again.",
+    )
+    return Chosen(entries[name if name in entries else names[0]])
+
+
+def choose(
+    label: str,
+    options: Sequence[str],
+    *,
+    key: str,
+    default: str | None = None,
+    words: Callable[[str], str] = str,
+    help: str | None = None,
+    segmented: bool = False,
+) -> str:
+    """One of ``options``, bound to the query parameter ``key``; a value that is not among them reads as the default."""
+    options = list(options)
+    first = default if default in options else options[0]
+    _keep_valid(key, options, default=first)
+    common: dict[str, Any] = {"key": key, "format_func": words, "help": help, "bind": "query-params"}
+    if segmented:
+        value = st.segmented_control(label, options, default=first, required=True, **common)
+    else:
+        value = st.selectbox(label, options, index=options.index(first), **common)
+    return value if value in options else first
+
+
+def choose_number(label: str, *, key: str, low: int, high: int, default: int = 0, help: str | None = None) -> int:
+    """A whole number between ``low`` and ``high``, bound to the query parameter ``key``."""
+    held = st.session_state.get(key)
+    if held is not None and not (isinstance(held, int) and low <= held <= high):
+        del st.session_state[key]
+    value = st.number_input(
+        label, min_value=low, max_value=high, value=default, step=1, key=key, help=help, bind="query-params"
+    )
+    return int(value) if value is not None and low <= value <= high else default
+
+
+def domain_of(choice: str) -> str | None:
+    """The domain that a choice names; None for all text."""
+    return None if choice == ALL else choice
+
+
+def choose_domain(domains: Sequence[str]) -> str | None:
+    """A domain of the run, or None for all text."""
+    words: Callable[[str], str] = lambda name: "all text" if name == ALL else name  # noqa: E731
+    return domain_of(choose("Domain", [ALL, *domains], key="domain", words=words))
+
+
+def choose_phase(phases: Sequence[str]) -> str | None:
+    """A phase of the run, or None for both; no widget where there is only one."""
+    if len(phases) < 2:
+        return None
+    words: Callable[[str], str] = lambda name: "both phases" if name == ALL else name  # noqa: E731
+    choice = choose("Phase", [ALL, *phases], key="phase", words=words)
+    return None if choice == ALL else choice
+
+
+def _keep_valid(key: str, options: Sequence[str], *, default: str) -> None:
+    """Put the default where the session holds, or the URL asks for, something that is not among the options."""
+    if key in st.session_state:
+        if st.session_state[key] not in options:
+            st.session_state[key] = default
+    elif st.query_params.get(key) not in options and key == "run":
+        # Always set for the run, so that the address bar names it even where it is the default.
+        st.session_state[key] = default
+
+
+def _explain_missing(names: Sequence[str]) -> None:
+    asked = st.session_state.get("run") or st.query_params.get("run")
+    if asked is not None and asked not in names:
+        st.warning(f"No run named `{plain(str(asked))}` in the store (deleted or renamed?). Showing the newest one.")
+
+
+def plain(text: str, limit: int = 80) -> str:
+    """Text from data for Markdown: one line, without the characters that Markdown or HTML read."""
+    line = " ".join(text.split())
+    line = line if len(line) <= limit else line[: limit - 1] + "…"
+    return "".join("\\" + letter if letter in r"\`*_{}[]()<>#+-.!|~:$" else letter for letter in line)

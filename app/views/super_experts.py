@@ -1,0 +1,97 @@
+"""Super experts: outliers of down_proj, and the massive activations that they feed."""
+
+from __future__ import annotations
+
+import polars as pl
+import streamlit as st
+
+from app import data, state
+from app.components import chart, header
+from app.components.page import render
+from app.figures import curves, heatmap
+from app.frames import super_experts as frames
+from store import Run
+
+_CHOICES = {"all": "all tokens", "first_routed": "first routed token"}
+
+
+def page(run: Run) -> None:
+    """Draw the page."""
+    header.title("Super experts", run, what="Does the model depend on a few experts whose outputs are outliers?")
+    if "activations" not in run.info.levels:
+        header.needs_level("What experts put out", "activations", run)
+        return
+    tokens = state.choose("Largest output over", list(_CHOICES), key="over", words=_CHOICES.__getitem__, segmented=True,
+                          help="The paper takes all tokens. Its published code sees only the first token routed to an expert in each sequence.")  # fmt: skip
+    maxima = data.frame(frames.output_maxima, run, tokens=tokens)
+    if maxima.is_empty():
+        st.info("No expert output has been recorded yet.", icon=":material/hourglass_top:")
+        return
+    limits = data.frame(frames.thresholds, run)
+    _verdict(run, maxima, limits, tokens)
+    theme = state.theme()
+    chart.show(
+        heatmap.output_map(maxima, tokens=tokens, theme=theme), maxima, key=f"outputs-{tokens}",
+        read="Largest absolute value that each expert's down_proj put out, before the gate weight. Rings mark super experts by "
+             "the paper's rule: above the 99.5th percentile, above a tenth of the largest, in a layer where massive activations form.",
+        rests_on=f"{len(maxima):,} experts that were used.", alt="Map of layers and experts: largest output, log scale",
+    )  # fmt: skip
+    left, right = st.columns(2, gap="medium")
+    with left:
+        chart.show(
+            curves.ranked_outputs(maxima, limits, tokens=tokens, theme=theme), maxima, key=f"ranked-{tokens}",
+            read="Super experts stand far above the curve that the other experts make. A smooth curve means that there are none.",
+            rests_on="The 200 largest.", alt="Experts ranked by their largest output against the thresholds of two rules",
+        )  # fmt: skip
+    with right:
+        residual = data.frame(frames.residual, run)
+        chart.show(
+            curves.residual_curve(residual, theme=theme), residual, key="residual",
+            read="A jump by orders of magnitude over the median is a massive activation; rings mark layers above 100 and 1,000 "
+                 "times the median. They usually sit at the first position, in few channels.",
+            alt="Curves over the layers: largest, later and median absolute hidden state",
+        )  # fmt: skip
+    _table(maxima, tokens)
+
+
+def _verdict(run: Run, maxima: pl.DataFrame, limits: pl.DataFrame, tokens: str) -> None:
+    if limits.is_empty():
+        header.not_yet("Which experts are super experts", run)
+        return
+    limit = limits.filter((pl.col("tokens") == tokens) & (pl.col("rule") == "paper"))["value"]
+    top = maxima.row(0, named=True)
+    numbers = f"The largest output is {top['value']:,.3g} (layer {top['label']}, expert {top['expert']})"
+    if len(limit) and limit[0] is not None:
+        numbers += f"; the paper's rule asks for more than {limit[0]:,.3g}"
+    found = maxima.filter(pl.col("paper"))
+    code = maxima.filter(pl.col("code"))
+    if found.is_empty():
+        more = f" The rule of the paper's code names {_names(code)}." if len(code) else " Neither does the rule of the paper's code name one."
+        st.info(f"**No super expert found.** {numbers}.{more}", icon=":material/check_circle:")
+        return
+    same = "The rule of the paper's code names the same." if _names(code) == _names(found) else f"The rule of the paper's code names {_names(code) or 'none'}."
+    st.warning(f"**{len(found)} super expert{'s' if len(found) > 1 else ''}**, as (layer, expert): {_names(found)}. {numbers}. {same} "
+               "Removing them can break the model: protect them in every plan.", icon=":material/bolt:")  # fmt: skip
+
+
+def _names(frame: pl.DataFrame) -> str:
+    pairs = [f"({layer}, {expert})" for layer, expert in frame.select("label", "expert").sort("label", "expert").iter_rows()]
+    return ", ".join(pairs[:12]) + (f" and {len(pairs) - 12} more" if len(pairs) > 12 else "")
+
+
+def _table(maxima: pl.DataFrame, tokens: str) -> None:
+    st.subheader("Where the largest outputs stand", anchor=False)
+    columns = ["rank", "label", "expert", "kind", "value", "paper", "code"]
+    columns += ["position", "channel", "sequence"] if tokens == "all" else []
+    number = st.column_config.NumberColumn
+    st.dataframe(
+        maxima.select(columns).head(50), hide_index=True, alt="The fifty experts with the largest outputs",
+        column_config={"label": "layer", "value": number("largest |output|", format="%.4g"),
+                       "paper": st.column_config.CheckboxColumn("paper's rule"), "code": st.column_config.CheckboxColumn("code's rule"),
+                       "position": number("at position", help="position in the sequence; 0 is the first token"),
+                       "channel": number("channel", help="channel of the residual stream; super experts of one model often share it")},
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    render(page)
