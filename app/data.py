@@ -51,6 +51,12 @@ def frame(maker: FrameMaker, run: Run, **arguments: Any) -> pl.DataFrame:
     return _frame(str(run.path), run.version, key, _maker=maker, _run=run, _arguments=arguments)
 
 
+def detail(maker: FrameMaker, run: Run, **arguments: Any) -> pl.DataFrame:
+    """As :func:`frame`, for frames of one sequence: they are large, so only the last few are kept."""
+    key = (f"{maker.__module__}.{maker.__qualname__}", tuple(sorted(arguments.items())))
+    return _detail(str(run.path), run.version, key, _maker=maker, _run=run, _arguments=arguments)
+
+
 def frame_list(maker: Callable[[Run], list[str]], run: Run) -> list[str]:
     """A short list of names, such as phases, computed once per version of the run."""
     return _names(str(run.path), run.version, f"{maker.__module__}.{maker.__qualname__}", _maker=maker, _run=run)
@@ -69,6 +75,13 @@ def _open(path: str, version: tuple[object, ...]) -> Run:
 
 @st.cache_resource(max_entries=256, show_spinner=False)
 def _frame(
+    path: str, version: tuple[object, ...], key: tuple[object, ...], _maker: FrameMaker, _run: Run, _arguments: dict[str, Any]
+) -> pl.DataFrame:
+    return _maker(_run, **_arguments)
+
+
+@st.cache_resource(max_entries=8, show_spinner=False)
+def _detail(
     path: str, version: tuple[object, ...], key: tuple[object, ...], _maker: FrameMaker, _run: Run, _arguments: dict[str, Any]
 ) -> pl.DataFrame:
     return _maker(_run, **_arguments)

@@ -44,9 +44,7 @@ def write_run(directory: Path, ids: NDArray[np.int64], weights: NDArray[np.float
     """A run of these selections, collected in shards of 8 sequences."""
     writer = RunWriter.create(directory, f"experts-{num_experts}", RunInfo(model="synthetic"))
     position = np.tile(np.arange(LENGTH), 8)
-    writer.write_shard(
-        {"layer": {"layer": range(LAYERS), "step": [0] * LAYERS, "num_experts": [num_experts] * LAYERS}}
-    )
+    writer.write_shard({"layer": {"layer": range(LAYERS), "step": [0] * LAYERS, "num_experts": [num_experts] * LAYERS}})
     for first in range(0, SEQUENCES, 8):
         count = min(8, SEQUENCES - first)
         part = slice(first * LENGTH, (first + count) * LENGTH)
@@ -68,8 +66,8 @@ def write_run(directory: Path, ids: NDArray[np.int64], weights: NDArray[np.float
 def long_table_bytes(directory: Path, ids: NDArray[np.int64], weights: NDArray[np.float64]) -> int:
     """Size of a DuckDB file with a row per (token, layer, rank)."""
     path = directory / "long.duckdb"
-    layer, token, rank = (axis.ravel() for axis in np.indices(ids.shape, np.uint32))  # noqa: F841
-    expert, weight = ids.ravel().astype(np.uint16), weights.ravel().astype(np.float16).astype(np.float32)  # noqa: F841
+    layer, token, rank = (axis.ravel() for axis in np.indices(ids.shape, np.uint32))
+    expert, weight = ids.ravel().astype(np.uint16), weights.ravel().astype(np.float16).astype(np.float32)
     with duckdb.connect(str(path)) as connection:
         connection.execute(
             "create table route as select layer::utinyint as layer, token, rank::utinyint as rank, expert, weight"

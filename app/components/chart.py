@@ -25,11 +25,16 @@ def show(
         alt: what the figure shows, for those who do not see it.
         rests_on: number of tokens, interval or source, where they apply.
     """
-    with st.container(border=bordered):
+    with st.container(border=bordered, gap="xsmall"):
         st.plotly_chart(figure, key=f"chart-{key}", theme="streamlit", width="stretch", alt=alt, config=_config(key))
-        with st.container(horizontal=True, vertical_alignment="top", gap="medium"):
-            st.caption(read + (f" *{rests_on}*" if rests_on else ""), width="stretch")
-            downloads(frame, figure, key=key)
+        caption(read + (f" *{rests_on}*" if rests_on else ""), frame, figure, key=key)
+
+
+def caption(text: str, frame: pl.DataFrame, figure: go.Figure | None, *, key: str) -> None:
+    """A sentence in Markdown, and the downloads at its right."""
+    with st.container(horizontal=True, wrap=False, vertical_alignment="top", gap="medium"):
+        st.caption(text, width="stretch")
+        downloads(frame, figure, key=key)
 
 
 def downloads(frame: pl.DataFrame, figure: go.Figure | None, *, key: str) -> None:

@@ -58,8 +58,9 @@ def not_yet(what: str, run: Run) -> None:
     if run.live:
         st.info(f"{what} is computed from the whole trace when the collection ends.", icon=":material/hourglass_top:")
     else:
-        st.info(f"{what} has not been computed for this run. The metrics beside it may have been deleted or interrupted; "
-                f"compute them again with `moescope metrics {plain(run.name)}`.", icon=":material/calculate:")  # fmt: skip
+        st.info(f"{what} has not been computed for this run: the metrics beside it are missing. Compute them from the run alone:",
+                icon=":material/calculate:")  # fmt: skip
+        st.code(f"import profiler.headline\n\nprofiler.headline.compute_and_store({str(run.path)!r})", language="python")
 
 
 def needs_level(what: str, level: str, run: Run) -> None:

@@ -10,10 +10,12 @@ from app.figures.style import Theme, colours_of, fade, layout, message, palette,
 CONTROL_WORDS = {
     "observed": "this run",
     "shuffled_in_sequence": "shuffled inside sequences",
-    "shuffled": "shuffled over all (popularity alone)",
+    "shuffled": "shuffled over all: popularity alone",
     "uniform": "uniformly random experts",
 }
 _DASHES = {"observed": "solid", "shuffled_in_sequence": "dash", "shuffled": "dot", "uniform": "dashdot"}
+BESIDE_HEIGHT = 560
+"""Height of figures that stand beside the bars of the published models, pixels."""
 POLICY_WORDS = {"sch": "SCH", "lru": "LRU", "lfu": "LFU", "belady": "Belady"}
 
 
@@ -68,7 +70,7 @@ def router_size_curve(frame: pl.DataFrame, published: pl.DataFrame | None = None
                            line={"color": colour, "dash": _DASHES[control], "width": 2.6 if control == "observed" else 1.6},
                            hovertemplate=f"{CONTROL_WORDS[control]}, %{{x}} tokens<br>%{{y:.2f}} × the original selection<extra></extra>")  # fmt: skip
     figure.add_hline(y=1, line={"color": colours.muted, "width": 1, "dash": "dot"})
-    layout(figure, title=title, x="segment length (tokens, log scale)", y="router size (times the original)", theme=theme, height=440)
+    layout(figure, title=title, x="segment length (tokens, log scale)", y="router size (times the original)", theme=theme, height=420)
     _segment_axis(figure, frame)
     figure.update_yaxes(rangemode="tozero")
     return figure
@@ -86,7 +88,7 @@ def srp_layer_curves(frame: pl.DataFrame, *, theme: Theme = "light") -> go.Figur
         figure.add_scatter(x=part["label"], y=part["value"], name=f"{length:g} tokens", mode="lines+markers", customdata=part["router_size"],
                            line={"color": colour, "width": 2}, marker={"size": 5},
                            hovertemplate=f"layer %{{x}}, {length:g} tokens<br>SRP %{{y:.1%}}<br>router size %{{customdata:.2f}}<extra></extra>")  # fmt: skip
-    layout(figure, title=title, x="layer", y="SRP (0 to 1)", theme=theme, height=380)
+    layout(figure, title=title, x="layer", y="SRP (0 to 1)", theme=theme, height=420)
     figure.update_xaxes(type="category", showgrid=False, nticks=24)
     figure.update_yaxes(tickformat=".0%", rangemode="tozero")
     return figure
@@ -118,8 +120,10 @@ def srp_expert_scatter(frame: pl.DataFrame, *, theme: Theme = "light") -> go.Fig
     uniform = shown["uniform"][0]
     figure.add_vline(x=uniform, line={"color": colours.muted, "width": 1, "dash": "dash"},
                      annotation={"text": "balanced", "font": {"color": colours.muted, "size": 11}, "yanchor": "bottom"})  # fmt: skip
-    layout(figure, title=title, x="tokens that use the expert (share, log scale)", y="SRP (0 to 1)", theme=theme, height=420)
-    figure.update_xaxes(type="log", showgrid=False, tickformat=".2~%", dtick=1)
+    layout(figure, title=title, x="tokens that use the expert (share, log scale)", y="SRP (0 to 1)", theme=theme, height=BESIDE_HEIGHT)
+    low, high = float(shown["frequency"].min()), float(shown["frequency"].max())  # type: ignore[arg-type]
+    ticks = [step * 10.0**power for power in range(-6, 1) for step in (1, 2, 5) if low * 0.7 <= step * 10.0**power <= high * 1.4]
+    figure.update_xaxes(type="log", showgrid=False, tickvals=ticks, ticktext=[f"{100 * tick:g} %" for tick in ticks])
     figure.update_yaxes(tickformat=".0%", range=[0, 1.02])
     return figure
 
@@ -170,7 +174,7 @@ def hit_rate_layers(frame: pl.DataFrame, *, policy: str, theme: Theme = "light")
             figure.add_scatter(x=part["scope"], y=part["value"], name=f"ρ = {ratio:g}", mode="lines+markers", customdata=part["slots"],
                                line={"color": colour, "width": 2}, marker={"size": 5},
                                hovertemplate=f"layer %{{x}}, ρ = {ratio:g} (%{{customdata}} slots)<br>hit rate %{{y:.1%}}<extra></extra>")  # fmt: skip
-    layout(figure, title=title, x="layer", y="hit rate (0 to 1)", theme=theme, height=380)
+    layout(figure, title=title, x="layer", y="hit rate (0 to 1)", theme=theme, height=BESIDE_HEIGHT)
     figure.update_xaxes(type="category", showgrid=False, nticks=24)
     figure.update_yaxes(tickformat=".0%", range=[0, 1.02])
     return figure
@@ -191,12 +195,11 @@ def beside_published(frame: pl.DataFrame, *, this: str, title: str, x: str, them
         go.Bar(
             x=shown["value"], y=bold, orientation="h", hovertemplate="%{y}<br>%{x:.1%}<extra></extra>",
             marker={"color": [colours.accent if ours else fade(colours.muted, 0.45) for ours in shown["ours"]]},
-            error_x={"type": "data", "symmetric": False, "array": (shown["high"] - shown["value"]).fill_null(0.0),
-                     "arrayminus": (shown["value"] - shown["low"]).fill_null(0.0), "thickness": 1.5, "width": 4,
-                     "color": colours.text},
+            error_x={"type": "data", "symmetric": False, "array": (shown["high"] - shown["value"]).to_list(),
+                     "arrayminus": (shown["value"] - shown["low"]).to_list(), "thickness": 1.5, "width": 4, "color": colours.text},
         )
     )  # fmt: skip
-    layout(figure, title=title, x=x, y="", theme=theme, height=110 + 21 * len(shown), legend=False, bargap=0.28)
+    layout(figure, title=title, x=x, y="", theme=theme, height=max(BESIDE_HEIGHT, 90 + 21 * len(shown)), legend=False, bargap=0.28)
     figure.update_xaxes(tickformat=".0%", range=[0, 1])
     figure.update_yaxes(type="category", showgrid=False, tickfont={"size": 11})
     return figure

@@ -115,7 +115,8 @@ def domain_bars(frame: pl.DataFrame, *, theme: Theme = "light") -> go.Figure:
     hover = "%{y}<br>%{x:,} tokens, %{customdata[0]:.1%} of all<br>%{customdata[1]:,} sequences<extra></extra>"
     figure = go.Figure(
         go.Bar(x=shown["tokens"], y=[safe(name, 24) for name in shown["domain"]], orientation="h", hovertemplate=hover,
-               customdata=shown.select("share", "sequences").to_numpy(), marker={"color": palette(theme).accent})
+               customdata=shown.select("share", "sequences").to_numpy(), marker={"color": palette(theme).accent},
+               width=min(0.62, len(shown) / 11))
     )  # fmt: skip
     layout(figure, title=title, x="tokens", y="", theme=theme, height=360, legend=False, bargap=0.35)
     figure.update_yaxes(type="category", showgrid=False)
@@ -161,8 +162,8 @@ def residual_curve(frame: pl.DataFrame, *, theme: Theme = "light") -> go.Figure:
                    line={"color": colours.accent, "width": 2}, marker={"size": 6}, hovertemplate=hover)
     )  # fmt: skip
     for column, name, dash, colour in (
-        ("later_max", "largest after position 0", "dash", colours.categorical[1]),
-        ("median_there", "median of the token with the largest", "dot", colours.muted),
+        ("later_max", "largest at later positions", "dash", colours.categorical[1]),
+        ("median_there", "median of that token", "dot", colours.muted),
     ):
         figure.add_scatter(x=x, y=frame[column], name=name, mode="lines", line={"color": colour, "dash": dash, "width": 1.8},
                            hovertemplate=f"after layer %{{x}}<br>{name} %{{y:,.4g}}<extra></extra>")  # fmt: skip

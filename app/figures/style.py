@@ -113,19 +113,28 @@ def layout(
         plot_bgcolor="rgba(0,0,0,0)",
         colorway=list(colours.categorical),
         height=height,
-        margin={"l": 8, "r": 12, "t": 74 if legend else 46, "b": 8},
+        margin={"l": 8, "r": 12, "t": 50 + (_legend_height(figure) if legend else 0), "b": 8},
         showlegend=legend,
         legend={
-            "orientation": "h", "x": 0, "xanchor": "left", "y": 1.0, "yanchor": "bottom",
+            "orientation": "h", "x": 0, "xanchor": "left", "y": 1.01, "yanchor": "bottom",
             "font": {"size": 12, "color": colours.text}, "title": {"text": ""}, "bgcolor": "rgba(0,0,0,0)",
         },
         hoverlabel={"bgcolor": colours.background, "bordercolor": colours.muted, "font": {"color": colours.text, "size": 12}, "align": "left"},
         hovermode="closest",
     )  # fmt: skip
     figure.update_xaxes(**axis, title={"text": x, "font": {"color": colours.muted, "size": 12}, "standoff": 10})
-    figure.update_yaxes(**axis, title={"text": y, "font": {"color": colours.muted, "size": 12}, "standoff": 10})
+    figure.update_yaxes(**axis, title={"text": y, "font": {"color": colours.muted, "size": 12}, "standoff": 16})
     figure.update_layout(**axes)
     return figure
+
+
+def _legend_height(figure: go.Figure, width: int = 430) -> int:
+    """Pixels that the legend takes above the plot: Plotly lays its entries out in columns as wide as the longest."""
+    names = [str(trace.name) for trace in figure.data if trace.name and trace.showlegend is not False]
+    if not names:
+        return 0
+    columns = max(1, width // (46 + 7 * max(map(len, names))))
+    return 20 * -(-len(names) // columns) + 6
 
 
 def colorbar(title: str, theme: Theme = "light", **more: Any) -> dict[str, Any]:

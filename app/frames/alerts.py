@@ -77,7 +77,7 @@ def _dead(even: pl.DataFrame) -> list[Row]:
         explained = bool((dead["expected_dead"] >= ACCIDENT).any())
         worst = dead.sort("dead", descending=True).row(0, named=True)
         detail = (
-            f"{dead['dead'].sum()} experts were never used; in layer {worst['label']} {worst['dead']} of"
+            f"{dead['dead'].sum()} experts were never used; in layer {worst['label']}, {worst['dead']} of"
             f" {worst['num_experts']} on {worst['tokens']:,.0f} tokens. A balanced router leaves a given expert unused"
             f" with probability {worst['zero_probability']:.1e}"
         )

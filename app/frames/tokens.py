@@ -109,3 +109,11 @@ def layer_routes(routes: pl.DataFrame, label: str) -> pl.DataFrame:
     )
     even = pl.when(pl.col("width") > 1).then(pl.col("nats") / pl.col("width").log()).otherwise(0.0)
     return grouped.select("position", "expert", "weight", even.clip(0.0, 1.0).alias("entropy"))
+
+
+def route_table(route: pl.DataFrame) -> pl.DataFrame:
+    """The route of one token (rows of :func:`token_routes`) with one row per layer: layer, and each expert with its weight."""
+    text = pl.col("expert").cast(pl.String) + pl.format(" ({})", pl.col("weight").round(3)).alias("text")
+    named = route.with_columns(text.alias("text"), pl.format("{}. expert (weight)", pl.col("rank") + 1).alias("column"))
+    wide = named.pivot(on="column", index="label", values="text", maintain_order=True)
+    return wide.rename({"label": "layer"})

@@ -43,36 +43,36 @@ def _srp(run: Run, srp: pl.DataFrame, *, domain: str | None, length: float, besi
         of_domain = of_domain.filter(pl.col("control") == "observed")
     tokens = of_domain["tokens"].max() or 0
     interval = f"{tokens:,} tokens; bars are 95 % intervals over sequences."
-    left, right = st.columns([3, 2], gap="medium")
+    chart.show(
+        figures.srp_curve(of_domain, drawn, theme=theme), of_domain, key="srp",
+        read="How well the best fixed set of experts for a whole segment stands in for the router's choice token by token. "
+             "Only what lies above the shuffled lines is consistency in time; the rest is popularity.",
+        rests_on=interval, alt="SRP against segment length with intervals, controls and published models",
+    )  # fmt: skip
+    left, right = st.columns(2, gap="small")
     with left:
-        chart.show(
-            figures.srp_curve(of_domain, drawn, theme=theme), of_domain, key="srp",
-            read="How well the best fixed set of experts for a whole segment stands in for the router's choice token by token. "
-                 "Only what lies above the shuffled lines is consistency in time; the rest is popularity.",
-            rests_on=interval, alt="SRP against segment length with intervals, controls and published models",
-        )  # fmt: skip
-    with right:
         chart.show(
             figures.router_size_curve(of_domain, drawn, theme=theme), of_domain, key="router-size",
-            read="How many experts that fixed set holds, relative to what a token uses. Above 1 the segment needs more experts "
-                 "than a token; a small SRP with a large router means that nothing is saved.",
+            read="How many experts that fixed set holds, relative to what a token uses. A small SRP that needs a large set "
+                 "means that nothing is saved.",
             alt="Router size that reaches the SRP against segment length",
         )  # fmt: skip
-    left, right = st.columns(2, gap="medium")
-    with left:
+    with right:
         layers = data.frame(frames.srp_layers, run)
         chart.show(figures.srp_layer_curves(layers, theme=theme), layers, key="srp-layers",
                    read="Layers with a high SRP can share a small set of experts over many tokens: cache them first.",
                    rests_on="All text.", alt="SRP of every layer for each segment length")  # fmt: skip
-    with right:
-        experts = data.frame(frames.srp_experts, run).filter(pl.col("segment_length") == length)
+    experts = data.frame(frames.srp_experts, run).filter(pl.col("segment_length") == length)
+    left, right = st.columns(2, gap="small")
+    with left if beside else st.container():
         chart.show(figures.srp_expert_scatter(experts, theme=theme), experts, key=f"srp-experts-{length:g}",
                    read=f"Segments of {length:g} tokens. Experts far above the dotted curve come in bursts: they are needed for a "
                         "stretch of text and then not.",
                    rests_on="All text.", alt="SRP of every expert against its activation frequency")  # fmt: skip
     if beside:
-        _among(run, of_domain.filter(pl.col("segment_length") == length), published.filter(pl.col("segment_length") == length),
-               title=f"SRP over {length:g} tokens among 20 published models", x="SRP (0 to 1)", key=f"srp-published-{length:g}")  # fmt: skip
+        with right:
+            _among(run, of_domain.filter(pl.col("segment_length") == length), published.filter(pl.col("segment_length") == length),
+                   title=f"SRP over {length:g} tokens among 20 published models", x="SRP (0 to 1)", key=f"srp-published-{length:g}")  # fmt: skip
 
 
 def _hit_rates(run: Run, *, length: float, beside: bool) -> None:
@@ -98,7 +98,7 @@ def _hit_rates(run: Run, *, length: float, beside: bool) -> None:
     with st.container(horizontal=True, gap="medium", vertical_alignment="bottom"):
         policy = state.choose("Policy", list(figures.POLICY_WORDS), key="policy", default="lru", words=figures.POLICY_WORDS.__getitem__, segmented=True)
         ratio = state.choose("Cache size ρ", _RATIOS, key="rho", default="2", segmented=True)
-    left, right = st.columns(2, gap="medium")
+    left, right = st.columns(2, gap="small")
     of_policy = rates.filter((pl.col("policy") == policy) & (pl.col("control") == "observed"))
     if policy == "sch":
         of_policy = of_policy.filter(pl.col("segment_length") == segment)

@@ -24,7 +24,7 @@ def page(run: Run) -> None:
     """Draw the page."""
     header.title("Overview", run, what="Can this run be trusted, what is in it, and what needs attention?")
     _figures(data.frame(overview.key_figures, run))
-    left, right = st.columns(2, gap="medium")
+    left, right = st.columns(2, gap="small")
     with left, st.container(border=True, height="stretch"):
         _alerts(data.frame(alerts.alerts, run))
     with right, st.container(border=True, height="stretch"):
@@ -63,18 +63,19 @@ def _next(frame: pl.DataFrame) -> None:
     known = {page.title: page for page in PAGES}
     for row in frame.iter_rows(named=True):
         target = known[row["page"]]
-        if target.url == "overview":
-            st.markdown(f"**{row['page']}**")
-        else:
-            st.page_link(target.file, label=f"**{row['page']}**", icon=target.icon)
-        st.caption(state.plain(row["reason"], 300))
+        with st.container(gap=None):
+            if target.url == PAGES[0].url:
+                st.markdown(f"**{row['page']}**")
+            else:
+                st.page_link(target.file, label=f"**{row['page']}**", icon=target.icon)
+            st.caption(state.plain(row["reason"], 300))
 
 
 def _charts(run: Run) -> None:
     theme = state.theme()
     tokens, reach = data.frame(domains.domain_tokens, run), data.frame(load.coverage, run)
     starved = int(reach["starved"].sum())
-    left, right = st.columns([2, 3], gap="medium")
+    left, right = st.columns([2, 3], gap="small")
     with left:
         chart.show(
             curves.domain_bars(tokens, theme=theme), tokens, key="domains",

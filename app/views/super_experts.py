@@ -36,7 +36,7 @@ def page(run: Run) -> None:
              "the paper's rule: above the 99.5th percentile, above a tenth of the largest, in a layer where massive activations form.",
         rests_on=f"{len(maxima):,} experts that were used.", alt="Map of layers and experts: largest output, log scale",
     )  # fmt: skip
-    left, right = st.columns(2, gap="medium")
+    left, right = st.columns(2, gap="small")
     with left:
         chart.show(
             curves.ranked_outputs(maxima, limits, tokens=tokens, theme=theme), maxima, key=f"ranked-{tokens}",

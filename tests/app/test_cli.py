@@ -17,7 +17,7 @@ from moescope.errors import InputError
 from store import RunInfo, RunWriter
 
 
-@pytest.fixture()
+@pytest.fixture
 def runs(tmp_path: Path) -> Path:
     """A store with one finished run and one that was interrupted."""
     for name in ("done", "broken-off"):

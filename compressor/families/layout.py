@@ -1,0 +1,109 @@
+"""How a fused experts module of transformers 5 keeps its weights, read from the attributes that the library stamps on it.
+
+The library decorates 65 experts classes of 64 families alike: ``experts(hidden, ids, weights)`` with all experts in 3-D
+parameters. They differ in four switches (gated, transposed, interleaved, biased), which every instance carries.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class ExpertsLayout:
+    """Names and orientation of the parameters of one fused experts module.
+
+    Attributes:
+        num_experts: E, routed experts in the tensors.
+        hidden_size: width of what enters and leaves the experts (a latent width in Nemotron-H and Muse-Spark).
+        width: neurons per expert, I.
+        gated: the first projection holds gate and up together (2 I rows), else only up (I rows).
+        transposed: tensors are (E, in, out) instead of (E, out, in).
+        interleaved: gate and up alternate (gate 0, up 0, gate 1, ...) instead of standing one after the other.
+        biased: both projections have biases, named like their weights with ``_bias`` behind.
+        post_norm: the module normalises each expert's output before it is weighted.
+        up_name: ``gate_up_proj`` or, without gate, ``up_proj``.
+        down_name: ``down_proj``.
+    """
+
+    num_experts: int
+    hidden_size: int
+    width: int
+    gated: bool
+    transposed: bool
+    interleaved: bool
+    biased: bool
+    post_norm: bool
+    up_name: str
+    down_name: str = "down_proj"
+
+    def up_weight(self, experts: Any, expert: int) -> torch.Tensor:
+        """The first projection of one expert as (2 I or I, hidden), whatever the orientation in the module."""
+        weight = getattr(experts, self.up_name)[expert]
+        return weight.T if self.transposed else weight
+
+    def down_weight(self, experts: Any, expert: int) -> torch.Tensor:
+        """The second projection of one expert as (hidden, I), whatever the orientation in the module."""
+        weight = getattr(experts, self.down_name)[expert]
+        return weight.T if self.transposed else weight
+
+    def bias(self, experts: Any, name: str, expert: int) -> torch.Tensor | None:
+        """The bias that belongs to the projection ``name`` of one expert; None where the family has none."""
+        return getattr(experts, f"{name}_bias")[expert] if self.biased else None
+
+    def run_expert(self, experts: Any, expert: int, inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """One expert on its own, by plain matrix products, in the type of ``inputs``.
+
+        Args:
+            inputs: (tokens, hidden_size), usually float32 whatever the weights' type.
+
+        Returns:
+            The activation that enters the second projection, (tokens, I), and the expert's output, (tokens,
+            hidden_size), before its gate weight. It shares no code with the library's own dispatch except the
+            activation function, which is what makes it a check of that dispatch.
+        """
+        first = _linear(inputs, self.up_weight(experts, expert), self.bias(experts, self.up_name, expert))
+        activation = experts._apply_gate(first) if self.gated else experts.act_fn(first)
+        output = _linear(activation, self.down_weight(experts, expert), self.bias(experts, self.down_name, expert))
+        return activation, experts.post_expert_norm(output) if self.post_norm else output
+
+
+def is_fused_experts(module: Any) -> bool:
+    """Whether a module follows the library's fused-experts contract, by the attributes which that contract stamps."""
+    return all(hasattr(module, name) for name in ("is_transposed", "has_gate", "_apply_gate"))
+
+
+def describe_experts(module: Any) -> ExpertsLayout | None:
+    """The layout of a fused experts module; None where its weights are packed otherwise (FP8, GGUF, ...).
+
+    A module without layout can still be watched at level routing, where nothing inside it is looked at.
+    """
+    if not is_fused_experts(module):
+        return None
+    gated, transposed = bool(module.has_gate), bool(module.is_transposed)
+    up_name = "gate_up_proj" if gated else "up_proj"
+    up, down = getattr(module, up_name, None), getattr(module, "down_proj", None)
+    plain = all(getattr(tensor, "ndim", 0) == 3 and tensor.is_floating_point() for tensor in (up, down))
+    if not plain or down is None or down.element_size() < 2:
+        return None
+    experts, first, second = down.shape
+    return ExpertsLayout(
+        num_experts=int(experts),
+        hidden_size=int(second if transposed else first),
+        width=int(first if transposed else second),
+        gated=gated,
+        transposed=transposed,
+        interleaved=not getattr(module, "is_concatenated", True),
+        biased=bool(getattr(module, "has_bias", False)),
+        post_norm=bool(getattr(module, "has_post_expert_norm", False)),
+        up_name=up_name,
+    )
+
+
+def _linear(inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    product = inputs @ weight.to(inputs.dtype).T
+    return product if bias is None else product + bias.to(inputs.dtype)

@@ -1,0 +1,148 @@
+"""What recorders are given: tokens of a forward, routing of many layers, rows inside the experts, residual streams."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+LayerKey = tuple[int, int]
+"""(layer, step)"""
+
+Group = tuple[str, str]
+"""(domain, phase): what scalars per expert are kept apart by."""
+
+
+@dataclass
+class Tokens:
+    """The real tokens of one or several forwards; padding has been left out.
+
+    Attributes:
+        sequence: (tokens,) int64, number of the sequence in the run.
+        position: (tokens,) int64, index among the real tokens of the sequence.
+        group: (tokens,) int64, index into ``groups``.
+        groups: the (domain, phase) pairs; the list grows during a session, entries keep their place.
+        rows: tokens that the forward had with padding, batch x length.
+        keep: (tokens,) int64, places of the real tokens among ``rows``; None where all are real.
+        batch_row: (tokens,) int64, row of the batch.
+        first_seen: per layer, (batch rows, experts) bool: experts that a sequence has used already; kept between the
+            forwards of a generation.
+        present: indices of the groups that occur.
+    """
+
+    sequence: Tensor
+    position: Tensor
+    group: Tensor
+    groups: list[Group]
+    rows: int
+    keep: Tensor | None
+    batch_row: Tensor
+    first_seen: dict[LayerKey, Tensor] = field(default_factory=dict)
+    present: list[int] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return int(self.sequence.shape[0])
+
+    def select(self, values: Tensor, dim: int = 0) -> Tensor:
+        """The entries of the real tokens, along the dimension that runs over all rows of the forward."""
+        return values if self.keep is None else values.index_select(dim, self.keep.to(values.device))
+
+
+@dataclass
+class RoutingBatch:
+    """Selections of several layers that have the same number of experts and the same k, for the same tokens.
+
+    Attributes:
+        keys: (layer, step) of each entry of axis 0.
+        tokens: whose they are.
+        num_experts: E of these layers.
+        ids: (layers, tokens, k) int64 in descending gate weight, -1 = none.
+        weights: (layers, tokens, k) float32 in the same order, 0 where there is no expert.
+        logits: (layers, tokens, E or more) float32; None where no router showed any. More columns than E are classes
+            beside the experts (Zaya's skip class): they count in probabilities but have no rows in tables.
+        score: how the logits become the router probability.
+        holds_probabilities: ``logits`` are logarithms of probabilities, because the router shows no others.
+        strange_ids: (layers,) selections whose id is no expert of the layer; they stand as -1 in ``ids``.
+    """
+
+    keys: list[LayerKey]
+    tokens: Tokens
+    num_experts: int
+    ids: Tensor
+    weights: Tensor
+    logits: Tensor | None
+    score: Literal["softmax", "sigmoid", "unknown"]
+    holds_probabilities: bool = False
+    strange_ids: Tensor | None = None
+
+
+@dataclass
+class ExpertRows:
+    """What happened inside the experts of one layer, one row per (token, selected expert), sorted by expert.
+
+    Attributes:
+        key: (layer, step).
+        kind: routed | shared; the shared experts of a layer count as its expert 0.
+        num_experts: experts of this kind in the layer.
+        tokens: the tokens of the forward.
+        expert: (rows,) int64 ascending.
+        token: (rows,) int64, index into ``tokens``.
+        gate: (rows,) float32 gate weights.
+        activation: (all rows, I) what enters the second projection; None where it is not shown.
+        output: (all rows, hidden) what comes out of it, before the gate weight.
+        real: (rows,) places of the rows among all rows, which also hold those of padding; None where all are real.
+    """
+
+    key: LayerKey
+    kind: Literal["routed", "shared"]
+    num_experts: int
+    tokens: Tokens
+    expert: Tensor
+    token: Tensor
+    gate: Tensor
+    activation: Tensor | None
+    output: Tensor
+    real: Tensor | None
+
+    def select(self, values: Tensor) -> Tensor:
+        """The entries of real rows of a tensor that has padding's rows too."""
+        return values if self.real is None else values.index_select(0, self.real)
+
+    def group(self) -> Tensor:
+        """(rows,) group of each row's token."""
+        return self.tokens.group.to(self.token.device)[self.token]
+
+
+@dataclass
+class ResidualBatch:
+    """The residual stream after one decoder layer.
+
+    Attributes:
+        layer: index of the decoder layer.
+        tokens: the tokens of the forward.
+        hidden: (rows, width) in the model's type, rows of padding included; parallel streams stand side by side.
+        width: width of one stream, by which channels are numbered.
+    """
+
+    layer: int
+    tokens: Tokens
+    hidden: Tensor
+    width: int
+
+
+def concatenate_tokens(parts: list[Tokens]) -> Tokens:
+    """The tokens of successive forwards as one; ``first_seen`` and ``keep`` make no sense there and are left out."""
+    if len(parts) == 1:
+        return parts[0]
+    return Tokens(
+        sequence=torch.cat([part.sequence for part in parts]),
+        position=torch.cat([part.position for part in parts]),
+        group=torch.cat([part.group for part in parts]),
+        groups=parts[0].groups,
+        rows=sum(len(part) for part in parts),
+        keep=None,
+        batch_row=torch.cat([part.batch_row for part in parts]),
+        present=sorted({group for part in parts for group in part.present}),
+    )

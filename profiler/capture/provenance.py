@@ -1,0 +1,106 @@
+"""Where a run comes from: the model's fingerprint, its configuration, and the versions at work."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import store
+from profiler.capture.discovery import MoELayer, MoEModel
+
+SAMPLES = 64
+"""Values per parameter that enter the fingerprint, at equal distances."""
+
+
+def fingerprint(model: nn.Module) -> str:
+    """SHA-256 over names, shapes, types and sampled values of the weights, in the order of their names.
+
+    Two checkpoints with equal fingerprints are the same weights for all that a profile is concerned; weights that are not
+    in memory (offloaded to disk) enter by name, shape and type alone.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict(keep_vars=True).items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+        if tensor.is_meta or not tensor.numel():
+            continue
+        flat = tensor.detach().reshape(-1)
+        step = max(1, flat.numel() // SAMPLES)
+        digest.update(flat[::step][:SAMPLES].cpu().to(torch.float64).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def describe_run(
+    model: nn.Module,
+    found: MoEModel,
+    *,
+    name: str,
+    revision: str,
+    origin: str,
+    levels: Sequence[str],
+    settings: Mapping[str, Any],
+    text_kept: bool,
+) -> store.RunInfo:
+    """What table ``run`` says about this model and this collection, before the first forward."""
+    import transformers
+
+    config = getattr(model, "config", found.config)
+    parameter = next(model.parameters())
+    where = getattr(config, "_name_or_path", "") or type(model).__name__
+    return store.RunInfo(
+        model=name or (Path(where).name if Path(where).exists() else where),
+        model_revision=revision or getattr(config, "_commit_hash", None) or "",
+        model_fingerprint=fingerprint(model),
+        model_class=type(model).__name__,
+        model_type=getattr(config, "model_type", ""),
+        model_config=_jsonable(config),
+        num_layers=len(found.stack),
+        hidden_size=int(getattr(found.config, "hidden_size", 0)),
+        dtype=str(parameter.dtype).removeprefix("torch."),
+        device=_device_name(parameter.device),
+        backend=_backend(found.layers[0]),
+        torch_version=torch.__version__,
+        transformers_version=transformers.__version__,
+        origin=origin,
+        levels=",".join(levels),
+        settings=dict(settings),
+        text_kept=text_kept,
+    )
+
+
+def describe_layer(layer: MoELayer, top_k: int) -> store.LayerInfo:
+    """A row of table ``layer``; ``top_k`` is what the experts were called with."""
+    return store.LayerInfo(
+        layer=layer.layer,
+        step=layer.step,
+        module=layer.name,
+        experts_class=type(layer.experts).__name__,
+        router_class=type(layer.router).__name__ if layer.router is not None else "",
+        num_experts=layer.num_experts,
+        top_k=top_k,
+        num_shared=layer.num_shared,
+        expert_width=layer.expert_width,
+    )
+
+
+def _jsonable(config: Any) -> dict[str, Any]:
+    try:
+        values = dict(config.to_dict())
+    except (AttributeError, TypeError):
+        return {}
+    values.pop("_name_or_path", None)  # a path on the machine that collected
+    return values
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return f"{device.type} ({torch.cuda.get_device_name(device)})"
+    return device.type
+
+
+def _backend(layer: MoELayer) -> str:
+    return str(getattr(getattr(layer.experts, "config", None), "_experts_implementation", None) or "eager")

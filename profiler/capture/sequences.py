@@ -1,0 +1,243 @@
+"""Which sequence, position, domain and phase each token of a forward belongs to, and which tokens are padding."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from moescope.errors import InputError
+from profiler.capture.batch import Group, LayerKey, Tokens
+
+
+@dataclass
+class ForwardInputs:
+    """What a forward was given, as far as hooks saw it.
+
+    Attributes:
+        input_ids: (batch, length) or None where embeddings went in.
+        shape: (batch, length).
+        attention_mask: as it was passed; only a 2-D one says which tokens are padding.
+        cache: the key-value cache that was passed in, None without one.
+        device: where the model's inputs are.
+    """
+
+    input_ids: Tensor | None
+    shape: tuple[int, int]
+    attention_mask: Any
+    cache: Any
+    device: torch.device
+
+
+@dataclass
+class Label:
+    """What the caller says about the rows of the next batch."""
+
+    domains: list[str] | None = None
+    sequences: list[int] | None = None
+    sources: list[str] | None = None
+    mask: Tensor | None = None
+
+
+@dataclass(eq=False)
+class BatchRows:
+    """The sequences in the rows of a batch, followed through a generation.
+
+    Attributes:
+        sequences: their numbers in the run.
+        domains: their domains.
+        sources: the documents they come from.
+        lengths: (rows,) real tokens so far, on the device.
+        prompt_lengths: (rows,) of which prompt.
+        finished: (rows,) bool: the row has fed its end token; what generate feeds it after that is no text.
+        columns: tokens per row so far, padding included, as the cache counts them.
+        first_seen: see :class:`~profiler.capture.batch.Tokens`.
+    """
+
+    sequences: list[int]
+    domains: list[str]
+    sources: list[str]
+    lengths: Tensor
+    prompt_lengths: Tensor
+    finished: Tensor
+    columns: int = 0
+    first_seen: dict[LayerKey, Tensor] = field(default_factory=dict)
+
+
+class SequenceTracker:
+    """Follows sequences through forwards: a new batch, or the next tokens of rows whose cache is known.
+
+    Args:
+        domain: label of rows that nobody labels otherwise.
+        first_sequence: number of the first sequence; a resumed run goes on after its last.
+        end_ids: ids of end tokens.
+        pad_ids: ids of padding tokens.
+    """
+
+    def __init__(self, *, domain: str, first_sequence: int, end_ids: Sequence[int], pad_ids: Sequence[int]) -> None:
+        self.domain = domain
+        self.next_sequence = first_sequence
+        self.groups: list[Group] = []
+        self.findings: Counter[str] = Counter()
+        self._end_ids, self._stop_ids = sorted(set(end_ids)), sorted({*end_ids, *pad_ids})
+        self._label = Label()
+        self._caches: WeakKeyDictionary[Any, BatchRows] = WeakKeyDictionary()
+        self._touched: dict[int, BatchRows] = {}
+        self._went_on: Tensor | None = None
+        self._before = (self._label, self.next_sequence)
+
+    def label(self, label: Label) -> None:
+        """Say what the rows of the next batch are."""
+        self._label = label
+
+    def begin(self, inputs: ForwardInputs) -> tuple[Tokens, BatchRows]:
+        """The tokens of a forward that is about to run. Nothing is remembered until :meth:`commit`."""
+        self._before = (self._label, self.next_sequence)
+        past = _cache_length(inputs.cache)
+        rows = self._caches.get(inputs.cache) if inputs.cache is not None and past else None
+        if rows is not None and len(rows.sequences) != inputs.shape[0]:
+            self.findings["rows changed"] += 1
+            rows = None
+        mask, known = self._mask(inputs, past)
+        decode = bool(past) and inputs.shape[1] == 1
+        if rows is None:
+            rows = self._new_rows(inputs, past, mask)
+        elif past < rows.columns:
+            self._take_back(rows, rows.columns - past)
+        valid = None if mask is None else mask[:, -inputs.shape[1] :]
+        if decode:
+            valid = self._without_finished(inputs, rows, valid)
+        else:
+            rows.finished = torch.zeros_like(rows.finished)
+        if not known:
+            self.findings["mask unknown"] += 1
+        return self._tokens(inputs, rows, valid, "decode" if decode else "prompt"), rows
+
+    def commit(self, tokens: Tokens, rows: BatchRows, inputs: ForwardInputs, caches: Sequence[Any]) -> None:
+        """The forward has run: its tokens belong to the sequences, and its cache names them from now on."""
+        added = torch.zeros_like(rows.lengths).index_add_(0, tokens.batch_row, torch.ones_like(tokens.batch_row))
+        rows.lengths = rows.lengths + added
+        if tokens.present and all(tokens.groups[group][1] == "prompt" for group in tokens.present):
+            rows.prompt_lengths = rows.prompt_lengths + added
+        rows.columns += inputs.shape[1]
+        self._touched[id(rows)] = rows
+        for cache in caches:
+            if cache is not None:
+                self._caches[cache] = rows
+
+    def abort(self) -> None:
+        """The forward failed: the next one takes its sequence numbers and its label."""
+        self._label, self.next_sequence = self._before
+
+    def drain(self) -> list[dict[str, Any]]:
+        """Rows of table ``sequence`` for the sequences that grew since the last call."""
+        table = []
+        for rows in self._touched.values():
+            lengths, prompts = rows.lengths.tolist(), rows.prompt_lengths.tolist()
+            columns = zip(rows.sequences, rows.domains, rows.sources, lengths, prompts, strict=True)
+            names = ("sequence", "domain", "source", "tokens", "prompt_tokens")
+            table += [dict(zip(names, values, strict=True)) for values in columns]
+        self._touched.clear()
+        if self._went_on is not None:
+            self.findings["went on after the end"] += int(self._went_on)
+            self._went_on = None
+        return table
+
+    def _new_rows(self, inputs: ForwardInputs, past: int, mask: Tensor | None) -> BatchRows:
+        label, self._label = self._label, Label()
+        count = inputs.shape[0]
+        numbers = label.sequences
+        if numbers is None:
+            numbers = list(range(self.next_sequence, self.next_sequence + count))
+        self.next_sequence = max(self.next_sequence, max(numbers, default=-1) + 1)
+        domains = label.domains if label.domains is not None else [self.domain] * count
+        sources = label.sources if label.sources is not None else [""] * count
+        if not len(numbers) == len(domains) == len(sources) == count:
+            raise InputError(
+                f"label() names {len(numbers)} sequences, {len(domains)} domains and {len(sources)} sources, but the"
+                f" batch has {count} rows: give one of each per row"
+            )
+        start = torch.zeros(count, dtype=torch.int64, device=inputs.device)
+        if past:
+            self.findings["cached prefix"] += count
+            before = mask[:, : -inputs.shape[1]] if mask is not None else None
+            start = start + (before.sum(1) if before is not None and before.shape[1] == past else past)
+        finished = torch.zeros(count, dtype=torch.bool, device=inputs.device)
+        return BatchRows(list(numbers), list(domains), list(sources), start, torch.zeros_like(start), finished, past)
+
+    def _mask(self, inputs: ForwardInputs, past: int) -> tuple[Tensor | None, bool]:
+        """(batch, past + length or length) bool, None where all tokens are real; and whether that is known."""
+        mask = self._label.mask if self._label.mask is not None else inputs.attention_mask
+        if mask is None:
+            return None, True
+        width, length = getattr(mask, "shape", (0, 0))[-1], inputs.shape[1]
+        if getattr(mask, "ndim", 0) != 2 or width < length or mask.shape[0] != inputs.shape[0]:
+            return None, False
+        mask = mask.to(inputs.device) != 0
+        # A mask as long as a static cache has columns for tokens that are still to come.
+        return (mask[:, : past + length] if width > past + length else mask), True
+
+    def _without_finished(self, inputs: ForwardInputs, rows: BatchRows, valid: Tensor | None) -> Tensor | None:
+        """Leave out rows that generate keeps feeding after their end token because other rows go on."""
+        if inputs.input_ids is None or not self._end_ids or inputs.shape[0] == 1:
+            return valid
+        fed = inputs.input_ids[:, -1]
+        ends = torch.isin(fed, torch.tensor(self._end_ids, device=fed.device))
+        stops = torch.isin(fed, torch.tensor(self._stop_ids, device=fed.device))
+        went_on = (rows.finished & ~stops).sum()
+        self._went_on = went_on if self._went_on is None else self._went_on + went_on
+        rows.finished = (rows.finished & stops) | ends
+        real = ~rows.finished[:, None]
+        return real if valid is None else valid & real
+
+    def _take_back(self, rows: BatchRows, columns: int) -> None:
+        """The cache was cropped: tokens that were recorded have been rejected (speculative decoding)."""
+        self.findings["rejected"] += columns * len(rows.sequences)
+        rows.columns -= columns
+        rows.lengths = (rows.lengths - columns).clamp_min(0)
+
+    def _tokens(self, inputs: ForwardInputs, rows: BatchRows, valid: Tensor | None, phase: str) -> Tokens:
+        batch, length = inputs.shape
+        device = inputs.device
+        numbers = torch.tensor(rows.sequences, device=device)
+        groups = [self._group((domain, phase)) for domain in rows.domains]
+        if valid is not None and bool(valid.all()):
+            valid = None
+        if valid is None:
+            position = rows.lengths[:, None] + torch.arange(length, device=device)
+        else:
+            position = rows.lengths[:, None] + valid.cumsum(1) - 1
+        batch_row = torch.arange(batch, device=device).repeat_interleave(length)
+        keep = None if valid is None else valid.reshape(-1).nonzero()[:, 0]
+        flat = position.reshape(-1)
+        if keep is not None:
+            batch_row, flat = batch_row[keep], flat[keep]
+        return Tokens(
+            sequence=numbers[batch_row],
+            position=flat,
+            group=torch.tensor(groups, device=device)[batch_row],
+            groups=self.groups,
+            rows=batch * length,
+            keep=keep,
+            batch_row=batch_row,
+            first_seen=rows.first_seen,
+            present=sorted(set(groups)),
+        )
+
+    def _group(self, group: Group) -> int:
+        if group not in self.groups:
+            self.groups.append(group)
+        return self.groups.index(group)
+
+
+def _cache_length(cache: Any) -> int:
+    """Tokens per row that a cache holds, padding included; 0 for none, or for one that cannot say."""
+    try:
+        return int(cache.get_seq_length()) if cache is not None else 0
+    except (AttributeError, TypeError, ValueError, IndexError):
+        return 0

@@ -1,0 +1,138 @@
+"""Every metric, in the order in which pages and reports list them. docs/metrics.md has a section for each.
+
+A new metric is one function in one of the modules beside this one, one entry here, and one section there; a test holds
+the three together. ``version`` is part of the key under which results are kept: raise it when the formula changes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Metric:
+    """What one metric is. ``differs``: ours differs from the published code, and the section in the docs says how."""
+
+    name: str
+    title: str
+    unit: str
+    range: str
+    higher_means: str
+    source: str
+    version: int = 1
+    differs: bool = False
+
+    @property
+    def docs_anchor(self) -> str:
+        """Anchor of the metric's section in docs/metrics.md."""
+        return self.title.lower().replace(" ", "-")
+
+
+_LRC = "arXiv 2505.16056"
+_SUPER = "arXiv 2507.23279"
+_MIXTRAL = "arXiv 2401.04088"
+
+METRICS: tuple[Metric, ...] = (
+    # load.py
+    Metric("load_share", "Load share", "share", "0..1", "the expert takes more of the layer's selections", "standard"),
+    Metric("load_entropy", "Load entropy", "nats", "0..ln E", "load spreads over more experts", "standard"),
+    Metric("normalised_load_entropy", "Normalised load entropy", "ratio", "0..1", "load is more even", "standard"),
+    Metric("effective_experts", "Effective experts", "experts", "1..E", "load spreads over more experts", "standard"),
+    Metric("gini", "Gini coefficient", "ratio", "0..(E-1)/E", "load is less even", "standard"),
+    Metric(
+        "cv",
+        "Coefficient of variation",
+        "ratio",
+        "0..sqrt(E-1)",
+        "load is less even",
+        f"standard; {_LRC}",
+        differs=True,
+    ),
+    Metric("max_over_mean", "Max over mean", "ratio", "1..E", "the busiest expert is busier", "standard"),
+    Metric("max_violation", "MaxVio", "ratio", "0..E-1", "the busiest expert is busier", "arXiv 2408.15664"),
+    Metric("min_over_mean", "Min over mean", "ratio", "0..1", "the idlest expert is less idle", "standard"),
+    Metric("kl_uniform", "KL to uniform", "nats", "0..ln E", "load is less even", "standard"),
+    Metric("dead_experts", "Dead experts", "experts", "0..E", "more experts are never used", "standard"),
+    Metric("nearly_dead_experts", "Nearly dead experts", "experts", "0..E", "more experts are hardly used", "standard"),
+    Metric("local_balance", "Local balance", "as the measure", "as the measure", "as the measure", _LRC),
+    Metric(
+        "load_balance_loss",
+        "Load-balance loss",
+        "ratio",
+        "0..E",
+        "load and router probability gather on the same few experts",
+        "arXiv 2101.03961",
+        differs=True,
+    ),
+    # confidence.py
+    Metric("router_entropy", "Router entropy", "nats", "0..ln E", "the router is less decided", "standard"),
+    Metric(
+        "normalised_router_entropy",
+        "Normalised router entropy",
+        "ratio",
+        "0..1",
+        "the router is less decided",
+        "standard",
+    ),
+    Metric("top_probability", "Top-1 probability", "probability", "1/E..1", "the router is more decided", "standard"),
+    Metric("selected_probability", "Top-k mass", "probability", "0..1", "the selection leaves less out", "standard"),
+    Metric("first_margin", "First margin", "logits", "0..inf", "the first choice is clearer", "standard"),
+    Metric("boundary_margin", "Boundary margin", "logits", "0..inf", "the selection flips less easily", "standard"),
+    Metric("z_loss", "Router z-loss", "squared nats", "0..inf", "the router's logits are larger", "arXiv 2202.08906"),
+    Metric("weight_entropy", "Weight entropy", "nats", "0..ln k", "the selected experts weigh more alike", "standard"),
+    # local_consistency.py
+    Metric(
+        "srp",
+        "Segment routing best performance",
+        "F1",
+        "0..1",
+        "one set of experts serves a segment better",
+        _LRC,
+        1,
+        True,
+    ),
+    Metric("router_size", "Segment router size", "ratio", "0..E/k", "the best set for a segment is larger", _LRC),
+    Metric("srp_expert_choice", "Expert-choice SRP", "F1", "0..1", "one set of experts serves a segment better", _LRC),
+    Metric(
+        "hit_rate_sch",
+        "Segment cache best hit rate",
+        "share",
+        "0..1",
+        "a cache with foresight hits more",
+        _LRC,
+        1,
+        True,
+    ),
+    Metric("hit_rate_lru", "LRU hit rate", "share", "0..1", "an LRU cache hits more", _LRC, 1, True),
+    Metric("hit_rate_lfu", "LFU hit rate", "share", "0..1", "an LFU cache hits more", _LRC, 1, True),
+    Metric("hit_rate_belady", "Belady hit rate", "share", "0..1", "an all-knowing cache hits more", _LRC, 1, True),
+    # super_experts.py
+    Metric(
+        "output_max",
+        "Expert output maximum",
+        "activation",
+        "0..inf",
+        "the expert puts out larger outliers",
+        _SUPER,
+        1,
+        True,
+    ),
+    Metric(
+        "super_experts", "Super experts", "experts", "0..L*E", "more experts drive massive activations", _SUPER, 1, True
+    ),
+    Metric(
+        "massive_layers", "Massive-activation layers", "layers", "0..L", "more layers hold them", "arXiv 2402.17762"
+    ),
+    Metric(
+        "output_max_kurtosis", "Output maximum kurtosis", "ratio", "-2..inf", "few experts stand out further", _SUPER
+    ),
+    # temporal.py
+    Metric("first_choice_repeat", "First-choice repeat", "share", "0..1", "neighbours agree more often", _MIXTRAL),
+    Metric("overlap_repeat", "Overlap repeat", "share", "0..1", "neighbours agree more often", _MIXTRAL),
+    Metric("mean_overlap", "Mean overlap", "share", "0..1", "neighbours share more experts", "ours"),
+)
+
+
+def metric(name: str) -> Metric:
+    """The metric called ``name``; KeyError when there is none."""
+    return {one.name: one for one in METRICS}[name]

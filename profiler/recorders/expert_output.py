@@ -1,0 +1,151 @@
+"""What each expert's down projection puts out, before the gate weight: table ``expert_output``.
+
+Sums and maxima of the L2 norm and of the largest absolute value, with the place of the largest. Super experts are found
+from ``output_max`` (over all tokens of the expert) or from ``first_routed_output_max`` (over the first token of each
+sequence that used it).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import polars as pl
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from profiler.capture.batch import ExpertRows, Group, LayerKey
+from profiler.recorders.base import columns_of, finite, literals, row_maximum, row_norm, scatter_sum
+from profiler.recorders.staged import Staged
+
+SUMS = ("tokens", "norm_sum", "norm_square_sum", "gated_norm_sum", "gated_norm_square_sum")
+MAXIMA = ("output_max", "gated_output_max", "first_routed_output_max", "input_max")
+PLACES = ("output_max_channel", "output_max_sequence", "output_max_position")
+
+
+@dataclass
+class _State:
+    """(experts, columns) sums, maxima (-inf = nothing seen) and the places of ``output_max``."""
+
+    sums: NDArray[np.float64]
+    maxima: NDArray[np.float64]
+    places: NDArray[np.int64]
+
+
+class ExpertOutputRecorder(Staged):
+    """Norms and maxima of expert outputs, per expert, domain and phase."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._states: dict[tuple[LayerKey, str, Group], _State] = {}
+
+    def update(self, batch: ExpertRows) -> None:
+        """Add the rows of one layer."""
+        if not len(batch.token):
+            return
+        output = batch.output
+        # One pass each over the outputs, without a copy of them in another type.
+        norm = batch.select(row_norm(output))
+        largest = batch.select(row_maximum(output))
+        entering = torch.zeros_like(norm)
+        if batch.activation is not None:
+            entering = batch.select(row_maximum(batch.activation))
+        gate = finite(batch.gate.abs())
+        groups = len(batch.tokens.groups)
+        size = batch.num_experts * groups
+        keys = batch.expert * groups + batch.group()  # shape: (rows,)
+        gated = gate * norm
+        sums = [scatter_sum(keys, values, size) for values in (None, norm, norm.square(), gated, gated.square())]
+        first = torch.where(self._first(batch), largest, -math.inf)
+        maxima = [_scatter_max(keys, values, size) for values in (largest, gate * largest, first, entering)]
+        places = self._places(batch, keys, largest, maxima[0])
+        table = torch.stack([*sums, *(values.double() for values in maxima), *(place.double() for place in places)], 1)
+
+        def take() -> None:
+            self._take(batch, table.view(batch.num_experts, groups, -1).cpu().numpy())
+
+        self.later(take)
+
+    def _first(self, batch: ExpertRows) -> Tensor:
+        """(rows,) bool: the row is the first of its sequence for its expert, in this forward or an earlier one."""
+        device = batch.token.device
+        rows = batch.tokens.batch_row.to(device)[batch.token]
+        position = batch.tokens.position.to(device)[batch.token]
+        count = int(batch.tokens.batch_row.max()) + 1
+        key = (*batch.key, batch.kind)
+        seen = batch.tokens.first_seen.get(key)  # type: ignore[call-overload]
+        if seen is None or seen.shape[0] < count:
+            fresh = torch.zeros(count, batch.num_experts, dtype=torch.bool, device=device)
+            if seen is not None:
+                fresh[: seen.shape[0]] = seen
+            seen = fresh
+        pair = rows * batch.num_experts + batch.expert
+        limit = torch.iinfo(torch.int64).max
+        earliest = torch.full((count * batch.num_experts,), limit, device=device)
+        earliest = earliest.scatter_reduce(0, pair, position, "amin")
+        first = (position == earliest[pair]) & ~seen.reshape(-1)[pair]
+        now = (seen.reshape(-1)[: count * batch.num_experts] | (earliest < limit)).view(count, -1)
+        seen = torch.cat([now, seen[count:]])
+
+        def keep() -> None:
+            batch.tokens.first_seen[key] = seen  # type: ignore[index]
+
+        self.later(keep)
+        return first
+
+    @staticmethod
+    def _places(batch: ExpertRows, keys: Tensor, largest: Tensor, maxima: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(keys,) channel, sequence and position of the largest output of each key; of the first row among equals."""
+        rows = torch.arange(len(keys), device=keys.device)
+        hits = torch.where(largest == maxima[keys], rows, len(keys))
+        row = torch.full_like(maxima, len(keys), dtype=torch.int64).scatter_reduce(0, keys, hits, "amin")
+        row = row.clamp_max(len(keys) - 1)
+        where = row if batch.real is None else batch.real[row]
+        channel = batch.output[where].abs().argmax(1)
+        token = batch.token[row]
+        device = token.device
+        return channel, batch.tokens.sequence.to(device)[token], batch.tokens.position.to(device)[token]
+
+    def _take(self, batch: ExpertRows, table: NDArray[np.float64]) -> None:
+        split = np.split(table, [len(SUMS), len(SUMS) + len(MAXIMA)], axis=-1)
+        for entry in batch.tokens.present:
+            sums, maxima, places = (part[:, entry] for part in split)
+            key = (batch.key, batch.kind, batch.tokens.groups[entry])
+            state = self._states.get(key)
+            if state is None:
+                self._states[key] = _State(sums.copy(), maxima.copy(), places.astype(np.int64))
+                continue
+            state.sums += sums
+            higher = maxima[:, 0] > state.maxima[:, 0]
+            state.places[higher] = places[higher].astype(np.int64)
+            np.maximum(state.maxima, maxima, out=state.maxima)
+
+    def drain(self) -> dict[str, pl.DataFrame]:
+        """Table ``expert_output``, one row per expert that saw a token."""
+        frames = []
+        for (key, kind, group), state in self._states.items():
+            frame = pl.DataFrame(
+                {
+                    "expert": range(len(state.sums)),
+                    **{name: state.sums[:, index] for index, name in enumerate(SUMS)},
+                    **{name: state.maxima[:, index] for index, name in enumerate(MAXIMA)},
+                    **{name: state.places[:, index] for index, name in enumerate(PLACES)},
+                }
+            ).filter(pl.col("tokens") > 0)
+            maxima = pl.col(MAXIMA)
+            frames.append(
+                frame.with_columns(
+                    pl.col("tokens").cast(pl.Int64),
+                    pl.when(maxima.is_infinite() & (maxima < 0)).then(None).otherwise(maxima).name.keep(),
+                    **literals({**columns_of(key, group), "kind": kind}),
+                )
+            )
+        self._states.clear()
+        return {"expert_output": pl.concat(frames, how="vertical_relaxed")} if frames else {}
+
+
+def _scatter_max(keys: Tensor, values: Tensor, size: int) -> Tensor:
+    """(size,) largest value by key, -inf where there is none."""
+    return torch.full((size,), -math.inf, device=values.device).scatter_reduce(0, keys, values, "amax")

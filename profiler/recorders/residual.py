@@ -1,0 +1,82 @@
+"""The residual stream after each decoder layer: table ``residual``. Massive activations show here."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import polars as pl
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from profiler.capture.batch import Group, ResidualBatch
+from profiler.recorders.base import finite, row_maximum, row_norm, scatter_sum
+from profiler.recorders.staged import Staged
+
+_COLUMNS = ("tokens", "norm_sum", "absolute_max", "later_max", "channel", "sequence", "position", "median_there")
+
+
+class ResidualRecorder(Staged):
+    """Norms and maxima of the hidden state after each decoder layer, per domain and phase."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._rows: dict[tuple[int, Group], NDArray[np.float64]] = {}
+
+    def update(self, batch: ResidualBatch) -> None:
+        """Add the hidden states after one layer; -inf stands for "no token" in maxima."""
+        tokens = batch.tokens
+        if not len(tokens):
+            return
+        device, size = batch.hidden.device, len(tokens.groups)
+        norm = tokens.select(row_norm(batch.hidden))
+        largest = tokens.select(row_maximum(batch.hidden))
+        group, position = tokens.group.to(device), tokens.position.to(device)
+        empty = torch.full((size,), -math.inf, device=device)
+        top = empty.scatter_reduce(0, group, largest, "amax")
+        later = empty.scatter_reduce(0, group, torch.where(position > 0, largest, -math.inf), "amax")
+        index = torch.arange(len(tokens), device=device)
+        hits = torch.where(largest == top[group], index, len(tokens))
+        first = torch.full((size,), len(tokens), device=device).scatter_reduce(0, group, hits, "amin")
+        first = first.clamp_max(len(tokens) - 1)
+        there = batch.hidden[first if tokens.keep is None else tokens.keep.to(device)[first]].abs().float()
+        columns = [
+            scatter_sum(group, None, size),
+            scatter_sum(group, norm, size),
+            top,
+            later,
+            there.argmax(1) % batch.width,
+            tokens.sequence.to(device)[first],
+            position[first],
+            finite(there.median(1).values),
+        ]
+        table = torch.stack([column.double() for column in columns], 1)
+
+        def take() -> None:
+            self._take(batch, table)
+
+        self.later(take)
+
+    def _take(self, batch: ResidualBatch, table: Tensor) -> None:
+        host = table.cpu().numpy()
+        for entry in batch.tokens.present:
+            key, new = (batch.layer, batch.tokens.groups[entry]), host[entry]
+            old = self._rows.get(key)
+            if old is None:
+                self._rows[key] = new.copy()
+                continue
+            merged = np.where(new[2] > old[2], new, old)  # the places of the larger maximum
+            merged[:2] = old[:2] + new[:2]
+            merged[2:4] = np.maximum(old[2:4], new[2:4])
+            self._rows[key] = merged
+
+    def drain(self) -> dict[str, pl.DataFrame]:
+        """Table ``residual``, one row per layer, domain and phase that saw a token."""
+        rows = []
+        for (layer, (domain, phase)), values in self._rows.items():
+            row = dict(zip(_COLUMNS, values.tolist(), strict=True))
+            row["later_max"] = None if row["later_max"] == -math.inf else row["later_max"]
+            rows.append({"layer": layer, "domain": domain, "phase": phase, **row})
+        self._rows.clear()
+        return {"residual": pl.DataFrame(rows, infer_schema_length=None).filter(pl.col("tokens") > 0)} if rows else {}

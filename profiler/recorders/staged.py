@@ -1,0 +1,29 @@
+"""Recorders of activations hold the parts of a forward back until it has ended well."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+
+class Staged:
+    """Keeps what has been computed on the device, and takes it into the sums at the end of the forward.
+
+    A forward that fails half-way leaves nothing behind, and what goes to the host goes there once per forward.
+    """
+
+    def __init__(self) -> None:
+        self._waiting: list[Callable[[], None]] = []
+
+    def later(self, take: Callable[[], None]) -> None:
+        """Call ``take`` when the forward has ended well."""
+        self._waiting.append(take)
+
+    def commit(self) -> None:
+        """The forward has ended well."""
+        for take in self._waiting:
+            take()
+        self._waiting.clear()
+
+    def discard(self) -> None:
+        """The forward has failed."""
+        self._waiting.clear()

@@ -1,0 +1,116 @@
+"""Token ids of the sequences and the bytes that they stand for: tables ``sequence_token`` and ``vocabulary``."""
+
+from __future__ import annotations
+
+import re
+from functools import cache
+from typing import Any
+
+import numpy as np
+import polars as pl
+from numpy.typing import NDArray
+from torch import Tensor
+
+from profiler.capture.batch import Tokens
+
+CHUNK_TOKENS = 512
+"""Tokens per row of ``sequence_token``."""
+
+
+class TextRecorder:
+    """Keeps the token ids of every sequence, and the vocabulary that occurs.
+
+    Args:
+        tokenizer: a tokenizer of transformers; it says which tokens are special and what each stands for.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self._special = np.array(sorted(tokenizer.all_special_ids), dtype=np.int64)
+        self._parts: list[tuple[NDArray[np.int64], ...]] = []
+        self._written: set[int] = set()
+
+    def update(self, tokens: Tokens, input_ids: Tensor) -> None:
+        """Add the real tokens of a forward; ``input_ids`` is (batch, length) with padding."""
+        ids = tokens.select(input_ids.reshape(-1))
+        self._parts.append(tuple(part.cpu().numpy().astype(np.int64) for part in (tokens.sequence, tokens.position, ids)))
+
+    def drain(self) -> dict[str, pl.DataFrame]:
+        """Tables ``sequence_token`` and ``vocabulary``; a token id is described once per session."""
+        if not self._parts:
+            return {}
+        sequence, position, ids = (np.concatenate([part[index] for part in self._parts]) for index in range(3))
+        self._parts.clear()
+        if not len(ids):
+            return {}
+        order = np.lexsort((position, sequence))
+        sequence, position, ids = sequence[order], position[order], ids[order]
+        special = np.isin(ids, self._special)
+        edges = chunk_edges(sequence, position)
+        rows = [
+            {"sequence": sequence[a], "start": position[a], "token_ids": ids[a:b].tolist(), "special": special[a:b].tolist()}
+            for a, b in zip(edges[:-1], edges[1:], strict=True)
+        ]
+        fresh = sorted(set(np.unique(ids).tolist()) - self._written)
+        self._written.update(fresh)
+        vocabulary = {"token_id": fresh, "bytes": [token_bytes(self._tokenizer, token) for token in fresh]}
+        types = {"sequence": pl.UInt32, "start": pl.UInt32, "token_ids": pl.List(pl.UInt32), "special": pl.List(pl.Boolean)}
+        return {
+            "sequence_token": pl.DataFrame(rows, schema=types),
+            "vocabulary": pl.DataFrame(vocabulary, schema={"token_id": pl.UInt32, "bytes": pl.Binary}),
+        }
+
+
+def chunk_edges(sequence: NDArray[np.int64], position: NDArray[np.int64]) -> NDArray[np.int64]:
+    """(chunks + 1,) bounds of runs of one sequence at successive positions, at most ``CHUNK_TOKENS`` long."""
+    broken = (np.diff(sequence) != 0) | (np.diff(position) != 1)
+    starts = np.concatenate([[0], np.flatnonzero(broken) + 1])
+    run = np.arange(len(sequence)) - np.repeat(starts, np.diff(np.append(starts, len(sequence))))
+    return np.append(np.flatnonzero(run % CHUNK_TOKENS == 0), len(sequence))
+
+
+def token_bytes(tokenizer: Any, token: int) -> bytes:
+    """The UTF-8 bytes that a token id stands for, which may be a part of a character.
+
+    Byte-level vocabularies (GPT-2 and its heirs) are mapped back byte by byte, SentencePiece ones by their ``<0xNN>``
+    pieces and their mark for a space; anything else is what the tokenizer decodes.
+    """
+    piece = tokenizer.convert_ids_to_tokens(int(token))
+    if piece is None:
+        return b""
+    if token in tokenizer.all_special_ids:
+        return str(piece).encode()
+    if (match := re.fullmatch(r"<0x([0-9A-Fa-f]{2})>", piece)) is not None:
+        return bytes([int(match[1], 16)])
+    if _is_byte_level(tokenizer):
+        letters = _byte_letters()
+        if all(letter in letters for letter in piece):
+            return bytes(letters[letter] for letter in piece)
+        return str(piece).encode()
+    if "\u2581" in piece or _uses_space_mark(tokenizer):
+        return str(piece).replace("\u2581", " ").encode()
+    return str(tokenizer.decode([int(token)], clean_up_tokenization_spaces=False)).encode()
+
+
+def _is_byte_level(tokenizer: Any) -> bool:
+    cached = tokenizer.__dict__.get("_moescope_byte_level")
+    if cached is None:
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        described = str(backend.decoder) + str(backend.pre_tokenizer) if backend is not None else ""
+        cached = tokenizer.__dict__["_moescope_byte_level"] = "ByteLevel" in described
+    return bool(cached)
+
+
+def _uses_space_mark(tokenizer: Any) -> bool:
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    return backend is not None and "\u2581" in str(backend.decoder) + str(backend.normalizer) + str(backend.pre_tokenizer)
+
+
+@cache
+def _byte_letters() -> dict[str, int]:
+    """The letters by which byte-level vocabularies write bytes: printable bytes as themselves, the others from U+0100."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    letters = {chr(byte): byte for byte in printable}
+    others = [byte for byte in range(256) if byte not in set(printable)]
+    letters.update({chr(0x100 + place): byte for place, byte in enumerate(others)})
+    return letters
