@@ -2,9 +2,9 @@
 
     python benchmarks/capture_overhead.py [--rounds 15] [--dtype float32] [--threads 1]
 
-The model is a random OLMoE of 8 layers, width 256, 32 experts, top-4, on batches of 8 sequences of 256 tokens. Processor
-time is what counts on a machine that others use too. The bare forward is the decoder without language-model head, which
-is what ``collect`` runs; with a head, or with larger experts, the same recording is a smaller part of the whole.
+The model is a random OLMoE of 8 layers, width 256, 32 experts, top-4, on batches of 8 sequences of 256 tokens.
+Processor time is what counts on a machine that others use too. The bare forward is the decoder without language-model
+head, which is what ``collect`` runs; with a head, or with larger experts, the same recording is a smaller part.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def _config() -> OlmoeConfig:
     )
 
 
-def _milliseconds(seconds: "object") -> str:
+def _milliseconds(seconds: object) -> str:
     low, middle, high = torch.quantile(torch.as_tensor(seconds), torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64))
     return f"{middle * 1e3:>10.1f}{(high - low) * 1e3:>11.1f}"
 

@@ -28,7 +28,6 @@ from profiler.metrics.local_consistency import (
     Scope,
     hit_rate_bootstrap,
     hit_rate_curve,
-    srp,
     srp_bootstrap_table,
     srp_table,
 )
@@ -170,9 +169,11 @@ def measure_baseline(selections: Ids, num_experts: int, count: int, figures: dic
     some_layers = [selections[layer] for layer in range(count)]
     some_sequences = [selections[:, [sequence * (sequences // count)]] for sequence in range(count)]
     times = {
-        SRP_INTERVALS: [seconds(plain_srp, part, num_experts) * layers for part in some_layers],
-        LAYER_CURVES: [seconds(plain_curves, part[:1], num_experts) * layers * sequences for part in some_sequences],
-        SHARED_CURVES: [seconds(plain_curves, part, num_experts) * sequences for part in some_sequences],
+        SRP_INTERVALS: [seconds(plain_srp, our_srp, part, num_experts) * layers for part in some_layers],
+        LAYER_CURVES: [
+            seconds(plain_curves, our_curves, part[:1], num_experts) * layers * sequences for part in some_sequences
+        ],
+        SHARED_CURVES: [seconds(plain_curves, our_curves, part, num_experts) * sequences for part in some_sequences],
     }
     result = {}
     for name, scaled in times.items():
@@ -185,27 +186,47 @@ def measure_baseline(selections: Ids, num_experts: int, count: int, figures: dic
     return result
 
 
-def seconds(work: Callable[[Ids, int], None], part: Ids, num_experts: int) -> float:
-    """CPU seconds of ``work``."""
+Values = list[NDArray[np.float64]]
+
+
+def seconds(
+    plain: Callable[[Ids, int], Values], ours: Callable[[Ids, int], Values], part: Ids, num_experts: int
+) -> float:
+    """CPU seconds of the plain implementation; its values must be ours."""
     start = time.process_time()
-    work(part, num_experts)
-    return time.process_time() - start
+    values = plain(part, num_experts)
+    taken = time.process_time() - start
+    for theirs, mine in zip(values, ours(part, num_experts), strict=True):
+        np.testing.assert_allclose(theirs, mine, atol=1e-12)
+    return taken
 
 
-def plain_srp(layer: Ids, num_experts: int) -> None:
+def our_srp(layer: Ids, num_experts: int) -> Values:
+    """SRP of every expert of one layer, per segment length."""
+    table = srp_table(selections=layer[None], num_experts=num_experts, segment_lengths=SEGMENT_LENGTHS)
+    return [table[length, "expert"].value[0] for length in SEGMENT_LENGTHS]
+
+
+def our_curves(selections: Ids, num_experts: int) -> Values:
+    """Every curve of one cache for all layers."""
+    trace: dict[str, Any] = {"selections": selections, "num_experts": num_experts, "shared": True}
+    return [hit_rate_curve(**trace, policy=policy, segment_length=length) for policy, length in CURVES]
+
+
+def plain_srp(layer: Ids, num_experts: int) -> Values:
     """The published way for one layer: windows by doubling, one histogram per expert and sequence, integer products."""
     mask = np.zeros((*layer.shape[:2], num_experts), dtype=np.int16)
     np.put_along_axis(mask, layer.astype(np.int64), 1, axis=2)
     weights = np.random.default_rng(0).multinomial(len(layer), [1 / len(layer)] * len(layer), size=RESAMPLES)
     weights = np.concatenate([np.ones((1, len(layer)), dtype=np.int64), weights])
+    values = []
     counts, length = mask, 1
-    while length < layer.shape[1] // 2:
+    while length < SEGMENT_LENGTHS[-1]:
         counts, length = counts[:, :-length] + counts[:, length:], 2 * length
-        if length not in SEGMENT_LENGTHS:
-            continue
-        value = [plain_f1(counts[..., expert], length, weights)[0].max() for expert in range(num_experts)]
-        ours = srp(selections=layer[None], num_experts=num_experts, segment_length=length, scope="expert")
-        assert np.allclose(value, ours.value[0], atol=1e-12)
+        if length in SEGMENT_LENGTHS:
+            best = [plain_f1(counts[..., expert], length, weights).max(axis=1) for expert in range(num_experts)]
+            values.append(np.stack(best, axis=1)[0])
+    return values
 
 
 def plain_f1(counts: Ids, length: int, weights: NDArray[np.int64]) -> NDArray[np.float64]:
@@ -219,17 +240,13 @@ def plain_f1(counts: Ids, length: int, weights: NDArray[np.int64]) -> NDArray[np
     return f1
 
 
-def plain_curves(selections: Ids, num_experts: int) -> None:
+def plain_curves(selections: Ids, num_experts: int) -> Values:
     """Every curve of one sequence by a stack in plain Python, one cache for all layers; (layers, 1, tokens, k)."""
     layers, _, tokens, _ = selections.shape
     ids = selections[:, 0].astype(int) + np.arange(layers)[:, None, None] * num_experts
     stream = ids.swapaxes(0, 1).reshape(tokens, -1).tolist()
-    for policy, length in CURVES:
-        hits = plain_stack(stream, layers * num_experts, policy, length or 1)
-        ours = hit_rate_curve(
-            selections=selections, num_experts=num_experts, policy=policy, segment_length=length, shared=True
-        )
-        assert np.allclose(np.array(hits) / (tokens * len(stream[0])), ours, atol=1e-12)
+    hits = [plain_stack(stream, layers * num_experts, policy, length or 1) for policy, length in CURVES]
+    return [np.array(one) / (tokens * len(stream[0])) for one in hits]
 
 
 def plain_stack(stream: list[list[int]], objects: int, policy: str, window: int) -> list[int]:

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import store
-from profiler.headline.subject import SEED, Rows, Subject, as_text, part_of, with_controls
+from profiler.headline.subject import SEED, Rows, Subject, as_text, lengths_that_fit, part_of, with_controls
 from profiler.metrics import local_consistency
 
 MAX_SIZES = 256
@@ -21,28 +21,19 @@ Curve = NDArray[np.float64]
 
 def segment_rows(subject: Subject) -> Rows:
     """SRP: the model with intervals and controls, every domain, every layer, every expert."""
-    trace = subject.trace
-    rows: Rows = []
-    for length in subject.lengths_that_fit(trace):
-        for control, selections in with_controls(trace, subject.num_experts):
-            rows += _srp_model(trace, selections, subject.num_experts, length, control)
-        for domain in subject.run.domains:
-            part = part_of(trace, np.flatnonzero(np.array(trace.domains) == domain))
-            if int((part.lengths >= length).sum()) >= 2:
-                rows += _srp_model(part, part.ids, subject.num_experts, length, "observed", domain)
-    lengths = subject.lengths_that_fit(trace)
-    table = local_consistency.srp_table(
-        selections=trace.ids, num_experts=subject.num_experts, segment_lengths=lengths, scopes=["layer", "expert"]
-    )
-    for (length, scope), found in table.items() if lengths else ():
-        rows += _srp_parts(subject, found, length, scope)
-    return rows
+    trace, rows = subject.trace, []
+    for control, selections in with_controls(trace, subject.num_experts):
+        rows += _srp_model(trace, selections, subject.num_experts, control)
+    for domain in subject.run.domains:
+        part = part_of(trace, np.flatnonzero(np.array(trace.domains) == domain))
+        rows += _srp_model(part, part.ids, subject.num_experts, "observed", domain)
+    return rows + _srp_parts(trace, subject.num_experts)
 
 
 def hit_rate_rows(subject: Subject) -> Rows:
     """SCH, LRU, LFU and Belady at all cache sizes: one cache per layer and one for all; SCH and LRU beside controls."""
     trace = subject.replayed
-    lengths = subject.lengths_that_fit(trace) or [1]
+    lengths = lengths_that_fit(trace) or [1]
     policies: list[tuple[str, int | None]] = [("sch", length) for length in lengths]
     policies += [("lru", None), ("lfu", None), ("belady", None)]
     controlled = [("sch", lengths[min(1, len(lengths) - 1)]), ("lru", None)]
@@ -59,54 +50,51 @@ def hit_rate_rows(subject: Subject) -> Rows:
 
 
 def _srp_model(
-    trace: store.Trace,
-    selections: NDArray[np.int16],
-    num_experts: int,
-    length: int,
-    control: str,
-    domain: str | None = None,
+    trace: store.Trace, selections: NDArray[np.int16], num_experts: int, control: str, domain: str | None = None
 ) -> Rows:
-    found = local_consistency.srp_bootstrap(
+    """SRP of the whole model at every segment length that fits."""
+    lengths, rows = lengths_that_fit(trace), []
+    if not lengths:
+        return []
+    table = local_consistency.srp_bootstrap_table(
         selections=selections,
         num_experts=num_experts,
-        segment_length=length,
-        scope="model",
+        segment_lengths=lengths,
+        scopes=["model"],
         num_resamples=NUM_RESAMPLES,
         seed=SEED,
     )
-    used = trace.lengths >= length
-    place = {"control": control, "domain": domain, "at": float(length)}
-    place |= {"tokens": int(trace.lengths[used].sum()), "sequences": int(used.sum())}
-    estimate = found.estimate
-    size_ends = {"low": float(found.router_size_lower), "high": float(found.router_size_upper)}
-    rows = [
-        {
-            **place,
-            "metric": "srp",
-            "value": float(estimate.value),
-            "low": float(found.lower),
-            "high": float(found.upper),
-        },
-        {**place, "metric": "router_size", "value": float(estimate.router_size), **size_ends},
-    ]
-    if control == "observed":
-        rows.append({**place, "metric": "srp", "value": float(estimate.lower_bound), "control": "lower_bound"})
+    for (length, _), found in table.items():
+        used = trace.lengths >= length
+        place = {"control": control, "domain": domain, "at": float(length)}
+        place |= {"tokens": int(trace.lengths[used].sum()), "sequences": int(used.sum())}
+        estimate = found.estimate
+        ends = {"low": float(found.lower), "high": float(found.upper)}
+        size_ends = {"low": float(found.router_size_lower), "high": float(found.router_size_upper)}
+        rows.append({**place, "metric": "srp", "value": float(estimate.value), **ends})
+        rows.append({**place, "metric": "router_size", "value": float(estimate.router_size), **size_ends})
+        if control == "observed":
+            rows.append({**place, "metric": "srp", "value": float(estimate.lower_bound), "control": "lower_bound"})
     return rows
 
 
-def _srp_parts(subject: Subject, found: Any, length: int, scope: str) -> Rows:
-    rows: Rows = []
-    for axis in range(len(subject.trace.layers)):
-        layer, step = subject.layer_of(axis)
-        place = {"layer": layer, "step": step, "at": float(length)}
-        if scope == "layer":
-            rows.append({"metric": "srp", "value": float(found.value[axis]), **place})
-            rows.append({"metric": "router_size", "value": float(found.router_size[axis]), **place})
-        else:
-            rows += [
-                {"metric": "srp", "expert": expert, "value": float(value), **place}
-                for expert, value in enumerate(found.value[axis])
-            ]
+def _srp_parts(trace: store.Trace, num_experts: int) -> Rows:
+    """SRP of every layer and of every expert."""
+    lengths, rows = lengths_that_fit(trace), []
+    if not lengths:
+        return []
+    table = local_consistency.srp_table(
+        selections=trace.ids, num_experts=num_experts, segment_lengths=lengths, scopes=["layer", "expert"]
+    )
+    for (length, scope), found in table.items():
+        for axis, (layer, step) in enumerate(trace.layers):
+            place = {"layer": layer, "step": step, "at": float(length)}
+            if scope == "layer":
+                rows.append({**place, "metric": "srp", "value": float(found.value[axis])})
+                rows.append({**place, "metric": "router_size", "value": float(found.router_size[axis])})
+            else:
+                values = enumerate(found.value[axis].tolist())
+                rows += [{**place, "metric": "srp", "expert": expert, "value": value} for expert, value in values]
     return rows
 
 
@@ -116,7 +104,7 @@ def _own_caches(subject: Subject, replay: dict[str, Any], place: dict[str, Any])
     rows = _curve(np.nanmean(layers, axis=0), place)
     if place["control"] == "observed":
         for axis, curve in enumerate(layers):
-            layer, step = subject.layer_of(axis)
+            layer, step = subject.trace.layers[axis]
             rows += _curve(curve, {**place, "layer": layer, "step": step})
     return rows
 

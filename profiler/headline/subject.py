@@ -59,13 +59,10 @@ class Subject:
         frame = self.run.table("sequence")
         return int((frame if domain is None else frame.filter(pl.col("domain") == domain))["tokens"].sum())
 
-    def lengths_that_fit(self, trace: store.Trace) -> list[int]:
-        """Segment lengths that at least two sequences reach: with fewer there is no interval."""
-        return [length for length in SEGMENT_LENGTHS if int((trace.lengths >= length).sum()) >= 2]
 
-    def layer_of(self, axis: int) -> tuple[int, int]:
-        """(layer, step) of an entry of the trace's axis 0."""
-        return self.trace.layers[axis]
+def lengths_that_fit(trace: store.Trace) -> list[int]:
+    """Segment lengths that at least two sequences reach: with fewer there is no interval."""
+    return [length for length in SEGMENT_LENGTHS if int((trace.lengths >= length).sum()) >= 2]
 
 
 def with_controls(trace: store.Trace, num_experts: int) -> Iterator[tuple[str, NDArray[np.int16]]]:

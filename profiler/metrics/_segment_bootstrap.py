@@ -9,12 +9,10 @@ from threading import Lock
 
 import numpy as np
 
-from ._arrays import FloatArray, IntArray
+from ._arrays import FloatArray, IntArray, ratio
 from ._intervals import Rule, interval, resample_weights
 from ._segments import best_threshold, histogram_blocks
 from ._trace import Trace, available_cores
-
-_VALUES = 1 << 16  # resampled histogram values evaluated at once: 512 KiB, inside a core's cache
 
 
 @dataclass(frozen=True)
@@ -70,23 +68,39 @@ class SegmentBootstrap:
 
     def _ends(self, histogram: IntArray) -> FloatArray:
         """The four interval ends of one group; histogram (sequences, m + 1)."""
-        # f never above the largest seen: thresholds beyond it keep nothing and cannot win
-        seen = int(np.flatnonzero(histogram.any(axis=0)).max(initial=0)) + 1
-        dense = histogram[:, :seen].astype(np.float64)
-        resampled = np.empty((len(self.weights), 2))
-        rows = max(1, _VALUES // seen)
-        for first in range(0, len(self.weights), rows):
-            part = slice(first, first + rows)
-            resampled[part, 0], resampled[part, 1], _ = best_threshold(self.weights[part] @ dense, self.length)
-        value, size, _ = best_threshold(dense.sum(axis=0), self.length)
-        settings = self.settings
+        value, size, threshold = best_threshold(histogram.sum(axis=0), self.length)
         lower, upper = interval(
             estimate=np.array([value, size]),
-            resampled=resampled,
-            confidence=settings.confidence,
-            rule=settings.rule,
+            resampled=_resampled_best(self.weights, histogram, self.length, int(threshold)),
+            confidence=self.settings.confidence,
+            rule=self.settings.rule,
         )
         return np.stack([lower, upper], axis=1).ravel()
+
+
+def _resampled_best(weights: FloatArray, histogram: IntArray, length: int, threshold: int) -> FloatArray:
+    """``best_threshold`` of every resample: value and router size, (resamples, 2).
+
+    weights (resamples, sequences), histogram (sequences, m + 1). Trying every threshold would take m + 1 columns of the
+    products below. But to beat a value v, the threshold to take is ceil(m v / 2): windows with 2 f >= m v raise F1
+    above v, the others lower it. So value and threshold improve each other until they stand still (Dinkelbach's
+    method), from the estimate's threshold on in a handful of steps that touch a handful of thresholds.
+    """
+    used = np.cumsum((histogram * np.arange(length + 1))[:, ::-1], axis=1)[:, ::-1].astype(np.float64)
+    kept = length * np.cumsum(histogram[:, ::-1], axis=1)[:, ::-1].astype(np.float64)
+    needed = weights @ used[:, 0]
+    thresholds = np.full(len(weights), threshold)
+    everyone = np.arange(len(weights))
+    for _ in range(length + 2):  # they rise from the second step on
+        touched, place = np.unique(thresholds, return_inverse=True)
+        slots = (weights @ kept[:, touched])[everyone, place]
+        value = ratio(2.0 * (weights @ used[:, touched])[everyone, place], slots + needed, empty=0.0)
+        # m v / 2 that is a whole number but for rounding must not push the threshold up
+        better = np.ceil(length * value / 2.0 - 1e-9).astype(np.int64)
+        if (better == thresholds).all():
+            break
+        thresholds = better
+    return np.stack([value, ratio(slots, needed, empty=0.0)], axis=1)
 
 
 def bootstrap_segments(

@@ -1,5 +1,4 @@
-"""One cache stack for every policy: the depth at which each request finds its object, so that one pass serves all
-sizes.
+"""One cache stack for every policy: the depth at which each request finds its object serves all sizes in one pass.
 
 A cache that always evicts the object of smallest priority, with priorities that do not depend on its size, holds the
 top C entries of one stack for every size C at once (Mattson et al., 1970). A request that finds its object at depth

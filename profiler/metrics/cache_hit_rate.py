@@ -132,8 +132,7 @@ def hit_rate_bootstrap(
     rule: Rule = "basic",
     seed: int = 0,
 ) -> HitRateInterval:
-    """``hit_rate_curve`` with an interval from resampling whole sequences; arrays (layers, E), or (layers * E,) if
-    shared.
+    """``hit_rate_curve`` with an interval from resampling whole sequences.
 
     Args as ``hit_rate_curve``, and:
         rule: "basic" (the published code's, reversed) or "percentile"; docs/metrics.md says how they differ.
@@ -163,9 +162,7 @@ def hit_rate_bootstrap(
 
 
 def slots_at_ratio(*, ratio: float, top_k: int, num_layers: int = 1) -> int:
-    """Slots of a cache that holds ``ratio`` (paper: rho) times the experts one token uses; num_layers: layers that
-    share it.
-    """
+    """Slots of a cache that holds ``ratio`` (paper: rho) times what a token uses in the layers that share it."""
     return max(1, round(ratio * top_k * num_layers))
 
 

@@ -2,7 +2,8 @@
 
 A verdict about local routing needs all three beside it: what survives shuffling inside sequences is due to each text's
 topic, what survives shuffling over all is due to popular experts, and uniformly random experts must read "no".
-Every control keeps the shape, the padding, and how many experts each token uses.
+Every control keeps the shape, the padding, and how many experts each token uses. (A token that uses no expert in any
+layer becomes padding when a shuffle puts it at the end.)
 """
 
 from __future__ import annotations

@@ -30,8 +30,7 @@ Scope = Literal["model", "layer", "expert"]
 
 @dataclass(frozen=True)
 class SegmentRouting:
-    """SRP of one segment length. The arrays have shape () for scope "model", (layers,) for "layer", (layers,
-    experts) for "expert".
+    """SRP of one segment length; arrays of shape () for scope "model", (layers,) or (layers, experts) for the others.
 
     value: best F1, 0..1. router_size: token slots the best segment router keeps, over those really used (paper:
     rho-hat), from 0. threshold: uses per window from which it keeps an expert, 0..m. activation_ratio: share of
@@ -105,8 +104,7 @@ def srp_table(
     scopes: Sequence[Scope] = ("model", "layer", "expert"),
     skip_first: bool = False,
 ) -> dict[tuple[int, Scope], SegmentRouting]:
-    """``srp`` for several segment lengths and scopes in one pass over the trace: {(segment_length, scope):
-    SegmentRouting}.
+    """``srp`` for several segment lengths and scopes in one pass over the trace, keyed (segment_length, scope).
 
     Raises:
         MetricError: as ``srp``; a length that no sequence reaches is named.
@@ -199,10 +197,10 @@ def srp_expert_choice(
     scope: Literal["model", "layer"] = "layer",
     skip_first: bool = False,
 ) -> FloatArray:
-    """SRP of a layer, (layers,), or of the model, (), when every expert has a threshold of its own: sum of F1 (P +
-    A) over sum of P + A.
+    """SRP of a layer, (layers,), or of the model, (), when every expert has a threshold of its own.
 
-    Used in the paper's case study only. Not a maximum over thresholds, so it may lie on either side of ``srp``.
+    The sum over experts of F1 (P + A) over the sum of P + A. Used in the paper's case study only. Not a maximum over
+    thresholds, so it may lie on either side of ``srp``.
     """
     experts = srp(
         selections=selections,

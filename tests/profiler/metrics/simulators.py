@@ -12,7 +12,14 @@ Stream = list[list[int]]
 
 
 def random_selections(
-    seed: int, *, layers: int = 2, sequences: int = 3, tokens: int = 14, experts: int = 6, k: int = 2, ragged: bool = True
+    seed: int,
+    *,
+    layers: int = 2,
+    sequences: int = 3,
+    tokens: int = 14,
+    experts: int = 6,
+    k: int = 2,
+    ragged: bool = True,
 ) -> NDArray[np.int64]:
     """Selections with sequences of different lengths and tokens that use fewer than k experts, or none in one layer."""
     generator = np.random.default_rng(seed)
@@ -20,7 +27,9 @@ def random_selections(
     selections = np.full((layers, sequences, tokens, k), -1)
     for layer, sequence in np.ndindex(layers, sequences):
         for token in range(tokens):
-            selections[layer, sequence, token] = generator.choice(experts, k, replace=False, p=0.8 * skew + 0.2 / experts)
+            selections[layer, sequence, token] = generator.choice(
+                experts, k, replace=False, p=0.8 * skew + 0.2 / experts
+            )
     if ragged:
         fewer = generator.integers(0, k + 1, size=selections.shape[:3])
         fewer = np.where(generator.random(fewer.shape) < 0.7, k, fewer)

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from numpy.typing import NDArray
+from reference_values import NAMES, reference
 from simulators import best_f1, random_selections, real_lengths, windows
 
 from moescope.errors import MetricError
 from profiler.metrics._intervals import interval, resample_weights
+from profiler.metrics._segment_bootstrap import _resampled_best
+from profiler.metrics._segments import best_threshold
 from profiler.metrics.controls import uniform_experts
 from profiler.metrics.local_consistency import (
     Scope,
@@ -26,15 +26,7 @@ from profiler.metrics.local_consistency import (
     srp_uniform,
 )
 
-REFERENCE = Path(__file__).parents[2] / "reference"
-NAMES = ["trace-8x2", "trace-16x2", "trace-32x4"]
 ONE_EXPERT = np.array([0, 0, -1, 0, -1, -1, -1, 0]).reshape(1, 1, 8, 1)
-
-
-def reference(name: str) -> tuple[NDArray[Any], int, dict[str, Any]]:
-    values = json.loads((REFERENCE / f"{name}.json").read_text())
-    with np.load(REFERENCE / f"{name}.npz") as archive:
-        return archive["experts"], values["shape"]["num_experts"], values
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -45,7 +37,9 @@ def test_equals_the_reference(name: str) -> None:
     for length in lengths:
         expected = values["srp"][str(length)]
         model, layer, expert = (table[length, scope] for scope in ("model", "layer", "expert"))
-        np.testing.assert_allclose([model.value, model.router_size, model.threshold], expected["model"], atol=1e-9, rtol=0)
+        np.testing.assert_allclose(
+            [model.value, model.router_size, model.threshold], expected["model"], atol=1e-9, rtol=0
+        )
         found = np.stack([layer.value, layer.router_size, layer.threshold], axis=1)
         np.testing.assert_allclose(found, expected["layer"], atol=1e-9, rtol=0)
         np.testing.assert_allclose(expert.value, expected["expert_srp"], atol=1e-9, rtol=0)
@@ -183,7 +177,10 @@ def test_bootstrap_resamples_whole_sequences(scope: Scope) -> None:
     found = srp_bootstrap(
         selections=selections, **arguments, num_resamples=resamples, confidence=0.8, rule="percentile", seed=3
     )
-    for ends, name in (((found.lower, found.upper), "value"), ((found.router_size_lower, found.router_size_upper), "router_size")):
+    for ends, name in (
+        ((found.lower, found.upper), "value"),
+        ((found.router_size_lower, found.router_size_upper), "router_size"),
+    ):
         expected = np.quantile([getattr(one, name) for one in resampled], [0.1, 0.9], axis=0)
         np.testing.assert_allclose(ends, expected, atol=1e-12)
     np.testing.assert_array_equal(found.estimate.value, srp(selections=selections, **arguments).value)
@@ -236,3 +233,15 @@ def test_no_lengths_give_an_empty_table() -> None:
 def test_says_what_is_wrong(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(MetricError, match=message):
         srp_bootstrap(**{"selections": ONE_EXPERT, "num_experts": 1, "segment_length": 2, **changes})
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 10_000), m=st.integers(1, 40), density=st.floats(0.02, 1.0))
+def test_stepping_to_the_best_threshold_equals_trying_all(seed: int, m: int, density: float) -> None:
+    generator = np.random.default_rng(seed)
+    histogram = generator.integers(0, 30, size=(6, m + 1)) * (generator.random((6, m + 1)) < density)
+    weights = resample_weights(num_sequences=6, num_resamples=50, seed=seed)
+    value, size, _ = best_threshold(weights @ histogram, m)
+    for start in (0, m // 2, m):
+        found = _resampled_best(weights, histogram, m, start)
+        np.testing.assert_allclose(found, np.stack([value, size], axis=1), atol=1e-9)
