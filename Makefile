@@ -34,5 +34,13 @@ format: install  ## put the code into shape
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+sample-model: install  ## train the sample model again (Debian 12; hours); its texts and weights are replaced
+	$(BIN)/python -P -m sample_data.prepare --out build/sample-data
+	$(BIN)/python -P -m sample_data.train --data build/sample-data --out sample_data/model
+
+screenshots: install  ## shoot every page, light and dark, into docs/screenshots (needs Chromium)
+	$(BIN)/python -P -m app.cli demo --no-dashboard --store build/screenshots
+	$(BIN)/python -m tests.browser.screenshots --store build/screenshots --run sample --out docs/screenshots
+
 clean:  ## remove .venv and caches
-	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis build

@@ -75,20 +75,32 @@ def _open(path: str, version: tuple[object, ...]) -> Run:
 
 @st.cache_resource(max_entries=256, show_spinner=False)
 def _frame(
-    path: str, version: tuple[object, ...], key: tuple[object, ...], _maker: FrameMaker, _run: Run, _arguments: dict[str, Any]
+    path: str,
+    version: tuple[object, ...],
+    key: tuple[object, ...],
+    _maker: FrameMaker,
+    _run: Run,
+    _arguments: dict[str, Any],
 ) -> pl.DataFrame:
     return _maker(_run, **_arguments)
 
 
 @st.cache_resource(max_entries=8, show_spinner=False)
 def _detail(
-    path: str, version: tuple[object, ...], key: tuple[object, ...], _maker: FrameMaker, _run: Run, _arguments: dict[str, Any]
+    path: str,
+    version: tuple[object, ...],
+    key: tuple[object, ...],
+    _maker: FrameMaker,
+    _run: Run,
+    _arguments: dict[str, Any],
 ) -> pl.DataFrame:
     return _maker(_run, **_arguments)
 
 
 @st.cache_data(max_entries=64, show_spinner=False)
-def _names(path: str, version: tuple[object, ...], name: str, _maker: Callable[[Run], list[str]], _run: Run) -> list[str]:
+def _names(
+    path: str, version: tuple[object, ...], name: str, _maker: Callable[[Run], list[str]], _run: Run
+) -> list[str]:
     return _maker(_run)
 
 

@@ -109,7 +109,9 @@ def choose_port(host: str, port: int | None) -> int:
                 return candidate
         except OSError as error:
             if isinstance(error, socket.gaierror) or error.errno == 99:
-                raise InputError(f"--host {host} is not an address of this machine: leave it out, or give 0.0.0.0") from error
+                raise InputError(
+                    f"--host {host} is not an address of this machine: leave it out, or give 0.0.0.0"
+                ) from error
         except OverflowError as error:
             raise InputError(f"--port {candidate} is no port: give a number from 1 to 65535") from error
     wanted = f"port {port}" if port is not None else f"every port from {FIRST_PORT} to {FIRST_PORT + 99}"
@@ -150,4 +152,7 @@ def _require_streamlit() -> None:
 
 def _warn_exposed(host: str) -> None:
     if host not in _LOOPBACK:
-        print(f"warning: listening on {host}: everyone who reaches this machine can read the runs, text included", file=sys.stderr)
+        print(
+            f"warning: listening on {host}: everyone who reaches this machine can read the runs, text included",
+            file=sys.stderr,
+        )

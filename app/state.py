@@ -1,6 +1,7 @@
 """What the user chose, and the URL: every choice is a widget bound to a query parameter of the same name.
 
-Values from a URL are checked against what the run has before a widget sees them; a bad one falls back to the default.
+Streamlit puts the shown text of an option into the URL, so options that belong in links are shown as they are. Values
+from a URL are checked against what the run has; a bad one falls back to the default.
 """
 
 from __future__ import annotations
@@ -44,6 +45,7 @@ def choose_run(entries: dict[str, Entry]) -> Chosen | None:
         return None
     _explain_missing(names)
     _keep_valid("run", names, default=names[0])
+    st.markdown("**Run**")
     name = st.selectbox(
         "Run",
         names,
@@ -51,8 +53,7 @@ def choose_run(entries: dict[str, Entry]) -> Chosen | None:
         index=None,
         required=True,
         bind="query-params",
-        format_func=lambda name: f"{name} (collecting)" if entries[name].live else name,
-        help="Runs of the store, the newest first. The link in the address bar opens the same run and view again.",
+        label_visibility="collapsed",
     )
     return Chosen(entries[name if name in entries else names[0]])
 

@@ -23,10 +23,11 @@ deleted and computed again).
 
 Common columns: **layer** counts the model's decoder layers, dense ones included; **step** is 0 unless a layer calls its
 experts several times; **kind** is routed or shared; **domain** is the label of the text; **phase** is prompt or decode;
-**position** counts the real (not padding) tokens of a sequence from 0. Sums are stored, never means: divide when reading.
+**position** counts the real (not padding) tokens of a sequence from 0. Sums are stored, never means: divide when
+reading.
 
-The rule says how rows of different shards, and of different hosts, add up: *key* (rows with equal keys become one), *sum*,
-*max*, *at c* (the value beside the largest value of column c), *row* (a plain union of rows).
+The rule says how rows of different shards, and of different hosts, add up: *key* (rows with equal keys become one),
+*sum*, *max*, *at c* (the value beside the largest value of column c), *row* (a plain union of rows).
 """
 
 
@@ -47,8 +48,8 @@ def _tables() -> Iterator[str]:
 def _views() -> Iterator[str]:
     for name in views():
         yield f"## {name} (view)\n"
-        yield "The trace, one row per selection: sequence, position, layer, step, rank (0 = largest gate weight), expert,"
-        yield "weight.\n"
+        yield "The trace, one row per selection: sequence, position, layer, step, rank (0 = largest gate weight),"
+        yield "expert, weight.\n"
 
 
 def _derived() -> Iterator[str]:

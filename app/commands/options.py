@@ -26,9 +26,7 @@ def add_json(parser: argparse.ArgumentParser) -> None:
 
 def add_config(parser: argparse.ArgumentParser) -> None:
     """``--config FILE``: any option from a TOML file; what the command line says wins."""
-    parser.add_argument(
-        "--config", metavar="FILE", type=Path, help="TOML file of options, such as tokens = 100000"
-    )
+    parser.add_argument("--config", metavar="FILE", type=Path, help="TOML file of options, such as tokens = 100000")
 
 
 def positive(text: str) -> int:

@@ -25,7 +25,7 @@ def show(
         alt: what the figure shows, for those who do not see it.
         rests_on: number of tokens, interval or source, where they apply.
     """
-    with st.container(border=bordered, gap="xsmall"):
+    with st.container(border=bordered, gap="xsmall", height="stretch"):
         st.plotly_chart(figure, key=f"chart-{key}", theme="streamlit", width="stretch", alt=alt, config=_config(key))
         caption(read + (f" *{rests_on}*" if rests_on else ""), frame, figure, key=key)
 
@@ -41,13 +41,34 @@ def downloads(frame: pl.DataFrame, figure: go.Figure | None, *, key: str) -> Non
     """A menu with the data as CSV and Parquet and the figure as a page of its own; each is made on click."""
     name = file_name(key)
     with st.popover("Download", icon=":material/download:", type="tertiary", key=f"download-{key}"):
-        st.download_button("Data, CSV", lambda: frame.write_csv().encode(), f"{name}.csv", "text/csv",
-                           key=f"csv-{key}", on_click="ignore", width="stretch")  # fmt: skip
-        st.download_button("Data, Parquet", lambda: _parquet(frame), f"{name}.parquet", "application/vnd.apache.parquet",
-                           key=f"parquet-{key}", on_click="ignore", width="stretch")  # fmt: skip
+        st.download_button(
+            "Data, CSV",
+            lambda: frame.write_csv().encode(),
+            f"{name}.csv",
+            "text/csv",
+            key=f"csv-{key}",
+            on_click="ignore",
+            width="stretch",
+        )
+        st.download_button(
+            "Data, Parquet",
+            lambda: _parquet(frame),
+            f"{name}.parquet",
+            "application/vnd.apache.parquet",
+            key=f"parquet-{key}",
+            on_click="ignore",
+            width="stretch",
+        )
         if figure is not None:
-            st.download_button("Figure, HTML", lambda: page(figure), f"{name}.html", "text/html",
-                               key=f"html-{key}", on_click="ignore", width="stretch")  # fmt: skip
+            st.download_button(
+                "Figure, HTML",
+                lambda: page(figure),
+                f"{name}.html",
+                "text/html",
+                key=f"html-{key}",
+                on_click="ignore",
+                width="stretch",
+            )
             st.caption("SVG: the camera in the figure's corner.")
 
 

@@ -41,15 +41,23 @@ def progress(run: Run) -> None:
     """How far a live run is."""
     done = run.progress
     if done is None:
-        st.info("The collection is starting; the first numbers appear with its first shard.", icon=":material/hourglass_top:")
+        st.info(
+            "The collection is starting; the first numbers appear with its first shard.",
+            icon=":material/hourglass_top:",
+        )
         return
     if done.state in ("interrupted", "failed"):
-        st.warning(f"The collection has {'ended early' if done.state == 'interrupted' else 'failed'}: {plain(done.detail or 'no detail', 200)}. "
-                   "What it published is shown. Continue it with `moescope collect ... --resume`.")  # fmt: skip
+        st.warning(
+            f"The collection has {'ended early' if done.state == 'interrupted' else 'failed'}: "
+            f"{plain(done.detail or 'no detail', 200)}. "
+            "What it published is shown. Continue it with `moescope collect ... --resume`."
+        )
         return
     share = min(done.tokens / done.token_budget, 1.0) if done.token_budget else 0.0
     budget = f" of {done.token_budget:,}" if done.token_budget else ""
-    text = f"{done.tokens:,}{budget} tokens · {done.tokens_per_second:,.0f} tokens/s · {duration(done.seconds_left)} left"
+    text = (
+        f"{done.tokens:,}{budget} tokens · {done.tokens_per_second:,.0f} tokens/s · {duration(done.seconds_left)} left"
+    )
     st.progress(share, text="compacting the shards into one file" if done.state == "compacting" else text)
 
 
@@ -58,9 +66,14 @@ def not_yet(what: str, run: Run) -> None:
     if run.live:
         st.info(f"{what} is computed from the whole trace when the collection ends.", icon=":material/hourglass_top:")
     else:
-        st.info(f"{what} has not been computed for this run: the metrics beside it are missing. Compute them from the run alone:",
-                icon=":material/calculate:")  # fmt: skip
-        st.code(f"import profiler.headline\n\nprofiler.headline.compute_and_store({str(run.path)!r})", language="python")
+        st.info(
+            f"{what} has not been computed for this run: the metrics beside it are missing. Compute them "
+            "from the run alone:",
+            icon=":material/calculate:",
+        )
+        st.code(
+            f"import profiler.headline\n\nprofiler.headline.compute_and_store({str(run.path)!r})", language="python"
+        )
 
 
 def needs_level(what: str, level: str, run: Run) -> None:

@@ -49,7 +49,7 @@ def token_strip(
 def encode(
     tokens: pl.DataFrame, routes: pl.DataFrame, colours: pl.DataFrame, *, layer: str, mode: str
 ) -> dict[str, Any]:
-    """What the script draws: texts as a list; ids (layers, tokens, k) as int16 and weights as 8-bit parts, in base64."""
+    """What the script draws: texts; in base64, ids (layers, tokens, k) as int16 and weights as 8-bit parts."""
     start, count = int(tokens["position"].min() or 0), len(tokens)  # type: ignore[arg-type]
     labels = routes["label"].unique(maintain_order=True).to_list()
     width = int(routes["rank"].max()) + 1 if len(routes) else 0  # type: ignore[arg-type]

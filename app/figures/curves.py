@@ -1,4 +1,4 @@
-"""Curves over layers: balance, confidence, coverage, residual stream; and bars per domain."""
+"""Curves over layers: balance, confidence, coverage, specialization; and bars per domain."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 import plotly.graph_objects as go
 import polars as pl
+from plotly.subplots import make_subplots
 
-from app.figures.style import Theme, colours_of, fade, layout, message, palette, safe
+from app.figures.style import Theme, colours_of, fade, layout, log_ticks, message, palette, safe
 
 BALANCE_WORDS = {
     "normalised_entropy": ("normalised entropy", "0 to 1, 1 = even"),
@@ -24,30 +25,62 @@ CONFIDENCE_WORDS = {
 }
 
 
-def balance_curve(frame: pl.DataFrame, *, metric: str, where: str = "all text", theme: Theme = "light") -> go.Figure:
-    """One measure of evenness over the layers. frame: ``app.frames.load.balance``; metric: a key of ``BALANCE_WORDS``."""
-    name, unit = BALANCE_WORDS[metric]
-    title = f"{name[0].upper()}{name[1:]} of the load per layer, {where}"
-    shown = frame.drop_nulls(metric)
+def balance_curves(frame: pl.DataFrame, *, where: str = "all text", theme: Theme = "light") -> go.Figure:
+    """Four measures of evenness over the layers, one panel each. frame: ``app.frames.load.balance``."""
+    title = f"Balance of the load per layer, {where}"
+    shown = frame.drop_nulls("max_violation")
     if shown.is_empty():
         return message("No load recorded for this choice.", title=title, theme=theme)
     colours = palette(theme)
-    hover = f"layer %{{x}}<br>{name} %{{y:.3f}}<br>%{{customdata:,.0f}} tokens<extra></extra>"
-    figure = go.Figure(
-        go.Scatter(x=shown["label"], y=shown[metric], customdata=shown["tokens"], name=name, mode="lines+markers",
-                   line={"color": colours.accent, "width": 2}, marker={"size": 6}, hovertemplate=hover)
-    )  # fmt: skip
-    if metric == "cv":
-        figure.add_scatter(x=shown["label"], y=shown["noise_cv"], name="a balanced router, by chance", mode="lines",
-                           line={"color": colours.muted, "dash": "dot", "width": 1.5},
-                           hovertemplate="layer %{x}<br>chance alone %{y:.3f}<extra></extra>")  # fmt: skip
-    layout(figure, title=title, x="layer", y=f"{name} ({unit})", theme=theme, height=320, legend=metric == "cv")
+    names = [f"{name[0].upper()}{name[1:]} ({unit})" for name, unit in BALANCE_WORDS.values()]
+    figure = make_subplots(rows=2, cols=2, subplot_titles=names, vertical_spacing=0.24, horizontal_spacing=0.09)
+    x = shown["label"].to_list()
+    for index, (metric, (name, _)) in enumerate(BALANCE_WORDS.items()):
+        place = {"row": index // 2 + 1, "col": index % 2 + 1}
+        hover = f"layer %{{x}}<br>{name} %{{y:.3f}}<br>%{{customdata:,.0f}} tokens<extra></extra>"
+        figure.add_scatter(
+            x=x,
+            y=shown[metric],
+            customdata=shown["tokens"],
+            mode="lines+markers",
+            showlegend=False,
+            hovertemplate=hover,
+            line={"color": colours.accent, "width": 2},
+            marker={"size": 6},
+            **place,
+        )
+        if metric == "cv":
+            figure.add_scatter(
+                x=x,
+                y=shown["noise_cv"],
+                mode="lines",
+                name="a balanced router, by chance",
+                showlegend=False,
+                line={"color": colours.muted, "dash": "dot", "width": 1.5},
+                hovertemplate="layer %{x}<br>by chance alone %{y:.3f}<extra></extra>",
+                **place,
+            )
+    layout(
+        figure,
+        title=title,
+        x="layer",
+        y="",
+        theme=theme,
+        height=500,
+        legend=False,
+        margin={"l": 8, "r": 12, "t": 84, "b": 8},
+    )
+    figure.update_annotations(font={"size": 12, "color": colours.text}, xanchor="left")
+    for index, annotation in enumerate(figure.layout.annotations):
+        annotation.x = figure.layout["xaxis" if index % 2 == 0 else "xaxis2"].domain[0]
     figure.update_xaxes(type="category", showgrid=False, nticks=24)
     figure.update_yaxes(rangemode="tozero")
     return figure
 
 
-def confidence_band(frame: pl.DataFrame, *, quantity: str, where: str = "all text", theme: Theme = "light") -> go.Figure:
+def confidence_band(
+    frame: pl.DataFrame, *, quantity: str, where: str = "all text", theme: Theme = "light"
+) -> go.Figure:
     """Median with the 10th to 90th percentile over tokens, and the mean, per layer.
 
     frame: ``app.frames.confidence.confidence``; quantity: a key of ``CONFIDENCE_WORDS``.
@@ -61,15 +94,38 @@ def confidence_band(frame: pl.DataFrame, *, quantity: str, where: str = "all tex
     x = shown["label"].to_list()
     figure = go.Figure()
     for column, fill in (("p90", None), ("p10", "tonexty")):
-        figure.add_scatter(x=x, y=shown[column], mode="lines", line={"width": 0}, fill=fill, fillcolor=fade(colours.accent, 0.18),
-                           showlegend=column == "p10", name="10th to 90th percentile", hoverinfo="skip")  # fmt: skip
+        figure.add_scatter(
+            x=x,
+            y=shown[column],
+            mode="lines",
+            line={"width": 0},
+            fill=fill,
+            fillcolor=fade(colours.accent, 0.18),
+            showlegend=column == "p10",
+            name="10th to 90th percentile",
+            hoverinfo="skip",
+        )
     extra = shown.select("p10", "p90", "mean", "tokens").to_numpy()
     hover = "layer %{x}<br>median %{y:.3f}<br>10th to 90th percentile %{customdata[0]:.3f} to %{customdata[1]:.3f}"
     hover += "<br>mean %{customdata[2]:.3f}<br>%{customdata[3]:,.0f} tokens<extra></extra>"
-    figure.add_scatter(x=x, y=shown["p50"], customdata=extra, mode="lines+markers", name="median", hovertemplate=hover,
-                       line={"color": colours.accent, "width": 2}, marker={"size": 6})  # fmt: skip
-    figure.add_scatter(x=x, y=shown["mean"], mode="lines", name="mean", line={"color": colours.muted, "dash": "dot", "width": 1.5},
-                       hovertemplate="layer %{x}<br>mean %{y:.3f}<extra></extra>")  # fmt: skip
+    figure.add_scatter(
+        x=x,
+        y=shown["p50"],
+        customdata=extra,
+        mode="lines+markers",
+        name="median",
+        hovertemplate=hover,
+        line={"color": colours.accent, "width": 2},
+        marker={"size": 6},
+    )
+    figure.add_scatter(
+        x=x,
+        y=shown["mean"],
+        mode="lines",
+        name="mean",
+        line={"color": colours.muted, "dash": "dot", "width": 1.5},
+        hovertemplate="layer %{x}<br>mean %{y:.3f}<extra></extra>",
+    )
     layout(figure, title=title, x="layer", y=f"{name.split(':')[0].lower()} ({unit})", theme=theme, height=340)
     figure.update_xaxes(type="category", showgrid=False, nticks=24)
     figure.update_yaxes(rangemode="tozero")
@@ -77,7 +133,7 @@ def confidence_band(frame: pl.DataFrame, *, quantity: str, where: str = "all tex
 
 
 def coverage_band(frame: pl.DataFrame, *, theme: Theme = "light") -> go.Figure:
-    """Tokens per expert over the layers: fewest to most, the middle 80 %, the median, and the limit below which an expert starves.
+    """Tokens per expert over the layers: fewest to most, the middle 80 %, the median, and where starving begins.
 
     frame: ``app.frames.load.coverage``.
     """
@@ -89,19 +145,44 @@ def coverage_band(frame: pl.DataFrame, *, theme: Theme = "light") -> go.Figure:
     # A log axis has no 0: experts without tokens are drawn at one half.
     y = {name: [max(value or 0, 0.5) for value in frame[name]] for name in ("fewest", "p10", "median", "p90", "most")}
     figure = go.Figure()
-    for upper, lower, alpha, words in (("most", "fewest", 0.10, "fewest to most"), ("p90", "p10", 0.22, "middle 80 % of experts")):
+    for upper, lower, alpha, words in (
+        ("most", "fewest", 0.10, "fewest to most"),
+        ("p90", "p10", 0.22, "middle 80 % of experts"),
+    ):
         figure.add_scatter(x=x, y=y[upper], mode="lines", line={"width": 0}, showlegend=False, hoverinfo="skip")
-        figure.add_scatter(x=x, y=y[lower], mode="lines", line={"width": 0}, fill="tonexty", name=words, hoverinfo="skip",
-                           fillcolor=fade(colours.accent, alpha))  # fmt: skip
+        figure.add_scatter(
+            x=x,
+            y=y[lower],
+            mode="lines",
+            line={"width": 0},
+            fill="tonexty",
+            name=words,
+            hoverinfo="skip",
+            fillcolor=fade(colours.accent, alpha),
+        )
     extra = frame.select("fewest", "most", "starved", "num_experts").to_numpy()
     hover = "layer %{x}<br>median expert: %{y:,.0f} tokens<br>fewest %{customdata[0]:,.0f}, most %{customdata[1]:,.0f}"
     hover += "<br>%{customdata[2]:.0f} of %{customdata[3]:.0f} experts starve<extra></extra>"
-    figure.add_scatter(x=x, y=y["median"], customdata=extra, mode="lines+markers", name="median expert", hovertemplate=hover,
-                       line={"color": colours.accent, "width": 2}, marker={"size": 6})  # fmt: skip
-    figure.add_scatter(x=x, y=frame["threshold"], mode="lines", name="starved below", line={"color": colours.alarm, "dash": "dash", "width": 1.5},
-                       hovertemplate="layer %{x}<br>starved below %{y:,.0f} tokens<extra></extra>")  # fmt: skip
-    layout(figure, title=title, x="layer", y="tokens per expert (log scale)", theme=theme, height=360)
-    figure.update_yaxes(type="log", dtick=1)
+    figure.add_scatter(
+        x=x,
+        y=y["median"],
+        customdata=extra,
+        mode="lines+markers",
+        name="median expert",
+        hovertemplate=hover,
+        line={"color": colours.accent, "width": 2},
+        marker={"size": 6},
+    )
+    figure.add_scatter(
+        x=x,
+        y=frame["threshold"],
+        mode="lines",
+        name="starved below",
+        line={"color": colours.alarm, "dash": "dash", "width": 1.5},
+        hovertemplate="layer %{x}<br>starved below %{y:,.0f} tokens<extra></extra>",
+    )
+    layout(figure, title=title, x="layer", y="tokens per expert (log scale)", theme=theme, height=360, wide=False)
+    figure.update_yaxes(**log_ticks([*y["fewest"], *y["most"], *frame["threshold"]]))
     figure.update_xaxes(type="category", showgrid=False, nticks=24)
     return figure
 
@@ -114,10 +195,16 @@ def domain_bars(frame: pl.DataFrame, *, theme: Theme = "light") -> go.Figure:
     shown = frame.head(24).reverse()
     hover = "%{y}<br>%{x:,} tokens, %{customdata[0]:.1%} of all<br>%{customdata[1]:,} sequences<extra></extra>"
     figure = go.Figure(
-        go.Bar(x=shown["tokens"], y=[safe(name, 24) for name in shown["domain"]], orientation="h", hovertemplate=hover,
-               customdata=shown.select("share", "sequences").to_numpy(), marker={"color": palette(theme).accent},
-               width=min(0.62, len(shown) / 11))
-    )  # fmt: skip
+        go.Bar(
+            x=shown["tokens"],
+            y=[safe(name, 24) for name in shown["domain"]],
+            orientation="h",
+            hovertemplate=hover,
+            customdata=shown.select("share", "sequences").to_numpy(),
+            marker={"color": palette(theme).accent},
+            width=min(0.62, len(shown) / 11),
+        )
+    )
     layout(figure, title=title, x="tokens", y="", theme=theme, height=360, legend=False, bargap=0.35)
     figure.update_yaxes(type="category", showgrid=False)
     return figure
@@ -135,74 +222,21 @@ def specialization_curves(frame: pl.DataFrame, *, domains: Sequence[str], theme:
     for domain, colour in colours_of(list(domains), theme).items():
         part = frame.filter(pl.col("domain") == domain)
         name = safe(domain, 24)
-        hover = f"{name}, layer %{{x}}<br>%{{y:.1%}} of the selections would have to move<br>%{{customdata:,}} selections<extra></extra>"
-        figure.add_scatter(x=part["label"], y=part["moved"], customdata=part["selections"], name=name, mode="lines+markers",
-                           line={"color": colour, "width": 2}, marker={"size": 5}, hovertemplate=hover)  # fmt: skip
+        hover = (
+            f"{name}, layer %{{x}}<br>%{{y:.1%}} of the selections would have to move"
+            f"<br>%{{customdata:,}} selections<extra></extra>"
+        )
+        figure.add_scatter(
+            x=part["label"],
+            y=part["moved"],
+            customdata=part["selections"],
+            name=name,
+            mode="lines+markers",
+            line={"color": colour, "width": 2},
+            marker={"size": 5},
+            hovertemplate=hover,
+        )
     layout(figure, title=title, x="layer", y="selections that differ (share)", theme=theme, height=380)
     figure.update_xaxes(type="category", showgrid=False, nticks=24)
     figure.update_yaxes(tickformat=".0%", rangemode="tozero")
-    return figure
-
-
-def residual_curve(frame: pl.DataFrame, *, theme: Theme = "light") -> go.Figure:
-    """Largest |hidden state| after each decoder layer, beside the median and the largest at later positions, log scale.
-
-    frame: ``app.frames.super_experts.residual``.
-    """
-    title = "Residual stream after each layer"
-    if frame.is_empty():
-        return message("The residual stream was not recorded.", title=title, theme=theme)
-    colours = palette(theme)
-    x = frame["layer"].cast(pl.String).to_list()
-    extra = frame.select("position", "channel", "ratio").to_numpy()
-    hover = "after layer %{x}<br>largest |value| %{y:,.4g}<br>position %{customdata[0]:.0f}, channel %{customdata[1]:.0f}"
-    hover += "<br>%{customdata[2]:,.0f} × the median of that token<extra></extra>"
-    figure = go.Figure(
-        go.Scatter(x=x, y=frame["absolute_max"], customdata=extra, name="largest |value|", mode="lines+markers",
-                   line={"color": colours.accent, "width": 2}, marker={"size": 6}, hovertemplate=hover)
-    )  # fmt: skip
-    for column, name, dash, colour in (
-        ("later_max", "largest at later positions", "dash", colours.categorical[1]),
-        ("median_there", "median of that token", "dot", colours.muted),
-    ):
-        figure.add_scatter(x=x, y=frame[column], name=name, mode="lines", line={"color": colour, "dash": dash, "width": 1.8},
-                           hovertemplate=f"after layer %{{x}}<br>{name} %{{y:,.4g}}<extra></extra>")  # fmt: skip
-    massive = frame.filter(pl.col("massive"))
-    if len(massive):
-        figure.add_scatter(x=massive["layer"].cast(pl.String), y=massive["absolute_max"], mode="markers", name="massive activation",
-                           marker={"symbol": "circle-open", "size": 13, "color": colours.alarm, "line": {"width": 2}}, hoverinfo="skip")  # fmt: skip
-    layout(figure, title=title, x="decoder layer", y="|hidden state| (log scale)", theme=theme, height=380)
-    figure.update_yaxes(type="log", dtick=1)
-    figure.update_xaxes(type="category", showgrid=False, nticks=24)
-    return figure
-
-
-def ranked_outputs(frame: pl.DataFrame, thresholds: pl.DataFrame, *, tokens: str = "all", theme: Theme = "light") -> go.Figure:
-    """Experts by their largest output, the largest first, against what each rule asks for.
-
-    frame: ``app.frames.super_experts.output_maxima``; thresholds: ``app.frames.super_experts.thresholds``.
-    """
-    words = "all tokens" if tokens == "all" else "first routed token"
-    title = f"Experts by their largest output, {words}"
-    shown = frame.filter(pl.col("value") > 0).head(200)
-    if shown.is_empty():
-        return message("No expert outputs recorded.", title=title, theme=theme)
-    colours = palette(theme)
-    figure = go.Figure()
-    for is_super, name, colour, size in ((False, "expert", colours.accent, 6), (True, "super expert (paper)", colours.alarm, 10)):
-        part = shown.filter(pl.col("paper") == is_super)
-        hover = f"rank %{{x}}<br>layer %{{customdata[0]}}, expert %{{customdata[1]}}<br>largest |output| %{{y:,.4g}}<extra>{name}</extra>"
-        names = part["expert"].cast(pl.String) + part["kind"].replace_strict({"shared": " (shared)"}, default="", return_dtype=pl.String)
-        figure.add_scatter(x=part["rank"], y=part["value"], mode="markers", name=name, marker={"color": colour, "size": size},
-                           customdata=list(zip(part["label"], names, strict=True)), hovertemplate=hover)  # fmt: skip
-    rules = thresholds.filter(pl.col("tokens") == tokens)
-    for rule, dash in (("paper", "dash"), ("code", "dot")):
-        value = rules.filter(pl.col("rule") == rule)["value"]
-        if len(value) and value[0] is not None and value[0] > 0:
-            figure.add_scatter(x=[0.8, max(int(shown["rank"].max()), 2)], y=[value[0]] * 2, mode="lines", name=f"{rule} rule asks for",  # type: ignore[arg-type]
-                               line={"color": colours.muted, "dash": dash, "width": 1.6},
-                               hovertemplate=f"{rule} rule: above {value[0]:,.4g}<extra></extra>")  # fmt: skip
-    layout(figure, title=title, x="rank (log scale)", y="largest |output| (log scale)", theme=theme, height=380)
-    figure.update_xaxes(type="log", dtick=1, showgrid=False)
-    figure.update_yaxes(type="log", dtick=1)
     return figure

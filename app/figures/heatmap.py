@@ -9,14 +9,14 @@ import plotly.graph_objects as go
 import polars as pl
 from numpy.typing import NDArray
 
-from app.figures.style import Theme, colorbar, layout, message, palette, rows_height, scale
+from app.figures.style import Theme, colorbar, layout, message, palette, rows_height, safe, scale
 
 MAX_DETAIL_CELLS = 8192
 """Up to so many cells the hover text carries a second figure; beyond, the map carries its values only."""
 
 
 def matrix(frame: pl.DataFrame, value: str) -> tuple[NDArray[np.float32], list[str], int]:
-    """The frame (one row per label and expert) as (layers, experts) float32, NaN where it has no row; and its labels."""
+    """The frame (one row per label and expert) as (layers, experts) float32, NaN without a row; labels; experts."""
     labels = frame["label"].unique(maintain_order=True).to_list()
     width = int(frame["expert"].max()) + 1 if len(frame) else 0  # type: ignore[arg-type]
     cells = np.full((len(labels), width), np.nan, np.float32)
@@ -26,7 +26,9 @@ def matrix(frame: pl.DataFrame, value: str) -> tuple[NDArray[np.float32], list[s
     return cells, labels, width
 
 
-def load_map(frame: pl.DataFrame, *, value: str = "relative", where: str = "all text", theme: Theme = "light") -> go.Figure:
+def load_map(
+    frame: pl.DataFrame, *, value: str = "relative", where: str = "all text", theme: Theme = "light"
+) -> go.Figure:
     """Load of every expert: share of the layer's selections, or relative to the uniform share.
 
     frame: ``app.frames.load.expert_load``. value "relative" is drawn diverging around 1 (log2), "share" sequential.
@@ -39,16 +41,23 @@ def load_map(frame: pl.DataFrame, *, value: str = "relative", where: str = "all 
     relative, _, _ = matrix(frame, "relative")
     if value == "relative":
         with np.errstate(divide="ignore"):
-            cells = np.clip(np.log2(relative), -3.0, 3.0).astype(np.float32)
+            logs = np.log2(relative)
+        bound = float(np.clip(np.ceil(np.nanmax(np.abs(logs))), 1.0, 3.0))
+        cells = np.clip(logs, -bound, bound).astype(np.float32)
         colours: dict[str, Any] = {
-            "colorscale": scale(palette(theme).diverging), "zmid": 0.0, "zmin": -3.0, "zmax": 3.0,
-            "colorbar": colorbar("times the uniform share", theme, tickvals=[-3, -2, -1, 0, 1, 2, 3],
-                                 ticktext=["≤ ⅛", "¼", "½", "1", "2", "4", "≥ 8"]),
-        }  # fmt: skip
+            "colorscale": scale(palette(theme).diverging),
+            "zmid": 0.0,
+            "zmin": -bound,
+            "zmax": bound,
+            "colorbar": colorbar("times the uniform share", theme, **_factor_ticks(int(bound))),
+        }
     else:
         cells = share * 100
-        colours = {"colorscale": scale(palette(theme).sequential), "zmin": 0.0,
-                   "colorbar": colorbar("% of selections", theme, ticksuffix=" %")}  # fmt: skip
+        colours = {
+            "colorscale": scale(palette(theme).sequential),
+            "zmin": 0.0,
+            "colorbar": colorbar("% of selections", theme, ticksuffix=" %"),
+        }
     hover = "layer %{y}, expert %{x}<br>%{customdata[0]:.2%} of the layer's selections"
     hover += "<br>%{customdata[1]:.2f} × the uniform share<br>%{customdata[2]:,.0f} tokens<extra></extra>"
     heat = go.Heatmap(z=cells, y=labels, hoverongaps=False, **colours)
@@ -58,7 +67,7 @@ def load_map(frame: pl.DataFrame, *, value: str = "relative", where: str = "all 
         heat.update(hovertemplate="layer %{y}, expert %{x}<br>2^%{z:.2f} × the uniform share<extra></extra>")
     else:
         heat.update(hovertemplate="layer %{y}, expert %{x}<br>%{z:.3f} % of selections<extra></extra>")
-    return _map(go.Figure(heat), title=title, labels=labels, width=width, theme=theme)
+    return expert_map(go.Figure(heat), title=title, labels=labels, width=width, theme=theme)
 
 
 def difference_map(frame: pl.DataFrame, *, domain: str, theme: Theme = "light") -> go.Figure:
@@ -66,8 +75,6 @@ def difference_map(frame: pl.DataFrame, *, domain: str, theme: Theme = "light") 
 
     frame: ``app.frames.domains.domain_shares`` of one domain.
     """
-    from app.figures.style import safe
-
     title = f"Load of {safe(domain)} against the mean of the domains"
     if frame.is_empty():
         return message("No selections of this domain.", title=title, theme=theme)
@@ -78,67 +85,53 @@ def difference_map(frame: pl.DataFrame, *, domain: str, theme: Theme = "light") 
     hover = "layer %{y}, expert %{x}<br>%{customdata[0]:.2%} of the domain's selections"
     hover += "<br>%{customdata[1]:.2%} in the mean of the domains<br>difference %{z:+.2f} points<extra></extra>"
     heat = go.Heatmap(
-        z=points, y=labels, zmid=0.0, zmin=-bound, zmax=bound, colorscale=scale(palette(theme).diverging),
-        colorbar=colorbar("percentage points", theme), hovertemplate=hover, hoverongaps=False,
-    )  # fmt: skip
+        z=points,
+        y=labels,
+        zmid=0.0,
+        zmin=-bound,
+        zmax=bound,
+        colorscale=scale(palette(theme).diverging),
+        colorbar=colorbar("percentage points", theme),
+        hovertemplate=hover,
+        hoverongaps=False,
+    )
     if points.size <= MAX_DETAIL_CELLS:
         heat.update(customdata=np.stack([share, pooled], axis=-1).astype(np.float32))
     else:
         heat.update(hovertemplate="layer %{y}, expert %{x}<br>difference %{z:+.2f} points<extra></extra>")
-    return _map(go.Figure(heat), title=title, labels=labels, width=width, theme=theme)
+    return expert_map(go.Figure(heat), title=title, labels=labels, width=width, theme=theme)
 
 
-def output_map(frame: pl.DataFrame, *, tokens: str = "all", theme: Theme = "light") -> go.Figure:
-    """Largest |down_proj output| of every expert on a log scale, super experts by the paper's rule ringed.
-
-    frame: ``app.frames.super_experts.output_maxima``. Shared experts stand in columns of their own at the right.
-    """
-    words = "all tokens" if tokens == "all" else "first routed token of each sequence"
-    title = f"Largest output of each expert, {words}"
-    placed, columns = _with_columns(frame)
-    if placed.is_empty() or not (placed["value"] > 0).any():
-        return message("No expert outputs recorded.", title=title, theme=theme)
-    cells, labels, width = matrix(placed.sort("layer", "step"), "value")
-    with np.errstate(divide="ignore", invalid="ignore"):
-        logs = np.where(cells > 0, np.log10(cells), np.nan).astype(np.float32)
-    low, high = float(np.floor(np.nanmin(logs))), float(np.ceil(np.nanmax(logs)))
-    ticks = np.arange(low, high + 1)
-    heat = go.Heatmap(
-        z=logs, x=columns[:width], y=labels, colorscale=scale(palette(theme).sequential), zmin=low, zmax=high, hoverongaps=False,
-        colorbar=colorbar("largest |output|", theme, tickvals=ticks, ticktext=[f"{10.0**tick:g}" for tick in ticks]),
-    )  # fmt: skip
-    if cells.size <= MAX_DETAIL_CELLS:
-        heat.update(customdata=cells, hovertemplate="layer %{y}, expert %{x}<br>largest |output| %{customdata:,.3g}<extra></extra>")
-    else:
-        heat.update(hovertemplate="layer %{y}, expert %{x}<br>largest |output| 10^%{z:.2f}<extra></extra>")
-    figure = go.Figure(heat)
-    marked = placed.filter(pl.col("paper"))
-    if len(marked):
-        figure.add_scatter(
-            x=[columns[index] for index in marked["expert"]], y=marked["label"].to_list(), mode="markers", showlegend=False,
-            marker={"symbol": "circle-open", "size": 15, "color": palette(theme).alarm, "line": {"width": 2.5}},
-            customdata=marked["value"].to_numpy(),
-            hovertemplate="super expert<br>layer %{y}, expert %{x}<br>largest |output| %{customdata:,.3g}<extra></extra>",
-        )  # fmt: skip
-    return _map(figure, title=title, labels=labels, width=width, theme=theme)
+def _factor_ticks(bound: int) -> dict[str, Any]:
+    """Ticks of a log2 scale in words: 1/2 .. 2 up to 1/8 .. 8; the ends hold what lies beyond."""
+    values = list(range(-bound, bound + 1))
+    words = {-3: "⅛", -2: "¼", -1: "½", 0: "1", 1: "2", 2: "4", 3: "8"}
+    texts = [words[value] for value in values]
+    texts[0], texts[-1] = f"≤ {texts[0]}", f"≥ {texts[-1]}"
+    return {"tickvals": values, "ticktext": texts}
 
 
-def _with_columns(frame: pl.DataFrame) -> tuple[pl.DataFrame, list[str]]:
-    """The frame with shared experts moved behind the routed ones, and the name of every column of the map."""
-    routed = frame.filter(pl.col("kind") == "routed")
-    shared = frame.filter(pl.col("kind") == "shared")
-    count = int(routed["expert"].max()) + 1 if len(routed) else 0  # type: ignore[arg-type]
-    extra = int(shared["expert"].max()) + 1 if len(shared) else 0  # type: ignore[arg-type]
-    moved = shared.with_columns((pl.col("expert") + count).cast(frame.schema["expert"]))
-    names = [str(index) for index in range(count)] + [f"shared {index}" for index in range(extra)]
-    return pl.concat([routed, moved]), names
-
-
-def _map(figure: go.Figure, *, title: str, labels: list[str], width: int, theme: Theme) -> go.Figure:
-    layout(figure, title=title, x=f"expert (0 to {width - 1})", y="layer", theme=theme,
-           height=rows_height(len(labels)), legend=False)  # fmt: skip
-    figure.update_yaxes(type="category", autorange="reversed", showgrid=False, categoryorder="array", categoryarray=labels,
-                        nticks=24, ticks="")  # fmt: skip
-    figure.update_xaxes(showgrid=False, zeroline=False, ticks="", type="category" if figure.data[0].x is not None else "linear")
+def expert_map(figure: go.Figure, *, title: str, labels: list[str], width: int, theme: Theme) -> go.Figure:
+    layout(
+        figure,
+        title=title,
+        x=f"expert (0 to {width - 1})",
+        y="layer",
+        theme=theme,
+        height=rows_height(len(labels)),
+        legend=False,
+    )
+    figure.update_yaxes(
+        type="category",
+        autorange="reversed",
+        showgrid=False,
+        categoryorder="array",
+        categoryarray=labels,
+        nticks=24,
+        ticks="",
+    )
+    figure.update_xaxes(
+        showgrid=False, zeroline=False, ticks="", type="category" if figure.data[0].x is not None else "linear"
+    )
     figure.update_xaxes(nticks=24)
     return figure

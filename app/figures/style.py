@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -38,7 +39,16 @@ _PALETTES: dict[str, Palette] = {
         sequential=("#F4F7FA", "#DCE9F3", "#B7D5E8", "#86BBDA", "#529BC8", "#2A7AB3", "#125B95", "#083F70", "#04284D"),
         diverging=("#9C3D10", "#C8642B", "#E39A6B", "#F3CFB6", "#F6F7F8", "#BBD8EA", "#76AFD3", "#357FB2", "#0F5486"),
         categorical=(
-            "#1F6FB2", "#DD7A1B", "#1E8F6D", "#8457C2", "#C94057", "#2A9DB8", "#8E6B3A", "#C75BA1", "#6F7F8F", "#8A9A22",
+            "#1F6FB2",
+            "#DD7A1B",
+            "#1E8F6D",
+            "#8457C2",
+            "#C94057",
+            "#2A9DB8",
+            "#8E6B3A",
+            "#C75BA1",
+            "#6F7F8F",
+            "#8A9A22",
         ),
     ),
     "dark": Palette(
@@ -51,10 +61,19 @@ _PALETTES: dict[str, Palette] = {
         sequential=("#15202B", "#17324A", "#19476B", "#1B5F8F", "#2A7CB2", "#4C9BCD", "#7DBBE0", "#B3DAEF", "#EAF6FD"),
         diverging=("#F5A86B", "#D9803C", "#A95A24", "#63381D", "#1A222B", "#1C4563", "#276E9E", "#4A9BD0", "#8CC8EE"),
         categorical=(
-            "#58A6DC", "#F0A04B", "#45BF97", "#AF8BE6", "#F2777E", "#56C5DC", "#C49E66", "#E08CC3", "#9AA9B8", "#BECB55",
+            "#58A6DC",
+            "#F0A04B",
+            "#45BF97",
+            "#AF8BE6",
+            "#F2777E",
+            "#56C5DC",
+            "#C49E66",
+            "#E08CC3",
+            "#9AA9B8",
+            "#BECB55",
         ),
     ),
-}  # fmt: skip
+}
 
 
 def palette(theme: Theme = "light") -> Palette:
@@ -94,9 +113,14 @@ def layout(
     theme: Theme = "light",
     height: int = 380,
     legend: bool = True,
+    wide: bool = True,
     **axes: Any,
 ) -> go.Figure:
-    """Give a figure its title, axis titles and the shared look; further arguments go to ``update_layout``."""
+    """Give a figure its title, axis titles and the shared look; further arguments go to ``update_layout``.
+
+    ``wide``: whether it has a row of the page for itself, so that the legend needs fewer lines. Call it when all traces
+    are there.
+    """
     colours = palette(theme)
     axis = {
         "gridcolor": colours.grid,
@@ -107,28 +131,51 @@ def layout(
         "automargin": True,
     }
     figure.update_layout(
-        title={"text": title, "font": {"size": 15, "color": colours.text}, "x": 0, "xanchor": "left", "y": 0.98, "yanchor": "top"},
-        font={"color": colours.text, "family": "system-ui, 'Segoe UI', 'Liberation Sans', Arial, sans-serif", "size": 12},
+        title={
+            "text": title,
+            "font": {"size": 15, "color": colours.text},
+            "x": 0,
+            "xanchor": "left",
+            "y": 0.98,
+            "yanchor": "top",
+        },
+        font={
+            "color": colours.text,
+            "family": "system-ui, 'Segoe UI', 'Liberation Sans', Arial, sans-serif",
+            "size": 12,
+        },
         paper_bgcolor="rgba(0,0,0,0)",
         plot_bgcolor="rgba(0,0,0,0)",
         colorway=list(colours.categorical),
         height=height,
-        margin={"l": 8, "r": 12, "t": 50 + (_legend_height(figure) if legend else 0), "b": 8},
+        margin={"l": 8, "r": 12, "t": 50 + (_legend_height(figure, 860 if wide else 400) if legend else 0), "b": 8},
         showlegend=legend,
         legend={
-            "orientation": "h", "x": 0, "xanchor": "left", "y": 1.01, "yanchor": "bottom",
-            "font": {"size": 12, "color": colours.text}, "title": {"text": ""}, "bgcolor": "rgba(0,0,0,0)",
+            "orientation": "h",
+            "x": 0,
+            "xanchor": "left",
+            "y": 1.01,
+            "yanchor": "bottom",
+            "font": {"size": 12, "color": colours.text},
+            "title": {"text": ""},
+            "bgcolor": "rgba(0,0,0,0)",
+            "traceorder": "normal",
         },
-        hoverlabel={"bgcolor": colours.background, "bordercolor": colours.muted, "font": {"color": colours.text, "size": 12}, "align": "left"},
+        hoverlabel={
+            "bgcolor": colours.background,
+            "bordercolor": colours.muted,
+            "font": {"color": colours.text, "size": 12},
+            "align": "left",
+        },
         hovermode="closest",
-    )  # fmt: skip
+    )
     figure.update_xaxes(**axis, title={"text": x, "font": {"color": colours.muted, "size": 12}, "standoff": 10})
     figure.update_yaxes(**axis, title={"text": y, "font": {"color": colours.muted, "size": 12}, "standoff": 16})
     figure.update_layout(**axes)
     return figure
 
 
-def _legend_height(figure: go.Figure, width: int = 430) -> int:
+def _legend_height(figure: go.Figure, width: int) -> int:
     """Pixels that the legend takes above the plot: Plotly lays its entries out in columns as wide as the longest."""
     names = [str(trace.name) for trace in figure.data if trace.name and trace.showlegend is not False]
     if not names:
@@ -151,11 +198,39 @@ def colorbar(title: str, theme: Theme = "light", **more: Any) -> dict[str, Any]:
     }
 
 
+def log_ticks(values: Iterable[float | None]) -> dict[str, Any]:
+    """Ticks of a log axis for these values: powers of ten, with 2 and 5 between them where there are few."""
+    positive = [value for value in values if value is not None and value > 0]
+    if not positive:
+        return {"type": "log", "dtick": 1}
+    low, high = min(positive), max(positive)
+    steps = (1, 2, 5) if high / low < 300 else (1,)
+    powers = range(math.floor(math.log10(low)) - 1, math.ceil(math.log10(high)) + 2)
+    ticks = [step * 10.0**power for power in powers for step in steps]
+    shown = [tick for tick in ticks if low / 3 <= tick <= high * 3]
+    return {"type": "log", "tickvals": shown, "ticktext": [number(tick) for tick in shown]}
+
+
+def number(value: float) -> str:
+    """A number for a tick: 0.05, 2, 500, 20k, 3M."""
+    for size, letter in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
+        if value >= size:
+            return f"{value / min(size, 1e3 if letter == 'k' else size):g}{letter}"
+    return f"{value:g}"
+
+
 def message(text: str, *, title: str, theme: Theme = "light", height: int = 220) -> go.Figure:
     """A figure that holds one sentence instead of data."""
     figure = go.Figure()
-    figure.add_annotation(text=safe(text, 300), showarrow=False, x=0.5, y=0.5, xref="paper", yref="paper",
-                          font={"color": palette(theme).muted, "size": 13})  # fmt: skip
+    figure.add_annotation(
+        text=safe(text, 300),
+        showarrow=False,
+        x=0.5,
+        y=0.5,
+        xref="paper",
+        yref="paper",
+        font={"color": palette(theme).muted, "size": 13},
+    )
     layout(figure, title=title, x="", y="", theme=theme, height=height, legend=False)
     figure.update_xaxes(visible=False)
     figure.update_yaxes(visible=False)

@@ -44,7 +44,9 @@ def _checks(run: store.Run) -> list[Row]:
 
 
 def _collapse(even: pl.DataFrame) -> list[Row]:
-    found = even.filter((pl.col("effective_experts") < COLLAPSE * pl.col("top_k")) & (pl.col("num_experts") > pl.col("top_k")))
+    found = even.filter(
+        (pl.col("effective_experts") < COLLAPSE * pl.col("top_k")) & (pl.col("num_experts") > pl.col("top_k"))
+    )
     if found.is_empty():
         return []
     worst = found.sort("effective_experts").row(0, named=True)
@@ -65,7 +67,10 @@ def _router(run: store.Run) -> list[Row]:
     tied = health.filter(pl.col("tie_share") > TIES)
     if len(tied):
         worst = tied.sort("tie_share", descending=True).row(0, named=True)
-        detail = f"in layer {worst['label']}, {worst['tie_share']:.1%} of tokens tie between the last expert taken and the next"
+        detail = (
+            f"in layer {worst['label']}, {worst['tie_share']:.1%} of tokens tie between the last "
+            "expert taken and the next"
+        )
         rows.append(("note", "ties at the selection boundary", _names(tied["label"]), detail, "Routing"))
     return rows
 

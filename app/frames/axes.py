@@ -58,3 +58,9 @@ def select(frame: pl.DataFrame, *, domain: str | None = None, phase: str | None 
     if phase is not None:
         frame = frame.filter(pl.col("phase") == phase)
     return frame
+
+
+def most(values: pl.Series) -> float:
+    """The largest value; 0 where there is none."""
+    largest = values.drop_nulls().max()
+    return float(largest) if isinstance(largest, int | float) else 0.0

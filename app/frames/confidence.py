@@ -59,7 +59,9 @@ def router_health(run: store.Run, *, domain: str | None = None) -> pl.DataFrame:
 
 def _means(table: pl.DataFrame) -> pl.DataFrame:
     """layer, step, quantity, mean, tokens; layers without seen logits are left out."""
-    summed = table.group_by("layer", "step").agg(pl.col("logit_tokens", *QUANTITIES.values()).sum()).sort("layer", "step")
+    summed = (
+        table.group_by("layer", "step").agg(pl.col("logit_tokens", *QUANTITIES.values()).sum()).sort("layer", "step")
+    )
     summed = summed.filter(pl.col("logit_tokens") > 0).rename({column: name for name, column in QUANTITIES.items()})
     long = summed.unpivot(on=list(QUANTITIES), index=["layer", "step", "logit_tokens"], variable_name="quantity")
     mean = (pl.col("value") / pl.col("logit_tokens")).alias("mean")

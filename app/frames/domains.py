@@ -11,20 +11,24 @@ from app.frames.load import expert_load
 def domain_tokens(run: store.Run) -> pl.DataFrame:
     """One row per domain, the largest first: domain, sequences, tokens, share of all tokens (0..1)."""
     table = run.table("sequence")
-    grouped = table.group_by("domain").agg(pl.len().cast(pl.Int64).alias("sequences"), pl.col("tokens").cast(pl.Int64).sum())
+    grouped = table.group_by("domain").agg(
+        pl.len().cast(pl.Int64).alias("sequences"), pl.col("tokens").cast(pl.Int64).sum()
+    )
     return grouped.with_columns((pl.col("tokens") / pl.col("tokens").sum()).alias("share")).sort(
         ["tokens", "domain"], descending=[True, False]
     )
 
 
 def domain_shares(run: store.Run, *, phase: str | None = None) -> pl.DataFrame:
-    """One row per domain and routed expert: the columns layer, step, label, expert, domain, tokens, share, and
+    """One row per domain and routed expert: how the domain's load differs from the mean of the domains.
 
-    pooled_share = mean of the domains' shares (every domain counts alike, whatever its size); difference = share -
-    pooled_share; ratio = share / pooled_share. A layer that a domain never reached is left out.
+    Columns: layer, step, label, expert, domain, num_experts, tokens, share; pooled_share = mean of the domains' shares
+    (every domain counts alike, whatever its size); difference = share - pooled_share; ratio = share / pooled_share. A
+    layer that a domain never reached is left out.
     """
     parts = [
-        expert_load(run, domain=domain, phase=phase).with_columns(pl.lit(domain).alias("domain")) for domain in run.domains
+        expert_load(run, domain=domain, phase=phase).with_columns(pl.lit(domain).alias("domain"))
+        for domain in run.domains
     ]
     columns = ["layer", "step", "label", "expert", "domain", "num_experts", "tokens", "share"]
     if not parts:

@@ -63,7 +63,9 @@ def balance(run: store.Run, *, domain: str | None = None, phase: str | None = No
         part = frame.filter((pl.col("layer") == layer.layer) & (pl.col("step") == layer.step))
         counts = part["tokens"].to_numpy()[None, :]
         tokens = routed.get(place, float(counts.sum()) / max(layer.top_k, 1))
-        rows.append((*place, layer_label(*place), layer.num_experts, layer.top_k, tokens, *_measure(layer, counts, tokens)))
+        rows.append(
+            (*place, layer_label(*place), layer.num_experts, layer.top_k, tokens, *_measure(layer, counts, tokens))
+        )
     return pl.DataFrame(rows, schema=BALANCE, orient="row").fill_nan(None)
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import polars as pl
 
 import store
+from app.frames.consistency import srp_model
 from app.frames.load import balance
+from app.frames.super_experts import super_experts, thresholds
 
 STATUS_ORDER = ["fail", "warning", "skipped", "pass"]
 
@@ -29,7 +31,11 @@ def key_figures(run: store.Run) -> pl.DataFrame:
         ("experts backend", info.backend or "–", ""),
         ("recorded", info.levels, f"origin: {info.origin}"),
         ("text", "kept" if info.text_kept else "not kept", ""),
-        ("complete", "yes" if info.complete else "no", "" if info.complete or run.live else "the collection ended early"),
+        (
+            "complete",
+            "yes" if info.complete else "no",
+            "" if info.complete or run.live else "the collection ended early",
+        ),
     ]
     return pl.DataFrame(rows, schema=["figure", "value", "detail"], orient="row")
 
@@ -37,9 +43,13 @@ def key_figures(run: store.Run) -> pl.DataFrame:
 def checks(run: store.Run) -> pl.DataFrame:
     """The run's self-checks, failures first: status, name, layer, step, value, tolerance, detail."""
     table = run.table("check")
-    order = pl.col("status").replace_strict({name: i for i, name in enumerate(STATUS_ORDER)}, default=9, return_dtype=pl.Int8)
-    return table.with_columns(order.alias("order")).sort(["order", "name", "layer"], nulls_last=True).select(
-        "status", "name", "layer", "step", "value", "tolerance", "detail"
+    order = pl.col("status").replace_strict(
+        {name: i for i, name in enumerate(STATUS_ORDER)}, default=9, return_dtype=pl.Int8
+    )
+    return (
+        table.with_columns(order.alias("order"))
+        .sort(["order", "name", "layer"], nulls_last=True)
+        .select("status", "name", "layer", "step", "value", "tolerance", "detail")
     )
 
 
@@ -62,30 +72,31 @@ def next_steps(run: store.Run) -> pl.DataFrame:
     even = balance(run).drop_nulls("max_violation")
     if len(even):
         worst = even.sort("max_violation", descending=True).row(0, named=True)
-        text = f"Layer {worst['label']} is the least even: its busiest expert takes {worst['max_violation'] + 1:.1f} x the mean."
+        text = (
+            f"Layer {worst['label']} is the least even: its busiest expert takes "
+            f"{worst['max_violation'] + 1:.1f} × the mean."
+        )
         rows.append(("Routing", text))
-    metrics = run.metrics()
-    rows += _super_expert_step(run, metrics) + _consistency_step(metrics)
+    rows += _super_expert_step(run) + _consistency_step(run)
     if run.info.text_kept:
         rows.append(("Tokens", "Read the text with each token coloured by the expert that took it."))
     return pl.DataFrame(rows, schema=["page", "reason"], orient="row")
 
 
-def _super_expert_step(run: store.Run, metrics: pl.DataFrame) -> list[tuple[str, str]]:
+def _super_expert_step(run: store.Run) -> list[tuple[str, str]]:
     if "activations" not in run.info.levels:
         return [("Super experts", "Not recorded: collect with --level routing,activations to find super experts.")]
-    found = metrics.filter((pl.col("metric") == "super_expert") & pl.col("parameters").str.contains("paper"))
-    found = found.filter(pl.col("parameters").str.contains('"all"')).sort("value", descending=True)
+    if thresholds(run).is_empty():
+        return [("Super experts", "The page shows the largest outputs; the verdict comes when the run is finished.")]
+    found = super_experts(run).filter((pl.col("rule") == "paper") & (pl.col("tokens") == "all"))
     if found.is_empty():
         return [("Super experts", "No expert stands out by the paper's rule; the page shows by how much.")]
     names = ", ".join(f"({layer}, {expert})" for layer, expert in found.select("layer", "expert").head(4).iter_rows())
     return [("Super experts", f"{len(found)} found, as (layer, expert): {names}. Protect them in every plan.")]
 
 
-def _consistency_step(metrics: pl.DataFrame) -> list[tuple[str, str]]:
-    model = metrics.filter(
-        (pl.col("metric") == "srp") & pl.col("layer").is_null() & pl.col("domain").is_null() & (pl.col("at") == 16)
-    )
+def _consistency_step(run: store.Run) -> list[tuple[str, str]]:
+    model = srp_model(run).filter(pl.col("domain").is_null() & (pl.col("segment_length") == 16))
     value = {row["control"]: row["value"] for row in model.iter_rows(named=True)}
     if "observed" not in value:
         return []

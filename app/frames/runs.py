@@ -8,7 +8,7 @@ import store
 from moescope.errors import MoescopeError
 from store import Catalog
 
-SCHEMA = {
+SCHEMA: dict[str, pl.DataType | type[pl.DataType]] = {
     "run": pl.String,
     "state": pl.String,
     "capture": pl.String,

@@ -37,28 +37,30 @@ def output_maxima(run: store.Run, *, tokens: TokenChoice = "all", domain: str | 
     )
     frame = with_label(frame.sort("value", descending=True)).with_row_index("rank", 1)
     frame = frame.with_columns((pl.col("position") == 0).alias("first_position"), pl.col("rank").cast(pl.Int64))
+    found = super_experts(run).filter(pl.col("tokens") == tokens)
     for rule in ("paper", "code"):
-        # The derived rows name routed experts by (layer, expert); a shared expert never carries the mark by accident.
-        marked = super_experts(run).filter((pl.col("rule") == rule) & (pl.col("tokens") == tokens))
-        pairs = set(marked.select("layer", "expert").iter_rows())
-        hits = [
-            kind == "routed" and (layer, expert) in pairs
-            for layer, expert, kind in frame.select("layer", "expert", "kind").iter_rows()
-        ]
+        marked = set(found.filter(pl.col("rule") == rule).select("layer", "expert", "kind").iter_rows())
+        hits = [row in marked for row in frame.select("layer", "expert", "kind").iter_rows()]
         frame = frame.with_columns(pl.Series(rule, hits, dtype=pl.Boolean))
     return frame
 
 
 def super_experts(run: store.Run) -> pl.DataFrame:
-    """One row per super expert found: rule (paper | code), tokens (all | first_routed), layer, expert, value."""
-    frame = _with_parameters(run.metrics("super_expert"))
-    columns = ["rule", "tokens", "layer", "expert", "value"]
+    """One row per super expert found: rule (paper | code), tokens (all | first_routed), layer, expert, kind, value."""
+    frame = _verdicts(run).filter(pl.col("layer").is_not_null())
+    # A shared expert is stored as -1 - its number.
+    shared = pl.col("expert") < 0
+    frame = frame.with_columns(
+        pl.when(shared).then(pl.lit("shared")).otherwise(pl.lit("routed")).alias("kind"),
+        pl.when(shared).then(-1 - pl.col("expert")).otherwise(pl.col("expert")).cast(pl.Int32).alias("expert"),
+    )
+    columns = ["rule", "tokens", "layer", "expert", "kind", "value"]
     return frame.select(columns).sort(["rule", "tokens", "value"], descending=[True, False, True])
 
 
 def thresholds(run: store.Run) -> pl.DataFrame:
     """One row per rule and choice of tokens: rule, tokens, value = what an expert's maximum must exceed."""
-    return _with_parameters(run.metrics("super_expert_threshold")).select("rule", "tokens", "value")
+    return _verdicts(run).filter(pl.col("layer").is_null()).select("rule", "tokens", "value")
 
 
 def residual(run: store.Run, *, domain: str | None = None) -> pl.DataFrame:
@@ -72,14 +74,17 @@ def residual(run: store.Run, *, domain: str | None = None) -> pl.DataFrame:
         table = table.filter(pl.col("domain") == domain)
     peak = table.sort("absolute_max", descending=True).group_by("layer", maintain_order=True).first()
     later = table.group_by("layer").agg(pl.col("later_max").max())
-    frame = peak.select("layer", "absolute_max", "median_there", "channel", "sequence", "position").join(later, on="layer")
+    frame = peak.select("layer", "absolute_max", "median_there", "channel", "sequence", "position").join(
+        later, on="layer"
+    )
     ratio = pl.when(pl.col("median_there") > 0).then(pl.col("absolute_max") / pl.col("median_there"))
     massive = (pl.col("absolute_max") > 100) & (ratio >= 1000)
     return frame.with_columns(ratio.alias("ratio"), massive.fill_null(False).alias("massive")).sort("layer")
 
 
-def _with_parameters(frame: pl.DataFrame) -> pl.DataFrame:
-    """The frame with columns rule and tokens from its parameters."""
+def _verdicts(run: store.Run) -> pl.DataFrame:
+    """The stored verdicts with columns rule and tokens from their parameters."""
+    frame = run.metrics("super_experts")
     parsed = [json.loads(text or "{}") for text in frame["parameters"].to_list()]
     return frame.with_columns(
         pl.Series("rule", [item.get("rule") for item in parsed], dtype=pl.String),

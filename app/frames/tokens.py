@@ -42,7 +42,12 @@ def sequence_tokens(run: store.Run, sequence: int) -> pl.DataFrame:
     if text is None:
         table = run.table("sequence").filter(pl.col("sequence") == sequence)
         count = int(table["tokens"][0]) if len(table) else 0
-        columns = {"position": range(count), "token_id": [None] * count, "text": [None] * count, "special": [None] * count}
+        columns = {
+            "position": range(count),
+            "token_id": [None] * count,
+            "text": [None] * count,
+            "special": [None] * count,
+        }
         return pl.DataFrame(columns, schema=TOKENS)
     return pl.DataFrame(
         {
@@ -93,26 +98,31 @@ def token_routes(run: store.Run, sequence: int) -> pl.DataFrame:
 
 
 def layer_routes(routes: pl.DataFrame, label: str) -> pl.DataFrame:
-    """One row per token for one layer: position, expert (first choice), weight (its part of the gate weights, 0..1),
+    """One row per token for one layer: position, expert, weight, entropy.
 
-    entropy of the gate weights over the selection, divided by ln of their number (0 = one expert decides, 1 = even).
+    expert is the first choice, weight its part of the gate weights (0..1), entropy that of the gate weights over the
+    selection, divided by ln of their number (0 = one expert decides, 1 = even).
     """
     part = routes.filter(pl.col("label") == label)
     share = pl.col("weight") / pl.col("weight").sum().over("position")
     part = part.with_columns(share.fill_nan(0.0).alias("share"))
     log = pl.when(pl.col("share") > 0).then(pl.col("share") * pl.col("share").log()).otherwise(0.0)
-    grouped = part.sort("position", "rank").group_by("position", maintain_order=True).agg(
-        pl.col("expert").first(),
-        pl.col("share").first().alias("weight"),
-        (-log.sum()).alias("nats"),
-        pl.len().alias("width"),
+    grouped = (
+        part.sort("position", "rank")
+        .group_by("position", maintain_order=True)
+        .agg(
+            pl.col("expert").first(),
+            pl.col("share").first().alias("weight"),
+            (-log.sum()).alias("nats"),
+            pl.len().alias("width"),
+        )
     )
     even = pl.when(pl.col("width") > 1).then(pl.col("nats") / pl.col("width").log()).otherwise(0.0)
     return grouped.select("position", "expert", "weight", even.clip(0.0, 1.0).alias("entropy"))
 
 
 def route_table(route: pl.DataFrame) -> pl.DataFrame:
-    """The route of one token (rows of :func:`token_routes`) with one row per layer: layer, and each expert with its weight."""
+    """The route of one token (rows of :func:`token_routes`), one row per layer: each expert with its weight."""
     text = pl.col("expert").cast(pl.String) + pl.format(" ({})", pl.col("weight").round(3)).alias("text")
     named = route.with_columns(text.alias("text"), pl.format("{}. expert (weight)", pl.col("rank") + 1).alias("column"))
     wide = named.pivot(on="column", index="label", values="text", maintain_order=True)

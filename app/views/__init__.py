@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 
 @dataclass(frozen=True)
 class PageInfo:
-    """One page: its file beside ``main.py``, its name in the sidebar, and its address."""
+    """One page: its file, its name in the sidebar, and its address (the first page is the root)."""
 
     file: str
     title: str
@@ -15,10 +16,14 @@ class PageInfo:
     url: str
 
 
+def _file(name: str) -> str:
+    return str(Path(__file__).with_name(f"{name}.py"))
+
+
 PAGES = (
-    PageInfo("views/overview.py", "Overview", ":material/dashboard:", "overview"),
-    PageInfo("views/routing.py", "Routing", ":material/alt_route:", "routing"),
-    PageInfo("views/tokens.py", "Tokens", ":material/text_fields:", "tokens"),
-    PageInfo("views/super_experts.py", "Super experts", ":material/bolt:", "super-experts"),
-    PageInfo("views/local_consistency.py", "Local consistency", ":material/timeline:", "local-consistency"),
+    PageInfo(_file("overview"), "Overview", ":material/dashboard:", "overview"),
+    PageInfo(_file("routing"), "Routing", ":material/alt_route:", "routing"),
+    PageInfo(_file("tokens"), "Tokens", ":material/text_fields:", "tokens"),
+    PageInfo(_file("super_experts"), "Super experts", ":material/bolt:", "super-experts"),
+    PageInfo(_file("local_consistency"), "Local consistency", ":material/timeline:", "local-consistency"),
 )

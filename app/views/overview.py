@@ -24,11 +24,9 @@ def page(run: Run) -> None:
     """Draw the page."""
     header.title("Overview", run, what="Can this run be trusted, what is in it, and what needs attention?")
     _figures(data.frame(overview.key_figures, run))
-    left, right = st.columns(2, gap="small")
-    with left, st.container(border=True, height="stretch"):
+    with st.container(border=True, gap="small"):
         _alerts(data.frame(alerts.alerts, run))
-    with right, st.container(border=True, height="stretch"):
-        _next(data.frame(overview.next_steps, run))
+    _next(data.frame(overview.next_steps, run))
     _charts(run)
     _checks(run)
 
@@ -39,15 +37,24 @@ def _figures(frame: pl.DataFrame) -> None:
         for name in ("tokens", "sequences", "MoE layers", "experts per layer", "experts per token"):
             text, detail = value[name]
             st.metric(name, text, border=True, help=detail or None, height="stretch")
-    rest = [(name, *value[name]) for name in value if name not in ("tokens", "sequences", "MoE layers", "experts per layer", "experts per token")]
-    parts = [f"**{name}** {state.plain(text)}" + (f" ({state.plain(detail)})" if detail else "") for name, text, detail in rest]
+    rest = [
+        (name, *value[name])
+        for name in value
+        if name not in ("tokens", "sequences", "MoE layers", "experts per layer", "experts per token")
+    ]
+    parts = [
+        f"**{name}** {state.plain(text)}" + (f" ({state.plain(detail)})" if detail else "")
+        for name, text, detail in rest
+    ]
     st.caption(" · ".join(parts))
 
 
 def _alerts(frame: pl.DataFrame) -> None:
     st.subheader("Alerts", anchor=False)
     if frame.is_empty():
-        st.write(":green[:material/check_circle:] Nothing needs attention: no dead expert, no collapse, no failed check.")
+        st.write(
+            ":green[:material/check_circle:] Nothing needs attention: no dead expert, no collapse, no failed check."
+        )
     for row in frame.head(8).iter_rows(named=True):
         colour, icon = _ICONS[row["severity"]]
         where = f" · layers {state.plain(row['layers'])}" if row["layers"] else ""
@@ -59,11 +66,12 @@ def _alerts(frame: pl.DataFrame) -> None:
 
 
 def _next(frame: pl.DataFrame) -> None:
-    st.subheader("What to look at next", anchor=False)
     known = {page.title: page for page in PAGES}
-    for row in frame.iter_rows(named=True):
+    st.subheader("What to look at next", anchor=False)
+    columns = st.columns(max(len(frame), 1), gap="small")
+    for column, row in zip(columns, frame.iter_rows(named=True), strict=False):
         target = known[row["page"]]
-        with st.container(gap=None):
+        with column, st.container(border=True, gap=None, height="stretch"):
             if target.url == PAGES[0].url:
                 st.markdown(f"**{row['page']}**")
             else:
@@ -78,39 +86,56 @@ def _charts(run: Run) -> None:
     left, right = st.columns([2, 3], gap="small")
     with left:
         chart.show(
-            curves.domain_bars(tokens, theme=theme), tokens, key="domains",
+            curves.domain_bars(tokens, theme=theme),
+            tokens,
+            key="domains",
             read="Every statistic of this run can be read per domain; a domain with few tokens says little.",
             rests_on=f"{tokens['tokens'].sum():,} tokens." if len(tokens) else "",
             alt="Bars: tokens per domain of the run's text",
-        )  # fmt: skip
+        )
     with right:
-        words = f"{starved:,} experts starve: collect more text, or text that reaches them." if starved else "No expert starves."
+        words = (
+            f"{starved:,} experts starve: collect more text, or text that reaches them."
+            if starved
+            else "No expert starves."
+        )
         chart.show(
-            curves.coverage_band(reach, theme=theme), reach, key="coverage",
-            read="Each layer's experts from the least to the most used. Experts below the dashed line, a tenth of the balanced "
-                 f"load, have too few tokens to be judged or calibrated. {words}",
+            curves.coverage_band(reach, theme=theme),
+            reach,
+            key="coverage",
+            read="Each layer's experts from the least to the most used. Experts below the dashed line, a "
+            "tenth of the balanced "
+            f"load, have too few tokens to be judged or calibrated. {words}",
             alt="Bands: fewest, middle and most tokens per expert in every MoE layer",
-        )  # fmt: skip
+        )
 
 
 def _checks(run: Run) -> None:
     frame = data.frame(overview.check_summary, run)
     bad = run.badge.status in ("invalid", "warning")
-    with st.expander(f"Self-checks of the capture: {state.plain(run.badge.reason, 200)}", expanded=bad, icon=":material/fact_check:"):
+    with st.expander(
+        f"Self-checks of the capture: {state.plain(run.badge.reason, 200)}", expanded=bad, icon=":material/fact_check:"
+    ):
         if frame.is_empty():
-            st.write("This run recorded no check." if not run.live else "The checks are published with the first shards.")
+            st.write(
+                "This run recorded no check." if not run.live else "The checks are published with the first shards."
+            )
             return
         st.dataframe(
-            frame, hide_index=True, alt="Table of the run's self-checks",
+            frame,
+            hide_index=True,
+            alt="Table of the run's self-checks",
             column_config={
                 "status": st.column_config.TextColumn("status", width="small"),
                 "name": st.column_config.TextColumn("check", width="medium"),
-                "places": st.column_config.NumberColumn("layers", help="rows of the table of checks: usually one per layer"),
+                "places": st.column_config.NumberColumn(
+                    "layers", help="rows of the table of checks: usually one per layer"
+                ),
                 "value": st.column_config.NumberColumn("largest value", format="%.3g"),
                 "tolerance": st.column_config.NumberColumn("allowed", format="%.3g"),
                 "detail": st.column_config.TextColumn("what it means", width="large"),
             },
-        )  # fmt: skip
+        )
         chart.downloads(data.frame(overview.checks, run), None, key="checks")
 
 

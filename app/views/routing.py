@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import polars as pl
 import streamlit as st
 
@@ -10,20 +12,17 @@ from app.components import chart, header
 from app.components.page import render
 from app.figures import consistency as consistency_figures
 from app.figures import curves, heatmap
+from app.figures.style import safe
 from app.frames import axes, confidence, consistency, domains, load
+from app.frames.axes import most
 from store import Run
 
 _SCALES = {"relative": "against the uniform share", "share": "share of selections"}
-_READ_BALANCE = {
-    "normalised_entropy": "1 means that all experts take the same load; near 0 a few take everything.",
-    "gini": "0 means an even load; near 1 a few experts take everything.",
-    "cv": "0 means an even load. The dotted line is what a balanced router would show on so few tokens by chance alone.",
-    "max_violation": "How much more than the mean the busiest expert takes: 0 is even, 3 means four times the mean.",
-}
 _READ_CONFIDENCE = {
     "entropy": "Low entropy: the router prefers few experts clearly. The band holds the middle 80 % of the tokens.",
     "top_probability": "Near 1 a single expert decides; near 1/E the router hardly tells the experts apart.",
-    "selected_probability": "Probability that falls on the selected experts: what is missing to 1 is what top-k throws away.",
+    "selected_probability": "Probability that falls on the selected experts: what is missing to 1 is what "
+    "top-k throws away.",
     "first_margin": "How far the first choice leads. Small values mean that the order of the first two hardly matters.",
     "boundary_margin": "Small values mean that rounding or quantisation can flip which expert is taken last.",
 }
@@ -47,13 +46,18 @@ def page(run: Run) -> None:
 def _load(run: Run, *, domain: str | None, phase: str | None, scale: str, where: str) -> None:
     frame = data.frame(load.expert_load, run, domain=domain, phase=phase)
     read = {
-        "relative": "Orange experts get less than their uniform share, blue ones more; each colour step is a factor of two.",
+        "relative": "Orange experts get less than their uniform share, blue ones more; each colour step is "
+        "a factor of two.",
         "share": "The darker (in dark mode: the brighter), the larger the expert's part of its layer's selections.",
     }[scale]
     chart.show(
-        heatmap.load_map(frame, value=scale, where=curves.safe(where), theme=state.theme()), frame, key="load",
-        read=read, rests_on=f"{frame['tokens'].sum():,} selections.", alt=f"Map of layers and experts: load, {where}",
-    )  # fmt: skip
+        heatmap.load_map(frame, value=scale, where=safe(where), theme=state.theme()),
+        frame,
+        key="load",
+        read=read,
+        rests_on=f"{frame['tokens'].sum():,} selections.",
+        alt=f"Map of layers and experts: load, {where}",
+    )
     shared = data.frame(load.shared_load, run)
     if len(shared):
         st.caption(f"{len(shared):,} shared experts see every token and stand in no map of load.")
@@ -62,15 +66,20 @@ def _load(run: Run, *, domain: str | None, phase: str | None, scale: str, where:
 def _balance(run: Run, *, domain: str | None, phase: str | None, where: str) -> None:
     st.subheader("Balance of every layer", anchor=False)
     frame = data.frame(load.balance, run, domain=domain, phase=phase)
-    words = {name: text for name, (text, _) in curves.BALANCE_WORDS.items()}
-    metric = state.choose("Measure", list(words), key="balance", words=words.__getitem__, segmented=True)
     chart.show(
-        curves.balance_curve(frame, metric=metric, where=curves.safe(where), theme=state.theme()), frame, key=f"balance-{metric}",
-        read=_READ_BALANCE[metric], rests_on=f"{frame['tokens'].max() or 0:,.0f} tokens per layer.",
-        alt=f"Curve over the layers: {words[metric]}",
-    )  # fmt: skip
+        curves.balance_curves(frame, where=safe(where), theme=state.theme()),
+        frame,
+        key="balance",
+        read="An even load has entropy 1 and the others 0. The dotted line is the coefficient of variation "
+        "that a balanced router "
+        "shows on so few tokens by chance; MaxVio 3 means that the busiest expert takes four times the mean.",
+        rests_on=f"{most(frame['tokens']):,.0f} tokens per layer.",
+        alt="Curves over the layers: normalised entropy, Gini, coefficient of variation, MaxVio",
+    )
     with st.expander("All measures as a table", icon=":material/table:"):
-        st.dataframe(frame.drop("layer", "step"), hide_index=True, alt="Balance of every MoE layer", column_config=_columns())
+        st.dataframe(
+            frame.drop("layer", "step"), hide_index=True, alt="Balance of every MoE layer", column_config=_columns()
+        )
 
 
 def _specialization(run: Run, *, domain: str | None, phase: str | None) -> None:
@@ -80,35 +89,53 @@ def _specialization(run: Run, *, domain: str | None, phase: str | None) -> None:
         return
     moved = data.frame(domains.specialization, run, phase=phase)
     chart.show(
-        curves.specialization_curves(moved, domains=run.domains, theme=state.theme()), moved, key="specialization",
-        read="0 % means that the domain uses the experts like the mean of all domains; 30 % means that 30 % of its selections "
-             "would have to go elsewhere. Every domain counts alike in the mean.",
+        curves.specialization_curves(moved, domains=run.domains, theme=state.theme()),
+        moved,
+        key="specialization",
+        read="0 % means that the domain uses the experts like the mean of all domains; 30 % means that 30 % "
+        "of its selections "
+        "would have to go elsewhere. Every domain counts alike in the mean.",
         alt="Curves over the layers: distance of each domain's load from the mean of the domains",
-    )  # fmt: skip
+    )
     shown = domain or run.domains[0]
     frame = data.frame(domains.domain_shares, run, phase=phase).filter(pl.col("domain") == shown)
     hint = "" if domain else " Choose another domain above."
     chart.show(
-        heatmap.difference_map(frame, domain=shown, theme=state.theme()), frame, key=f"difference-{shown}",
-        read=f"Blue experts take more of this domain's selections than of the mean of the domains, orange ones less.{hint}",
-        rests_on=f"{frame['tokens'].sum():,} selections.", alt=f"Map of layers and experts: load of {shown} minus the mean",
-    )  # fmt: skip
+        heatmap.difference_map(frame, domain=shown, theme=state.theme()),
+        frame,
+        key=f"difference-{shown}",
+        read="Blue experts take more of this domain's selections than of the mean of the domains, orange "
+        f"ones less.{hint}",
+        rests_on=f"{frame['tokens'].sum():,} selections.",
+        alt=f"Map of layers and experts: load of {shown} minus the mean",
+    )
 
 
 def _confidence(run: Run, *, domain: str | None, phase: str | None, where: str) -> None:
     st.subheader("How decided is the router?", anchor=False)
     frame = data.frame(confidence.confidence, run, domain=domain, phase=phase)
     if frame.is_empty():
-        st.info("The router's logits were not seen in this run (imported traces hold selections only).", icon=":material/visibility_off:")
+        st.info(
+            "The router's logits were not seen in this run (imported traces hold selections only).",
+            icon=":material/visibility_off:",
+        )
         return
-    words = {"entropy": "entropy", "top_probability": "largest probability", "selected_probability": "probability selected",
-             "first_margin": "first margin", "boundary_margin": "boundary margin"}  # fmt: skip
+    words = {
+        "entropy": "entropy",
+        "top_probability": "largest probability",
+        "selected_probability": "probability selected",
+        "first_margin": "first margin",
+        "boundary_margin": "boundary margin",
+    }
     quantity = state.choose("Quantity", list(words), key="quantity", words=words.__getitem__, segmented=True)
     chart.show(
-        curves.confidence_band(frame, quantity=quantity, where=curves.safe(where), theme=state.theme()), frame, key=f"confidence-{quantity}",
-        read=_READ_CONFIDENCE[quantity], rests_on=f"{frame['tokens'].max():,} tokens per layer; percentiles from histograms.",
+        curves.confidence_band(frame, quantity=quantity, where=safe(where), theme=state.theme()),
+        frame,
+        key=f"confidence-{quantity}",
+        read=_READ_CONFIDENCE[quantity],
+        rests_on=f"{most(frame['tokens']):,.0f} tokens per layer; percentiles from histograms.",
         alt=f"Band over the layers: {words[quantity]} of the router",
-    )  # fmt: skip
+    )
 
 
 def _repetition(run: Run) -> None:
@@ -118,23 +145,34 @@ def _repetition(run: Run) -> None:
         header.not_yet("Repetition of experts", run)
         return
     chart.show(
-        consistency_figures.repetition_curves(frame, theme=state.theme()), frame, key="repetition",
-        read="How often the next token has the same first choice, and how often it shares at least one expert. Shuffled "
-             "tokens say what popularity alone gives; only what lies above is order in the text.",
+        consistency_figures.repetition_curves(frame, theme=state.theme()),
+        frame,
+        key="repetition",
+        read="How often the next token has the same first choice, and which part of its experts it shares. "
+        "Shuffled tokens say "
+        "what popularity alone gives; only what lies above is order in the text.",
         alt="Curves over the layers: repetition of experts between neighbouring tokens",
-    )  # fmt: skip
+    )
 
 
-def _columns() -> dict[str, object]:
+def _columns() -> dict[str, Any]:
     number = st.column_config.NumberColumn
     return {
         "label": st.column_config.TextColumn("layer"),
-        "num_experts": number("experts"), "top_k": number("top-k"), "tokens": number("tokens", format="localized"),
-        "normalised_entropy": number("normalised entropy", format="%.4f"), "effective_experts": number("effective experts", format="%.1f"),
-        "gini": number("Gini", format="%.3f"), "cv": number("CV", format="%.3f"), "noise_cv": number("CV by chance", format="%.3f"),
-        "max_violation": number("MaxVio", format="%.2f"), "dead": number("dead"), "nearly_dead": number("nearly dead"),
-        "zero_probability": number("chance to be unused", format="%.1e"), "expected_dead": number("dead by chance", format="%.2g"),
-    }  # fmt: skip
+        "num_experts": number("experts"),
+        "top_k": number("top-k"),
+        "tokens": number("tokens", format="localized"),
+        "normalised_entropy": number("normalised entropy", format="%.4f"),
+        "effective_experts": number("effective experts", format="%.1f"),
+        "gini": number("Gini", format="%.3f"),
+        "cv": number("CV", format="%.3f"),
+        "noise_cv": number("CV by chance", format="%.3f"),
+        "max_violation": number("MaxVio", format="%.2f"),
+        "dead": number("dead"),
+        "nearly_dead": number("nearly dead"),
+        "zero_probability": number("chance to be unused", format="%.1e"),
+        "expected_dead": number("dead by chance", format="%.2g"),
+    }
 
 
 if __name__ == "__main__":

@@ -8,10 +8,12 @@ import streamlit as st
 from app import data, state
 from app.components import chart, header
 from app.components.page import render
-from app.figures import curves, heatmap
+from app.figures import outliers
 from app.frames import super_experts as frames
 from store import Run
 
+# Below so many experts, less than one lies above the 99.5th percentile by construction.
+FEW_EXPERTS = 200
 _CHOICES = {"all": "all tokens", "first_routed": "first routed token"}
 
 
@@ -21,8 +23,15 @@ def page(run: Run) -> None:
     if "activations" not in run.info.levels:
         header.needs_level("What experts put out", "activations", run)
         return
-    tokens = state.choose("Largest output over", list(_CHOICES), key="over", words=_CHOICES.__getitem__, segmented=True,
-                          help="The paper takes all tokens. Its published code sees only the first token routed to an expert in each sequence.")  # fmt: skip
+    tokens = state.choose(
+        "Largest output over",
+        list(_CHOICES),
+        key="over",
+        words=_CHOICES.__getitem__,
+        segmented=True,
+        help="The paper takes all tokens. Its published code sees only the first token routed to an expert "
+        "in each sequence.",
+    )
     maxima = data.frame(frames.output_maxima, run, tokens=tokens)
     if maxima.is_empty():
         st.info("No expert output has been recorded yet.", icon=":material/hourglass_top:")
@@ -31,26 +40,38 @@ def page(run: Run) -> None:
     _verdict(run, maxima, limits, tokens)
     theme = state.theme()
     chart.show(
-        heatmap.output_map(maxima, tokens=tokens, theme=theme), maxima, key=f"outputs-{tokens}",
-        read="Largest absolute value that each expert's down_proj put out, before the gate weight. Rings mark super experts by "
-             "the paper's rule: above the 99.5th percentile, above a tenth of the largest, in a layer where massive activations form.",
-        rests_on=f"{len(maxima):,} experts that were used.", alt="Map of layers and experts: largest output, log scale",
-    )  # fmt: skip
+        outliers.output_map(maxima, tokens=tokens, theme=theme),
+        maxima,
+        key=f"outputs-{tokens}",
+        read="Largest absolute value that each expert's down_proj put out, before the gate weight. Rings "
+        "mark super experts by "
+        "the paper's rule: above the 99.5th percentile, above a tenth of the largest, in a layer where "
+        "massive activations form.",
+        rests_on=f"{len(maxima):,} experts that were used.",
+        alt="Map of layers and experts: largest output, log scale",
+    )
     left, right = st.columns(2, gap="small")
     with left:
         chart.show(
-            curves.ranked_outputs(maxima, limits, tokens=tokens, theme=theme), maxima, key=f"ranked-{tokens}",
-            read="Super experts stand far above the curve that the other experts make. A smooth curve means that there are none.",
-            rests_on="The 200 largest.", alt="Experts ranked by their largest output against the thresholds of two rules",
-        )  # fmt: skip
+            outliers.ranked_outputs(maxima, limits, tokens=tokens, theme=theme),
+            maxima,
+            key=f"ranked-{tokens}",
+            read="Super experts stand far above the curve that the other experts make. A smooth curve means "
+            "that there are none.",
+            rests_on="The 200 largest.",
+            alt="Experts ranked by their largest output against the thresholds of two rules",
+        )
     with right:
         residual = data.frame(frames.residual, run)
         chart.show(
-            curves.residual_curve(residual, theme=theme), residual, key="residual",
-            read="A jump by orders of magnitude over the median is a massive activation; rings mark layers above 100 and 1,000 "
-                 "times the median. They usually sit at the first position, in few channels.",
+            outliers.residual_curve(residual, theme=theme),
+            residual,
+            key="residual",
+            read="A jump by orders of magnitude over the median is a massive activation; rings mark layers "
+            "above 100 and 1,000 "
+            "times the median. They usually sit at the first position, in few channels.",
             alt="Curves over the layers: largest, later and median absolute hidden state",
-        )  # fmt: skip
+        )
     _table(maxima, tokens)
 
 
@@ -63,19 +84,40 @@ def _verdict(run: Run, maxima: pl.DataFrame, limits: pl.DataFrame, tokens: str) 
     numbers = f"The largest output is {top['value']:,.3g} (layer {top['label']}, expert {top['expert']})"
     if len(limit) and limit[0] is not None:
         numbers += f"; the paper's rule asks for more than {limit[0]:,.3g}"
+    few = ""
+    if len(maxima) < FEW_EXPERTS:
+        few = (
+            f" With {len(maxima)} experts the 99.5th percentile lies between the two largest, so the rule "
+            "can name one at most."
+        )
     found = maxima.filter(pl.col("paper"))
     code = maxima.filter(pl.col("code"))
     if found.is_empty():
-        more = f" The rule of the paper's code names {_names(code)}." if len(code) else " Neither does the rule of the paper's code name one."
-        st.info(f"**No super expert found.** {numbers}.{more}", icon=":material/check_circle:")
+        if len(limit) and limit[0] is not None and top["value"] > limit[0]:
+            numbers += ", which it exceeds, but no massive activations form in its layer"
+        more = (
+            f" The rule of the paper's code names {_names(code)}."
+            if len(code)
+            else " Neither does the rule of the paper's code name one."
+        )
+        st.info(f"**No super expert found.** {numbers}.{more}{few}", icon=":material/check_circle:")
         return
-    same = "The rule of the paper's code names the same." if _names(code) == _names(found) else f"The rule of the paper's code names {_names(code) or 'none'}."
-    st.warning(f"**{len(found)} super expert{'s' if len(found) > 1 else ''}**, as (layer, expert): {_names(found)}. {numbers}. {same} "
-               "Removing them can break the model: protect them in every plan.", icon=":material/bolt:")  # fmt: skip
+    same = (
+        "The rule of the paper's code names the same."
+        if _names(code) == _names(found)
+        else f"The rule of the paper's code names {_names(code) or 'none'}."
+    )
+    st.warning(
+        f"**{len(found)} super expert{'s' if len(found) > 1 else ''}**, as (layer, expert): "
+        f"{_names(found)}. {numbers}. {same} "
+        f"Removing them can break the model: protect them in every plan.{few}",
+        icon=":material/bolt:",
+    )
 
 
 def _names(frame: pl.DataFrame) -> str:
-    pairs = [f"({layer}, {expert})" for layer, expert in frame.select("label", "expert").sort("label", "expert").iter_rows()]
+    rows = frame.sort("layer", "step", "expert").select("label", "kind", "expert").iter_rows()
+    pairs = [f"({label}, {'shared ' if kind == 'shared' else ''}{expert})" for label, kind, expert in rows]
     return ", ".join(pairs[:12]) + (f" and {len(pairs) - 12} more" if len(pairs) > 12 else "")
 
 
@@ -85,12 +127,20 @@ def _table(maxima: pl.DataFrame, tokens: str) -> None:
     columns += ["position", "channel", "sequence"] if tokens == "all" else []
     number = st.column_config.NumberColumn
     st.dataframe(
-        maxima.select(columns).head(50), hide_index=True, alt="The fifty experts with the largest outputs",
-        column_config={"label": "layer", "value": number("largest |output|", format="%.4g"),
-                       "paper": st.column_config.CheckboxColumn("paper's rule"), "code": st.column_config.CheckboxColumn("code's rule"),
-                       "position": number("at position", help="position in the sequence; 0 is the first token"),
-                       "channel": number("channel", help="channel of the residual stream; super experts of one model often share it")},
-    )  # fmt: skip
+        maxima.select(columns).head(50),
+        hide_index=True,
+        alt="The fifty experts with the largest outputs",
+        column_config={
+            "label": "layer",
+            "value": number("largest |output|", format="%.4g"),
+            "paper": st.column_config.CheckboxColumn("paper's rule"),
+            "code": st.column_config.CheckboxColumn("code's rule"),
+            "position": number("at position", help="position in the sequence; 0 is the first token"),
+            "channel": number(
+                "channel", help="channel of the residual stream; super experts of one model often share it"
+            ),
+        },
+    )
 
 
 if __name__ == "__main__":

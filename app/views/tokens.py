@@ -17,8 +17,10 @@ from store import Run
 PART = 768
 _MODES = {"expert": "first expert", "weight": "weight of the first expert", "entropy": "entropy of the gate weights"}
 _READ = {
-    "expert": "One colour per expert of the chosen layer: long stretches of one colour mean that neighbouring tokens share their first expert.",
-    "weight": "The stronger the colour, the larger the first expert's part of the gate weights: it decides nearly alone.",
+    "expert": "One colour per expert of the chosen layer: long stretches of one colour mean that "
+    "neighbouring tokens share their first expert.",
+    "weight": "The stronger the colour, the larger the first expert's part of the gate weights: it decides "
+    "nearly alone.",
     "entropy": "The stronger the colour, the more evenly the gate weights spread over the selected experts.",
 }
 
@@ -36,20 +38,21 @@ def page(run: Run) -> None:
             st.info("No sequence has been recorded yet.", icon=":material/hourglass_top:")
             return
         sequence = _choose_sequence(listed)
-        layer = state.choose("Layer", axes.layer_labels(run), key="layer", words=lambda label: f"layer {label}")
+        layer = state.choose("Layer", axes.layer_labels(run), key="layer")
         mode = state.choose("Colour by", list(_MODES), key="colour", words=_MODES.__getitem__)
+    chosen = listed.filter(pl.col("sequence") == sequence).row(0, named=True)
+    source = (chosen["source"] or "memory").rsplit("/", 1)[-1]
+    st.caption(f"{state.plain(chosen['domain'])} · {chosen['tokens']:,} tokens · from {state.plain(source)}")
     if not run.info.text_kept:
-        st.info("This run keeps no text, so tokens show their positions. Collect without `--no-text` to read them here.",
-                icon=":material/visibility_off:")  # fmt: skip
+        st.info(
+            "This run keeps no text, so tokens show their positions. Collect without `--no-text` to read them here.",
+            icon=":material/visibility_off:",
+        )
     _sequence(run, sequence, layer=layer, mode=mode)
 
 
 def _choose_sequence(listed: pl.DataFrame) -> int:
-    words = {
-        str(row["sequence"]): f"{row['sequence']} · {row['domain']} · {row['tokens']} tokens"
-        for row in listed.iter_rows(named=True)
-    }
-    return int(state.choose("Sequence", list(words), key="sequence", words=words.__getitem__))
+    return int(state.choose("Sequence", [str(number) for number in listed["sequence"]], key="sequence"))
 
 
 def _sequence(run: Run, sequence: int, *, layer: str, mode: str) -> None:
@@ -67,16 +70,21 @@ def _sequence(run: Run, sequence: int, *, layer: str, mode: str) -> None:
     chart.caption(
         f"{_READ[mode]} Underlined: tokens with the same first expert as the one under the pointer. "
         f"`{tokens.SPLIT}` is a token that holds only a part of a character.",
-        routes.join(text.select("position", "text"), on="position"), None, key=f"sequence-{sequence}",
-    )  # fmt: skip
+        routes.join(text.select("position", "text"), on="position"),
+        None,
+        key=f"sequence-{sequence}",
+    )
     experts = {axes.layer_label(item.layer, item.step): item.num_experts for item in run.layers}[layer]
     chart.show(
         figures.routing_map(shown_routes, layer=layer, num_experts=experts, theme=state.theme()),
-        shown_routes.filter(pl.col("label") == layer), key=f"map-{sequence}-{layer}",
-        read="Each column is a token, each mark an expert it used. Horizontal dashes are experts that stay in use over many tokens: "
-             "a cache likes them.",
-        rests_on=f"{len(shown):,} tokens of sequence {sequence}.", alt=f"Map of experts and positions of layer {layer}",
-    )  # fmt: skip
+        shown_routes.filter(pl.col("label") == layer),
+        key=f"map-{sequence}-{layer}",
+        read="Each column is a token, each mark an expert it used. Horizontal dashes are experts that stay "
+        "in use over many tokens: "
+        "a cache likes them.",
+        rests_on=f"{len(shown):,} tokens of sequence {sequence}.",
+        alt=f"Map of experts and positions of layer {layer}",
+    )
     if selected is not None:
         _route_of(routes.filter(pl.col("position") == selected), selected)
 
@@ -85,7 +93,7 @@ def _choose_part(length: int) -> int:
     parts = [str(start) for start in range(0, length, PART)]
     if len(parts) < 2:
         return 0
-    return int(state.choose("Part", parts, key="part", words=lambda start: f"tokens {start} to {min(int(start) + PART, length) - 1}", segmented=True))
+    return int(state.choose("From token", parts, key="part", segmented=True))
 
 
 def _selected(length: int) -> int | None:
@@ -110,7 +118,9 @@ def _keep() -> None:
 def _route_of(route: pl.DataFrame, position: int) -> None:
     st.subheader(f"Experts of the token at position {position}", anchor=False)
     wide = tokens.route_table(route)
-    st.dataframe(wide, hide_index=True, alt=f"Experts of the token at position {position} in every layer", width="content")
+    st.dataframe(
+        wide, hide_index=True, alt=f"Experts of the token at position {position} in every layer", width="content"
+    )
     chart.downloads(route, None, key=f"token-{position}")
 
 
