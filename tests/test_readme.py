@@ -13,7 +13,7 @@ from sample_data import MODEL
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-BLOCKS = "\n".join(re.findall(r"```\n(.*?)```", README, re.DOTALL))
+BLOCKS = "".join(block for block in README.split("```")[1::2] if block.startswith("\n"))
 COMMANDS = [re.sub(r"\s+#.*", "", line) for line in BLOCKS.splitlines() if line.startswith("moescope ")]
 
 
