@@ -9,8 +9,14 @@ import streamlit as st
 
 from app import data, state
 from app.components import header
+from app.components.theme_watch import theme_watch
 from app.views import PAGES
 from moescope import __version__
+from moescope.errors import MoescopeError
+from store import Entry
+
+LOOK_EVERY = 3.0
+"""Seconds between two looks at the store for runs that came or went."""
 
 
 def main() -> None:
@@ -22,26 +28,53 @@ def main() -> None:
         for index, page in enumerate(PAGES)
     ]
     chosen_page = st.navigation(pages, expanded=True)
+    entries = data.entries()
     with st.sidebar:
-        chosen = state.choose_run(data.entries())
+        chosen = state.choose_run(entries)
         if chosen is not None:
-            _about(chosen)
+            _about(chosen.entry)
+            _offer_live(entries, chosen)
         st.caption(f"moescope {__version__}")
+        theme_watch()
+        _look_for_runs(_names(entries))
     if chosen is None:
         header.empty_store([str(path) for path in data.store_directories()])
         return
     chosen_page.run()
 
 
-def _about(chosen: state.Chosen) -> None:
-    from moescope.errors import MoescopeError
-
+def _about(entry: Entry) -> None:
     try:
-        run = data.open_run(chosen.entry.path)
+        run = data.open_run(entry.path)
         header.badge(run.badge)
-        st.caption(f"{state.plain(run.info.model)} · {run.info.tokens:,} tokens · {run.info.sequences:,} sequences")
+        size = "" if run.live else f" · {run.info.tokens:,} tokens · {run.info.sequences:,} sequences"
+        st.caption(state.plain(run.info.model) + size)
     except MoescopeError:
         st.badge("cannot be read", color="red")
+
+
+def _offer_live(entries: dict[str, Entry], chosen: state.Chosen) -> None:
+    """A button for each run that is being collected while another one is shown."""
+    for name in [name for name, entry in entries.items() if entry.live and name != chosen.name][:3]:
+        st.button(
+            f"Watch {state.plain(name)}",
+            icon=":material/sync:",
+            key=f"watch-{name}",
+            help="This run is being collected.",
+            on_click=state.show_run,
+            args=(name,),
+        )
+
+
+@st.fragment(run_every=LOOK_EVERY)
+def _look_for_runs(known: tuple[tuple[str, bool], ...]) -> None:
+    """Draw everything again when a run appears, is finished, or goes."""
+    if _names(data.entries()) != known:
+        st.rerun(scope="app")
+
+
+def _names(entries: dict[str, Entry]) -> tuple[tuple[str, bool], ...]:
+    return tuple(sorted((name, entry.live) for name, entry in entries.items()))
 
 
 if __name__ == "__main__":

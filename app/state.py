@@ -58,6 +58,11 @@ def choose_run(entries: dict[str, Entry]) -> Chosen | None:
     return Chosen(entries[name if name in entries else names[0]])
 
 
+def show_run(name: str) -> None:
+    """Choose a run; for the callback of a button."""
+    st.session_state["run"] = name
+
+
 def choose(
     label: str,
     options: Sequence[str],
@@ -124,7 +129,7 @@ def _keep_valid(key: str, options: Sequence[str], *, default: str) -> None:
 def _explain_missing(names: Sequence[str]) -> None:
     asked = st.session_state.get("run") or st.query_params.get("run")
     if asked is not None and asked not in names:
-        st.warning(f"No run named `{plain(str(asked))}` in the store (deleted or renamed?). Showing the newest one.")
+        st.warning(f"No run named {code(str(asked), 80)} in the store (deleted or renamed?). Showing the newest one.")
 
 
 def plain(text: str, limit: int = 80) -> str:
@@ -132,3 +137,9 @@ def plain(text: str, limit: int = 80) -> str:
     line = " ".join(text.split())
     line = line if len(line) <= limit else line[: limit - 1] + "…"
     return "".join("\\" + letter if letter in r"\`*_{}[]()<>#+-.!|~:$" else letter for letter in line)
+
+
+def code(text: str, limit: int = 200) -> str:
+    """Text from data as inline code for Markdown, where nothing but the backtick has a meaning."""
+    line = " ".join(text.split()).replace("`", "'")
+    return f"`{line if len(line) <= limit else line[: limit - 1] + '…'}`"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-import time
 import types
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -16,13 +15,16 @@ import torch
 from torch import Tensor, nn
 
 import store as run_store
-from moescope.errors import CorpusError, InputError, ModelError, MoescopeError, RunError
+from moescope.errors import CorpusError, ModelError, MoescopeError, RunError
 from profiler.capture.levels import parse_levels
+from profiler.capture.loading import load_model
 from profiler.capture.overhead import measure_overhead as measure
 from profiler.capture.watch import WatchSession
 
 if TYPE_CHECKING:
     from profiler.corpus import Corpus, TokenBatch
+
+__all__ = ["collect", "load_model"]
 
 ProgressCallback = Callable[[run_store.Progress], None]
 
@@ -115,14 +117,12 @@ class _Job:
     def __post_init__(self) -> None:
         self.runner = _runner(self.session)
         self.device = _input_device(self.session.model)
-        self.began = time.monotonic()
+        self.session.planned_tokens = self.corpus.num_tokens
 
     def run(self) -> Path:
         """Feed the corpus and finish the run."""
         session = self.session
         session.open()
-        session.require_same_corpus()
-        session.planned_tokens = self.corpus.num_tokens
         done = session.writer.sequences_done if session.resuming else set()
         batch = None
         try:
@@ -169,97 +169,29 @@ class _Job:
         mask = torch.from_numpy(batch.attention_mask).to(self.device)
         with torch.no_grad():
             output = self.runner(input_ids=ids, attention_mask=mask, use_cache=False)
-        return output[0] if isinstance(output, tuple) else getattr(output, "last_hidden_state", output[0])
+        hidden: Tensor = output[0]
+        return hidden
 
     def _require_vocabulary(self, batch: TokenBatch) -> None:
-        embeddings = self.session.model.get_input_embeddings() if hasattr(self.session.model, "get_input_embeddings") else None
-        known = int(getattr(embeddings, "num_embeddings", 0))
+        known = int(getattr(_embeddings(self.session.model), "num_embeddings", 0))
         largest = int(batch.input_ids.max(initial=0))
         if known and largest >= known:
             raise ModelError(
-                f"the tokenizer gives token id {largest}, but the model knows {known} tokens: it belongs to another model"
+                f"the tokenizer gives token id {largest}, but the model knows {known} tokens: it is another model's"
             )
 
     def _tell(self, detail: str = "") -> None:
-        current = self.session.state(self.corpus.num_tokens, detail)
-        if self.session.is_open:
-            self.session.writer.write_progress(current)
+        current = self.session.state(detail=detail)
         if self.progress is not None:
             self.progress(current)
 
     def _stopped(self, what: str) -> RunError:
         session = self.session
+        done = session.state().tokens
         return RunError(
-            f"collection of {session.name!r} {what} after {session.tokens} of {self.corpus.num_tokens} tokens; what was"
-            f" recorded is kept in {session.folder}: go on with the same command and --resume"
+            f"collection of {session.name!r} {what} after {done} of {self.corpus.num_tokens} tokens; what was"
+            f" recorded is kept in {session.writer.folder}: go on with the same command and --resume"
         )
-
-
-def load_model(
-    path_or_id: str | Path, *, dtype: str = "auto", device: str | None = None, revision: str | None = None
-) -> tuple[nn.Module, Any]:
-    """A model and its tokenizer from a folder (never touching the network) or a hub id.
-
-    Code that comes with a checkpoint is never run.
-
-    Args:
-        path_or_id: folder of a checkpoint, or id on the hub.
-        dtype: ``auto`` (as stored), ``float32``, ``bfloat16`` or ``float16``.
-        device: ``cpu``, ``cuda``, ...; ``auto`` spreads the model over what is there; by default the GPU if there is one.
-        revision: revision of a hub id.
-
-    Raises:
-        ModelError: no such model, a checkpoint that does not load or lacks weights, or no tokenizer; one line.
-    """
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-
-    local = Path(path_or_id).is_dir()
-    if not local and (Path(path_or_id).exists() or str(path_or_id).startswith((".", "/", "~"))):
-        raise ModelError(f"{path_or_id} is no folder with a checkpoint: give the folder that holds config.json")
-    chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    options: dict[str, Any] = {"local_files_only": local, "revision": revision or "main", "trust_remote_code": False}
-    with _as_model_error(f"{path_or_id}"):
-        config = AutoConfig.from_pretrained(path_or_id, **options)
-        model, info = AutoModelForCausalLM.from_pretrained(
-            path_or_id,
-            config=config,
-            dtype=_dtype(dtype),
-            device_map=chosen if chosen == "auto" else None,
-            output_loading_info=True,
-            **options,
-        )
-        missing = sorted(info["missing_keys"])
-        if missing:
-            raise ModelError(
-                f"{path_or_id} lacks {len(missing)} weights, such as {missing[0]}: the checkpoint is incomplete or of"
-                " another class, and random weights would be profiled"
-            )
-        if chosen != "auto":
-            model = model.to(chosen)
-    with _as_model_error(f"the tokenizer of {path_or_id}"):
-        tokenizer = AutoTokenizer.from_pretrained(path_or_id, **options)
-    return model.eval(), tokenizer
-
-
-def _dtype(name: str) -> Any:
-    if name == "auto":
-        return "auto"
-    dtype = getattr(torch, name, None)
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise InputError(f"dtype {name!r} is not known: use auto, float32, bfloat16 or float16")
-    return dtype
-
-
-@contextmanager
-def _as_model_error(what: str) -> Iterator[None]:
-    try:
-        yield
-    except MoescopeError:
-        raise
-    except Exception as error:  # whatever a library makes of a broken checkpoint, the user reads one line
-        text = " ".join(str(error).split())
-        hint = " (moescope never runs code that comes with a checkpoint)" if "trust_remote_code" in text else ""
-        raise ModelError(f"{what} cannot be loaded: {text[:300] or type(error).__name__}{hint}") from error
 
 
 def _require_fitting(session: WatchSession, corpus: Corpus) -> None:
@@ -280,8 +212,12 @@ def _runner(session: WatchSession) -> nn.Module:
     return base if inside and isinstance(base, nn.Module) else session.model
 
 
+def _embeddings(model: Any) -> Any:
+    return model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+
+
 def _input_device(model: nn.Module) -> torch.device:
-    embeddings = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    embeddings = _embeddings(model)
     weight = getattr(embeddings, "weight", None)
     if isinstance(weight, Tensor) and not weight.is_meta:
         return weight.device

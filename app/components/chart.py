@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+from typing import Any
 
 import plotly.graph_objects as go
 import polars as pl
@@ -28,6 +29,11 @@ def show(
     with st.container(border=bordered, gap="xsmall", height="stretch"):
         st.plotly_chart(figure, key=f"chart-{key}", theme="streamlit", width="stretch", alt=alt, config=_config(key))
         caption(read + (f" *{rests_on}*" if rests_on else ""), frame, figure, key=key)
+
+
+def pair() -> Any:
+    """Two cards beside each other, or below each other where the window is narrow; a context."""
+    return st.grid(2, min_column_width=400, gap="small")
 
 
 def caption(text: str, frame: pl.DataFrame, figure: go.Figure | None, *, key: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import streamlit as st
 
-from app.state import plain
+from app.state import code, plain
 from app.text import duration
 from store import Badge, Run
 
@@ -49,8 +49,8 @@ def progress(run: Run) -> None:
     if done.state in ("interrupted", "failed"):
         st.warning(
             f"The collection has {'ended early' if done.state == 'interrupted' else 'failed'}: "
-            f"{plain(done.detail or 'no detail', 200)}. "
-            "What it published is shown. Continue it with `moescope collect ... --resume`."
+            f"{plain(done.detail or 'no detail', 200)}. What it published is shown. Continue it with `moescope "
+            "collect ... --resume`."
         )
         return
     share = min(done.tokens / done.token_budget, 1.0) if done.token_budget else 0.0
@@ -67,8 +67,8 @@ def not_yet(what: str, run: Run) -> None:
         st.info(f"{what} is computed from the whole trace when the collection ends.", icon=":material/hourglass_top:")
     else:
         st.info(
-            f"{what} has not been computed for this run: the metrics beside it are missing. Compute them "
-            "from the run alone:",
+            f"{what} has not been computed for this run: the metrics beside it are missing. Compute them from the "
+            "run alone:",
             icon=":material/calculate:",
         )
         st.code(
@@ -79,8 +79,8 @@ def not_yet(what: str, run: Run) -> None:
 def needs_level(what: str, level: str, run: Run) -> None:
     """Instead of figures that need another level of collection."""
     st.info(
-        f"{what} needs the level `{level}`; this run recorded `{plain(run.info.levels)}`. Collect again with "
-        f"`moescope collect MODEL --data PATH --level routing,{level}`.",
+        f"{what} needs the level `{level}`; this run recorded {code(run.info.levels)}. Collect again with `moescope "
+        f"collect MODEL --data PATH --level routing,{level}`.",
         icon=":material/layers:",
     )
 
@@ -88,7 +88,7 @@ def needs_level(what: str, level: str, run: Run) -> None:
 def empty_store(directories: list[str]) -> None:
     """The page of a store without runs: what to do next."""
     st.title("No runs yet", anchor=False)
-    where = ", ".join(f"`{plain(name, 200)}`" for name in directories)
+    where = ", ".join(code(name) for name in directories)
     st.write(f"The store {where} is empty. A run appears here as soon as its collection starts.")
     st.markdown("**See something at once**: profile the small model that comes with moescope.")
     st.code("moescope demo", language="bash")

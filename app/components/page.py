@@ -45,12 +45,12 @@ def _guarded(body: Callable[[Run], None], name: str, was_live: bool) -> None:
 
 def _gone(name: str | None) -> None:
     st.warning(
-        f"The run `{state.plain(str(name))}` is no longer in the store: renamed or deleted. Choose another "
-        "one in the sidebar."
+        f"The run {state.code(str(name))} is no longer in the store: renamed or deleted. Choose another one in the "
+        "sidebar."
     )
     st.button("Look again", icon=":material/refresh:", key="look-again")
     with st.expander("Which folders are read?"):
-        st.write(", ".join(f"`{state.plain(str(path), 200)}`" for path in data.store_directories()))
+        st.write(", ".join(state.code(str(path)) for path in data.store_directories()))
 
 
 __all__ = ["header", "render"]

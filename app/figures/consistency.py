@@ -5,7 +5,7 @@ from __future__ import annotations
 import plotly.graph_objects as go
 import polars as pl
 
-from app.figures.style import Theme, fade, layout, message, palette, safe, scale
+from app.figures.style import Theme, fade, layout, log_ticks, message, palette, safe, scale
 
 CONTROL_WORDS = {
     "observed": "this run",
@@ -181,11 +181,14 @@ def srp_expert_scatter(frame: pl.DataFrame, *, theme: Theme = "light") -> go.Fig
         line={"color": colours.alarm, "width": 1.5, "dash": "dot"},
         hoverinfo="skip",
     )
-    uniform = shown["uniform"][0]
-    figure.add_vline(
-        x=uniform,
-        line={"color": colours.muted, "width": 1, "dash": "dash"},
-        annotation={"text": "balanced", "font": {"color": colours.muted, "size": 11}, "yanchor": "bottom"},
+    uniform = float(shown["uniform"][0])
+    figure.add_scatter(
+        x=[uniform, uniform],
+        y=[0, 1],
+        mode="lines",
+        name="balanced: k / E",
+        line={"color": colours.muted, "width": 1.2, "dash": "dash"},
+        hovertemplate="a balanced router uses every expert for %{x:.2%} of tokens<extra></extra>",
     )
     layout(
         figure,
@@ -196,34 +199,34 @@ def srp_expert_scatter(frame: pl.DataFrame, *, theme: Theme = "light") -> go.Fig
         height=BESIDE_HEIGHT,
         wide=False,
     )
-    low, high = float(shown["frequency"].min()), float(shown["frequency"].max())  # type: ignore[arg-type]
-    ticks = [
-        step * 10.0**power
-        for power in range(-6, 1)
-        for step in (1, 2, 5)
-        if low * 0.7 <= step * 10.0**power <= high * 1.4
-    ]
-    figure.update_xaxes(type="log", showgrid=False, tickvals=ticks, ticktext=[f"{100 * tick:g} %" for tick in ticks])
+    ticks = log_ticks(shown["frequency"].to_list())
+    percent = [f"{100 * tick:g} %" for tick in ticks["tickvals"]]
+    figure.update_xaxes(**{**ticks, "ticktext": percent}, showgrid=False)
     figure.update_yaxes(tickformat=".0%", range=[0, 1.02])
     return figure
 
 
 def _published_lines(figure: go.Figure, published: pl.DataFrame | None, theme: Theme, column: str = "value") -> None:
-    """The published models as thin lines of one legend entry."""
+    """The published models as thin lines of one trace, broken between models."""
     if published is None:
         return
-    form = ".1%" if column == "value" else ".2f"
-    for index, ((model,), part) in enumerate(published.group_by(["model"], maintain_order=True)):
-        figure.add_scatter(
-            x=part["segment_length"],
-            y=part[column],
-            mode="lines",
-            name="20 published models",
-            legendgroup="published",
-            showlegend=index == 0,
-            line={"color": fade(palette(theme).muted, 0.35), "width": 1},
-            hovertemplate=f"{safe(model)}, %{{x}} tokens<br>%{{y:{form}}}<extra>published</extra>",
-        )
+    x: list[float | None] = []
+    y: list[float | None] = []
+    names: list[str] = []
+    for (model,), part in published.group_by(["model"], maintain_order=True):
+        x += [*part["segment_length"], None]
+        y += [*part[column], None]
+        names += [safe(model)] * (len(part) + 1)
+    figure.add_scatter(
+        x=x,
+        y=y,
+        customdata=names,
+        mode="lines",
+        name="20 published models",
+        line={"color": fade(palette(theme).muted, 0.35), "width": 1},
+        hovertemplate=f"%{{customdata}}, %{{x}} tokens"
+        f"<br>%{{y:{'.1%' if column == 'value' else '.2f'}}}<extra>published</extra>",
+    )
 
 
 def _segment_axis(figure: go.Figure, frame: pl.DataFrame) -> None:

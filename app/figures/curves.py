@@ -70,7 +70,7 @@ def balance_curves(frame: pl.DataFrame, *, where: str = "all text", theme: Theme
         legend=False,
         margin={"l": 8, "r": 12, "t": 84, "b": 8},
     )
-    figure.update_annotations(font={"size": 12, "color": colours.text}, xanchor="left")
+    figure.update_annotations(font={"size": 12}, xanchor="left")
     for index, annotation in enumerate(figure.layout.annotations):
         annotation.x = figure.layout["xaxis" if index % 2 == 0 else "xaxis2"].domain[0]
     figure.update_xaxes(type="category", showgrid=False, nticks=24)
@@ -223,8 +223,8 @@ def specialization_curves(frame: pl.DataFrame, *, domains: Sequence[str], theme:
         part = frame.filter(pl.col("domain") == domain)
         name = safe(domain, 24)
         hover = (
-            f"{name}, layer %{{x}}<br>%{{y:.1%}} of the selections would have to move"
-            f"<br>%{{customdata:,}} selections<extra></extra>"
+            f"{name}, layer %{{x}}<br>%{{y:.1%}} of the selections would have to move<br>%{{customdata:,}} "
+            "selections<extra></extra>"
         )
         figure.add_scatter(
             x=part["label"],

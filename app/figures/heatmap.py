@@ -49,14 +49,14 @@ def load_map(
             "zmid": 0.0,
             "zmin": -bound,
             "zmax": bound,
-            "colorbar": colorbar("times the uniform share", theme, **_factor_ticks(int(bound))),
+            "colorbar": colorbar("times the uniform share", **_factor_ticks(int(bound))),
         }
     else:
         cells = share * 100
         colours = {
             "colorscale": scale(palette(theme).sequential),
             "zmin": 0.0,
-            "colorbar": colorbar("% of selections", theme, ticksuffix=" %"),
+            "colorbar": colorbar("% of selections", ticksuffix=" %"),
         }
     hover = "layer %{y}, expert %{x}<br>%{customdata[0]:.2%} of the layer's selections"
     hover += "<br>%{customdata[1]:.2f} × the uniform share<br>%{customdata[2]:,.0f} tokens<extra></extra>"
@@ -91,7 +91,7 @@ def difference_map(frame: pl.DataFrame, *, domain: str, theme: Theme = "light") 
         zmin=-bound,
         zmax=bound,
         colorscale=scale(palette(theme).diverging),
-        colorbar=colorbar("percentage points", theme),
+        colorbar=colorbar("percentage points"),
         hovertemplate=hover,
         hoverongaps=False,
     )

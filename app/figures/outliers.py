@@ -143,7 +143,7 @@ def output_map(frame: pl.DataFrame, *, tokens: str = "all", theme: Theme = "ligh
         zmin=low,
         zmax=high,
         hoverongaps=False,
-        colorbar=colorbar("largest |output|", theme, tickvals=ticks, ticktext=[f"{10.0**tick:g}" for tick in ticks]),
+        colorbar=colorbar("largest |output|", tickvals=ticks, ticktext=[f"{10.0**tick:g}" for tick in ticks]),
     )
     if cells.size <= MAX_DETAIL_CELLS:
         heat.update(

@@ -6,11 +6,13 @@ import html
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Literal
 
 import plotly.graph_objects as go
 
 Theme = Literal["light", "dark"]
+FONT = "system-ui, 'Segoe UI', 'Liberation Sans', Arial, sans-serif"
 
 
 @dataclass(frozen=True)
@@ -121,6 +123,38 @@ def layout(
     ``wide``: whether it has a row of the page for itself, so that the legend needs fewer lines. Call it when all traces
     are there.
     """
+    names = list(figure.layout) if figure.layout else []
+    x_axes = [name for name in names if name.startswith("xaxis")] or ["xaxis"]
+    y_axes = [name for name in names if name.startswith("yaxis")] or ["yaxis"]
+    x_axis = {"automargin": True, "title": {"text": x, "font": {"size": 12}, "standoff": 10}}
+    y_axis = {"automargin": True, "title": {"text": y, "font": {"size": 12}, "standoff": 16}}
+    top = 50 + (_legend_height(figure, 860 if wide else 400) if legend else 0)
+    # One update for everything: Plotly checks the whole layout anew at each.
+    figure.update_layout(
+        {
+            "template": template(theme),
+            "title": {"text": title, "font": {"size": 15}, "x": 0, "xanchor": "left", "y": 0.98, "yanchor": "top"},
+            "paper_bgcolor": "rgba(0,0,0,0)",
+            "plot_bgcolor": "rgba(0,0,0,0)",
+            "height": height,
+            "margin": {"l": 8, "r": 12, "t": top, "b": 8},
+            "showlegend": legend,
+            "legend": {
+                "orientation": "h", "x": 0, "xanchor": "left", "y": 1.01, "yanchor": "bottom", "font": {"size": 12},
+                "title": {"text": ""}, "bgcolor": "rgba(0,0,0,0)", "traceorder": "normal",
+            },
+            "hovermode": "closest",
+            **dict.fromkeys(x_axes, x_axis),
+            **dict.fromkeys(y_axes, y_axis),
+            **axes,
+        }
+    )  # fmt: skip
+    return figure
+
+
+@cache
+def template(theme: Theme = "light") -> go.layout.Template:
+    """Colours of text, axes and grid. They stand in a template, so that a page can put its own theme in their place."""
     colours = palette(theme)
     axis = {
         "gridcolor": colours.grid,
@@ -128,51 +162,24 @@ def layout(
         "linecolor": colours.grid,
         "tickcolor": colours.grid,
         "tickfont": {"color": colours.muted, "size": 12},
-        "automargin": True,
+        "title": {"font": {"color": colours.muted}},
     }
-    figure.update_layout(
-        title={
-            "text": title,
-            "font": {"size": 15, "color": colours.text},
-            "x": 0,
-            "xanchor": "left",
-            "y": 0.98,
-            "yanchor": "top",
-        },
-        font={
-            "color": colours.text,
-            "family": "system-ui, 'Segoe UI', 'Liberation Sans', Arial, sans-serif",
-            "size": 12,
-        },
-        paper_bgcolor="rgba(0,0,0,0)",
-        plot_bgcolor="rgba(0,0,0,0)",
-        colorway=list(colours.categorical),
-        height=height,
-        margin={"l": 8, "r": 12, "t": 50 + (_legend_height(figure, 860 if wide else 400) if legend else 0), "b": 8},
-        showlegend=legend,
-        legend={
-            "orientation": "h",
-            "x": 0,
-            "xanchor": "left",
-            "y": 1.01,
-            "yanchor": "bottom",
-            "font": {"size": 12, "color": colours.text},
-            "title": {"text": ""},
-            "bgcolor": "rgba(0,0,0,0)",
-            "traceorder": "normal",
-        },
-        hoverlabel={
-            "bgcolor": colours.background,
-            "bordercolor": colours.muted,
-            "font": {"color": colours.text, "size": 12},
-            "align": "left",
-        },
-        hovermode="closest",
+    return go.layout.Template(
+        layout={
+            "font": {"color": colours.text, "family": FONT, "size": 12},
+            "title": {"font": {"color": colours.text}},
+            "legend": {"font": {"color": colours.text}},
+            "hoverlabel": {
+                "bgcolor": colours.background,
+                "bordercolor": colours.muted,
+                "font": {"color": colours.text, "size": 12},
+                "align": "left",
+            },
+            "colorway": list(colours.categorical),
+            "xaxis": axis,
+            "yaxis": axis,
+        }
     )
-    figure.update_xaxes(**axis, title={"text": x, "font": {"color": colours.muted, "size": 12}, "standoff": 10})
-    figure.update_yaxes(**axis, title={"text": y, "font": {"color": colours.muted, "size": 12}, "standoff": 16})
-    figure.update_layout(**axes)
-    return figure
 
 
 def _legend_height(figure: go.Figure, width: int) -> int:
@@ -184,15 +191,14 @@ def _legend_height(figure: go.Figure, width: int) -> int:
     return 20 * -(-len(names) // columns) + 6
 
 
-def colorbar(title: str, theme: Theme = "light", **more: Any) -> dict[str, Any]:
+def colorbar(title: str, **more: Any) -> dict[str, Any]:
     """A slim colour bar beside the plot."""
-    colours = palette(theme)
     return {
-        "title": {"text": title, "font": {"size": 12, "color": colours.muted}, "side": "right"},
+        "title": {"text": title, "font": {"size": 12}, "side": "right"},
         "thickness": 12,
         "len": 1.0,
         "outlinewidth": 0,
-        "tickfont": {"size": 11, "color": colours.muted},
+        "tickfont": {"size": 11},
         "xpad": 8,
         **more,
     }
@@ -229,7 +235,7 @@ def message(text: str, *, title: str, theme: Theme = "light", height: int = 220)
         y=0.5,
         xref="paper",
         yref="paper",
-        font={"color": palette(theme).muted, "size": 13},
+        font={"size": 13},
     )
     layout(figure, title=title, x="", y="", theme=theme, height=height, legend=False)
     figure.update_xaxes(visible=False)

@@ -26,7 +26,7 @@ def routing_map(frame: pl.DataFrame, *, layer: str, num_experts: int, theme: The
             colorscale=scale(palette(theme).sequential[2:]),
             zmin=0.0,
             hoverongaps=False,
-            colorbar=colorbar("gate weight", theme),
+            colorbar=colorbar("gate weight"),
             hovertemplate="position %{x}<br>expert %{y}<br>gate weight %{z:.3f}<extra></extra>",
         )
     )

@@ -35,6 +35,9 @@ Row = tuple[str, str, str, str, str]
 def _checks(run: store.Run) -> list[Row]:
     table = run.table("check").filter(pl.col("status").is_in(["fail", "warning"]))
     rows: list[Row] = []
+    if run.badge.status == "unchecked" and not run.live:
+        detail = "no check proves that this run recorded what the model did, as in imported traces"
+        rows.append(("note", "capture unchecked", "", detail, "Overview"))
     for (status, name), part in table.group_by("status", "name", maintain_order=True):
         severity = "problem" if status == "fail" else "warning"
         verb = "failed" if status == "fail" else "warns"
@@ -51,8 +54,8 @@ def _collapse(even: pl.DataFrame) -> list[Row]:
         return []
     worst = found.sort("effective_experts").row(0, named=True)
     detail = (
-        f"layer {worst['label']} uses {worst['effective_experts']:.1f} effective experts of {worst['num_experts']},"
-        f" with {worst['top_k']} per token"
+        f"layer {worst['label']} uses {worst['effective_experts']:.1f} effective experts of {worst['num_experts']}, "
+        f"with {worst['top_k']} per token"
     )
     return [("problem", "routing collapse", _names(found["label"]), detail, "Routing")]
 
@@ -68,8 +71,8 @@ def _router(run: store.Run) -> list[Row]:
     if len(tied):
         worst = tied.sort("tie_share", descending=True).row(0, named=True)
         detail = (
-            f"in layer {worst['label']}, {worst['tie_share']:.1%} of tokens tie between the last "
-            "expert taken and the next"
+            f"in layer {worst['label']}, {worst['tie_share']:.1%} of tokens tie between the last expert taken and the "
+            "next"
         )
         rows.append(("note", "ties at the selection boundary", _names(tied["label"]), detail, "Routing"))
     return rows
@@ -82,9 +85,9 @@ def _dead(even: pl.DataFrame) -> list[Row]:
         explained = bool((dead["expected_dead"] >= ACCIDENT).any())
         worst = dead.sort("dead", descending=True).row(0, named=True)
         detail = (
-            f"{dead['dead'].sum()} experts were never used; in layer {worst['label']}, {worst['dead']} of"
-            f" {worst['num_experts']} on {worst['tokens']:,.0f} tokens. A balanced router leaves a given expert unused"
-            f" with probability {worst['zero_probability']:.1e}"
+            f"{dead['dead'].sum()} experts were never used; in layer {worst['label']}, {worst['dead']} of "
+            f"{worst['num_experts']} on {worst['tokens']:,.0f} tokens. A balanced router leaves a given expert unused "
+            f"with probability {worst['zero_probability']:.1e}"
         )
         detail += ": too few tokens to blame the router" if explained else ""
         rows.append(("note" if explained else "warning", "dead experts", _names(dead["label"]), detail, "Routing"))

@@ -76,8 +76,8 @@ def hit_rates(run: store.Run) -> pl.DataFrame:
     """One row per policy, segment length, scope, control and cache size: the hit rate.
 
     Columns: policy (sch | lru | lfu | belady), segment_length (sch only), scope: "shared" = one cache for all layers,
-    "layers" = mean over one cache per layer, or a layer's label; control; slots; ratio = slots / requests per token
-    (rho: 1 = room for what one token uses); value, low, high, tokens, sequences.
+    "layers" = mean over one cache per layer, or a layer's label; layer, step (null but for one layer); control; slots;
+    ratio = slots / requests per token (rho: 1 = room for what one token uses); value, low, high, tokens, sequences.
     """
     frame = pl.concat([run.metrics(f"hit_rate_{policy}") for policy in POLICIES])
     frame = with_label(frame.join(_parameters(frame), on="parameters", how="left", nulls_equal=True))
@@ -91,6 +91,8 @@ def hit_rates(run: store.Run) -> pl.DataFrame:
         "policy",
         "segment_length",
         "scope",
+        "layer",
+        "step",
         "control",
         "slots",
         "ratio",
@@ -101,7 +103,7 @@ def hit_rates(run: store.Run) -> pl.DataFrame:
         "sequences",
     ]
     frame = frame.with_columns(scope, ratio.alias("ratio"), pl.col("at").cast(pl.Int64).alias("slots"))
-    return frame.select(columns).sort("policy", "segment_length", "scope", "control", "slots")
+    return frame.select(columns).sort("policy", "segment_length", "layer", "step", "scope", "control", "slots")
 
 
 def repetition(run: store.Run) -> pl.DataFrame:

@@ -111,7 +111,7 @@ def _routed(run: store.Run, *, domain: str | None, phase: str | None) -> dict[tu
 def _measure(layer: store.LayerInfo, counts: np.ndarray, tokens: float) -> tuple[float, ...]:
     """The columns of ``BALANCE`` from normalised_entropy on, for counts (1, experts)."""
     if not counts.size or not counts.sum():
-        return (float("nan"),) * 5 + (0.0, 0, 0, 1.0, 0.0)
+        return (float("nan"),) * 6 + (0, 0, 1.0, 0.0)
     even = formulas.balance(load=counts)
     dead = formulas.dead_experts(counts=counts, top_k=layer.top_k, tokens=tokens, threshold=NEARLY_DEAD)
     noise = formulas.noise_cv(num_experts=layer.num_experts, top_k=layer.top_k, tokens=max(tokens, 1.0))

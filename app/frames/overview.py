@@ -31,11 +31,7 @@ def key_figures(run: store.Run) -> pl.DataFrame:
         ("experts backend", info.backend or "–", ""),
         ("recorded", info.levels, f"origin: {info.origin}"),
         ("text", "kept" if info.text_kept else "not kept", ""),
-        (
-            "complete",
-            "yes" if info.complete else "no",
-            "" if info.complete or run.live else "the collection ended early",
-        ),
+        _complete(run),
     ]
     return pl.DataFrame(rows, schema=["figure", "value", "detail"], orient="row")
 
@@ -73,8 +69,8 @@ def next_steps(run: store.Run) -> pl.DataFrame:
     if len(even):
         worst = even.sort("max_violation", descending=True).row(0, named=True)
         text = (
-            f"Layer {worst['label']} is the least even: its busiest expert takes "
-            f"{worst['max_violation'] + 1:.1f} × the mean."
+            f"Layer {worst['label']} is the least even: its busiest expert takes {worst['max_violation'] + 1:.1f} × "
+            "the mean."
         )
         rows.append(("Routing", text))
     rows += _super_expert_step(run) + _consistency_step(run)
@@ -104,6 +100,12 @@ def _consistency_step(run: store.Run) -> list[tuple[str, str]]:
     if "shuffled" in value:
         text += f"; popularity alone gives {value['shuffled']:.1%}"
     return [("Local consistency", text + ". It says whether caching experts can pay.")]
+
+
+def _complete(run: store.Run) -> tuple[str, str, str]:
+    if run.live:
+        return ("complete", "not yet", "")
+    return ("complete", "yes", "") if run.info.complete else ("complete", "no", "the collection ended early")
 
 
 def _range(values: list[int]) -> str:

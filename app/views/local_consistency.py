@@ -73,24 +73,20 @@ def _srp(run: Run, srp: pl.DataFrame, *, domain: str | None, length: float, besi
         figures.srp_curve(of_domain, drawn, theme=theme),
         of_domain,
         key="srp",
-        read="How well the best fixed set of experts for a whole segment stands in for the router's choice "
-        "token by token. "
-        "Only what lies above the shuffled lines is consistency in time; the rest is popularity.",
+        read="How well the best fixed set of experts for a whole segment stands in for the router's choice token by "
+        "token. Only what lies above the shuffled lines is consistency in time; the rest is popularity.",
         rests_on=interval,
         alt="SRP against segment length with intervals, controls and published models",
     )
-    left, right = st.columns(2, gap="small")
-    with left:
+    with chart.pair():
         chart.show(
             figures.router_size_curve(of_domain, drawn, theme=theme),
             of_domain,
             key="router-size",
-            read="How many experts that fixed set holds, relative to what a token uses. A small SRP that "
-            "needs a large set "
-            "means that nothing is saved.",
+            read="How many experts that fixed set holds, relative to what a token uses. A small SRP that needs a "
+            "large set means that nothing is saved.",
             alt="Router size that reaches the SRP against segment length",
         )
-    with right:
         layers = data.frame(frames.srp_layers, run)
         chart.show(
             figures.srp_layer_curves(layers, theme=theme),
@@ -101,20 +97,17 @@ def _srp(run: Run, srp: pl.DataFrame, *, domain: str | None, length: float, besi
             alt="SRP of every layer for each segment length",
         )
     experts = data.frame(frames.srp_experts, run).filter(pl.col("segment_length") == length)
-    left, right = st.columns(2, gap="small")
-    with left if beside else st.container():
+    with chart.pair():
         chart.show(
             figures.srp_expert_scatter(experts, theme=theme),
             experts,
             key=f"srp-experts-{length:g}",
-            read=f"Segments of {length:g} tokens. Experts far above the dotted curve come in bursts: they "
-            "are needed for a "
-            "stretch of text and then not.",
+            read=f"Segments of {length:g} tokens. Experts far above the dotted curve come in bursts: they are needed "
+            "for a stretch of text and then not.",
             rests_on="All text.",
             alt="SRP of every expert against its activation frequency",
         )
-    if beside:
-        with right:
+        if beside:
             _among(
                 run,
                 of_domain.filter(pl.col("segment_length") == length),
@@ -140,11 +133,9 @@ def _hit_rates(run: Run, *, length: float, beside: bool) -> None:
         hit_rates.hit_rate_curves(shown, segment_length=segment, scope_words=_SCOPES[scope], theme=theme),
         shown,
         key=f"hit-rates-{scope}",
-        read="ρ = 1 is room for exactly what one token uses. LRU and LFU can be built; SCH looks ahead over "
-        "a segment and Belady "
-        "knows the whole future, so they bound what a predictor could win. Where LRU lies on its shuffled "
-        "line, order in the "
-        "text does not help a cache.",
+        read="ρ = 1 is room for exactly what one token uses. LRU and LFU can be built; SCH looks ahead over a "
+        "segment and Belady knows the whole future, so they bound what a predictor could win. Where LRU lies on its "
+        "shuffled line, order in the text does not help a cache.",
         rests_on=f"{most(shown['tokens']):,.0f} tokens; every sequence starts with an empty cache"
         + ("; bands are 95 % intervals over sequences." if scope == "shared" else "."),
         alt="Hit rate of SCH, LRU, LFU and Belady against cache size, with controls",
@@ -159,11 +150,10 @@ def _hit_rates(run: Run, *, length: float, beside: bool) -> None:
             segmented=True,
         )
         ratio = state.choose("Cache size ρ", _RATIOS, key="rho", default="2", segmented=True)
-    left, right = st.columns(2, gap="small")
     of_policy = rates.filter((pl.col("policy") == policy) & (pl.col("control") == "observed"))
     if policy == "sch":
         of_policy = of_policy.filter(pl.col("segment_length") == segment)
-    with left:
+    with chart.pair():
         own = of_policy.filter(~pl.col("scope").is_in(list(_SCOPES)))
         chart.show(
             hit_rates.hit_rate_layers(own, policy=policy, theme=theme),
@@ -172,7 +162,6 @@ def _hit_rates(run: Run, *, length: float, beside: bool) -> None:
             read="Layers with a low hit rate want more slots, or none.",
             alt="Hit rate of every layer's own cache",
         )
-    with right:
         if beside:
             _published_rates(run, of_policy, policy=policy, segment=segment, ratio=float(ratio))
 
@@ -206,9 +195,8 @@ def _among(run: Run, mine: pl.DataFrame, published: pl.DataFrame, *, title: str,
         hit_rates.beside_published(frame, this=f"this run: {run.name}", title=title, x=x, theme=state.theme()),
         frame,
         key=key,
-        read="Published values rest on 11 domains and 22,528 sequences; another text shifts a model by some "
-        "points. A small "
-        "model whose domains differ by script reads higher than a large one would.",
+        read="Published values rest on 11 domains and 22,528 sequences; another text shifts a model by some points. "
+        "A small model whose domains differ by script reads higher than a large one would.",
         rests_on=f"{SOURCE}.",
         alt=f"Bars: this run among 20 published models, {title}",
     )

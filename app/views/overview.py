@@ -68,10 +68,10 @@ def _alerts(frame: pl.DataFrame) -> None:
 def _next(frame: pl.DataFrame) -> None:
     known = {page.title: page for page in PAGES}
     st.subheader("What to look at next", anchor=False)
-    columns = st.columns(max(len(frame), 1), gap="small")
-    for column, row in zip(columns, frame.iter_rows(named=True), strict=False):
+    grid = st.grid(max(len(frame), 1), min_column_width=190, gap="small")
+    for row in frame.iter_rows(named=True):
         target = known[row["page"]]
-        with column, st.container(border=True, gap=None, height="stretch"):
+        with grid, st.container(border=True, gap=None, height="stretch"):
             if target.url == PAGES[0].url:
                 st.markdown(f"**{row['page']}**")
             else:
@@ -83,8 +83,7 @@ def _charts(run: Run) -> None:
     theme = state.theme()
     tokens, reach = data.frame(domains.domain_tokens, run), data.frame(load.coverage, run)
     starved = int(reach["starved"].sum())
-    left, right = st.columns([2, 3], gap="small")
-    with left:
+    with chart.pair():
         chart.show(
             curves.domain_bars(tokens, theme=theme),
             tokens,
@@ -93,7 +92,6 @@ def _charts(run: Run) -> None:
             rests_on=f"{tokens['tokens'].sum():,} tokens." if len(tokens) else "",
             alt="Bars: tokens per domain of the run's text",
         )
-    with right:
         words = (
             f"{starved:,} experts starve: collect more text, or text that reaches them."
             if starved
@@ -103,9 +101,8 @@ def _charts(run: Run) -> None:
             curves.coverage_band(reach, theme=theme),
             reach,
             key="coverage",
-            read="Each layer's experts from the least to the most used. Experts below the dashed line, a "
-            "tenth of the balanced "
-            f"load, have too few tokens to be judged or calibrated. {words}",
+            read="Each layer's experts from the least to the most used. Experts below the dashed line, a tenth of "
+            f"the balanced load, have too few tokens to be judged or calibrated. {words}",
             alt="Bands: fewest, middle and most tokens per expert in every MoE layer",
         )
 

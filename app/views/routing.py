@@ -21,8 +21,8 @@ _SCALES = {"relative": "against the uniform share", "share": "share of selection
 _READ_CONFIDENCE = {
     "entropy": "Low entropy: the router prefers few experts clearly. The band holds the middle 80 % of the tokens.",
     "top_probability": "Near 1 a single expert decides; near 1/E the router hardly tells the experts apart.",
-    "selected_probability": "Probability that falls on the selected experts: what is missing to 1 is what "
-    "top-k throws away.",
+    "selected_probability": "Probability that falls on the selected experts: what is missing to 1 is what top-k "
+    "throws away.",
     "first_margin": "How far the first choice leads. Small values mean that the order of the first two hardly matters.",
     "boundary_margin": "Small values mean that rounding or quantisation can flip which expert is taken last.",
 }
@@ -46,8 +46,7 @@ def page(run: Run) -> None:
 def _load(run: Run, *, domain: str | None, phase: str | None, scale: str, where: str) -> None:
     frame = data.frame(load.expert_load, run, domain=domain, phase=phase)
     read = {
-        "relative": "Orange experts get less than their uniform share, blue ones more; each colour step is "
-        "a factor of two.",
+        "relative": "Orange experts get less than their uniform share, blue ones more, in factors of two.",
         "share": "The darker (in dark mode: the brighter), the larger the expert's part of its layer's selections.",
     }[scale]
     chart.show(
@@ -70,9 +69,9 @@ def _balance(run: Run, *, domain: str | None, phase: str | None, where: str) -> 
         curves.balance_curves(frame, where=safe(where), theme=state.theme()),
         frame,
         key="balance",
-        read="An even load has entropy 1 and the others 0. The dotted line is the coefficient of variation "
-        "that a balanced router "
-        "shows on so few tokens by chance; MaxVio 3 means that the busiest expert takes four times the mean.",
+        read="An even load has entropy 1 and the others 0. The dotted line is the coefficient of variation that a "
+        "balanced router shows on so few tokens by chance; MaxVio 3 means that the busiest expert takes four times "
+        "the mean.",
         rests_on=f"{most(frame['tokens']):,.0f} tokens per layer.",
         alt="Curves over the layers: normalised entropy, Gini, coefficient of variation, MaxVio",
     )
@@ -92,9 +91,8 @@ def _specialization(run: Run, *, domain: str | None, phase: str | None) -> None:
         curves.specialization_curves(moved, domains=run.domains, theme=state.theme()),
         moved,
         key="specialization",
-        read="0 % means that the domain uses the experts like the mean of all domains; 30 % means that 30 % "
-        "of its selections "
-        "would have to go elsewhere. Every domain counts alike in the mean.",
+        read="0 % means that the domain uses the experts like the mean of all domains; 30 % means that 30 % of its "
+        "selections would have to go elsewhere. Every domain counts alike in the mean.",
         alt="Curves over the layers: distance of each domain's load from the mean of the domains",
     )
     shown = domain or run.domains[0]
@@ -104,8 +102,8 @@ def _specialization(run: Run, *, domain: str | None, phase: str | None) -> None:
         heatmap.difference_map(frame, domain=shown, theme=state.theme()),
         frame,
         key=f"difference-{shown}",
-        read="Blue experts take more of this domain's selections than of the mean of the domains, orange "
-        f"ones less.{hint}",
+        read="Blue experts take more of this domain's selections than of the mean of the domains, orange ones "
+        f"less.{hint}",
         rests_on=f"{frame['tokens'].sum():,} selections.",
         alt=f"Map of layers and experts: load of {shown} minus the mean",
     )
@@ -148,9 +146,8 @@ def _repetition(run: Run) -> None:
         consistency_figures.repetition_curves(frame, theme=state.theme()),
         frame,
         key="repetition",
-        read="How often the next token has the same first choice, and which part of its experts it shares. "
-        "Shuffled tokens say "
-        "what popularity alone gives; only what lies above is order in the text.",
+        read="How often the next token has the same first choice, and which part of its experts it shares. Shuffled "
+        "tokens say what popularity alone gives; only what lies above is order in the text.",
         alt="Curves over the layers: repetition of experts between neighbouring tokens",
     )
 

@@ -29,8 +29,8 @@ def page(run: Run) -> None:
         key="over",
         words=_CHOICES.__getitem__,
         segmented=True,
-        help="The paper takes all tokens. Its published code sees only the first token routed to an expert "
-        "in each sequence.",
+        help="The paper takes all tokens. Its published code sees only the first token routed to an expert in each "
+        "sequence.",
     )
     maxima = data.frame(frames.output_maxima, run, tokens=tokens)
     if maxima.is_empty():
@@ -43,33 +43,29 @@ def page(run: Run) -> None:
         outliers.output_map(maxima, tokens=tokens, theme=theme),
         maxima,
         key=f"outputs-{tokens}",
-        read="Largest absolute value that each expert's down_proj put out, before the gate weight. Rings "
-        "mark super experts by "
-        "the paper's rule: above the 99.5th percentile, above a tenth of the largest, in a layer where "
+        read="Largest absolute value that each expert's down_proj put out, before the gate weight. Rings mark super "
+        "experts by the paper's rule: above the 99.5th percentile, above a tenth of the largest, in a layer where "
         "massive activations form.",
         rests_on=f"{len(maxima):,} experts that were used.",
         alt="Map of layers and experts: largest output, log scale",
     )
-    left, right = st.columns(2, gap="small")
-    with left:
+    with chart.pair():
         chart.show(
             outliers.ranked_outputs(maxima, limits, tokens=tokens, theme=theme),
             maxima,
             key=f"ranked-{tokens}",
-            read="Super experts stand far above the curve that the other experts make. A smooth curve means "
-            "that there are none.",
+            read="Super experts stand far above the curve that the other experts make. A smooth curve means that "
+            "there are none.",
             rests_on="The 200 largest.",
             alt="Experts ranked by their largest output against the thresholds of two rules",
         )
-    with right:
         residual = data.frame(frames.residual, run)
         chart.show(
             outliers.residual_curve(residual, theme=theme),
             residual,
             key="residual",
-            read="A jump by orders of magnitude over the median is a massive activation; rings mark layers "
-            "above 100 and 1,000 "
-            "times the median. They usually sit at the first position, in few channels.",
+            read="A jump by orders of magnitude over the median is a massive activation; rings mark layers above "
+            "100 and 1,000 times the median. They usually sit at the first position, in few channels.",
             alt="Curves over the layers: largest, later and median absolute hidden state",
         )
     _table(maxima, tokens)
@@ -87,8 +83,8 @@ def _verdict(run: Run, maxima: pl.DataFrame, limits: pl.DataFrame, tokens: str) 
     few = ""
     if len(maxima) < FEW_EXPERTS:
         few = (
-            f" With {len(maxima)} experts the 99.5th percentile lies between the two largest, so the rule "
-            "can name one at most."
+            f" With {len(maxima)} experts the 99.5th percentile lies between the two largest, so the rule can name "
+            "one at most."
         )
     found = maxima.filter(pl.col("paper"))
     code = maxima.filter(pl.col("code"))
@@ -108,9 +104,8 @@ def _verdict(run: Run, maxima: pl.DataFrame, limits: pl.DataFrame, tokens: str) 
         else f"The rule of the paper's code names {_names(code) or 'none'}."
     )
     st.warning(
-        f"**{len(found)} super expert{'s' if len(found) > 1 else ''}**, as (layer, expert): "
-        f"{_names(found)}. {numbers}. {same} "
-        f"Removing them can break the model: protect them in every plan.{few}",
+        f"**{len(found)} super expert{'s' if len(found) > 1 else ''}**, as (layer, expert): {_names(found)}. "
+        f"{numbers}. {same} Removing them can break the model: protect them in every plan.{few}",
         icon=":material/bolt:",
     )
 

@@ -17,10 +17,10 @@ from store import Run
 PART = 768
 _MODES = {"expert": "first expert", "weight": "weight of the first expert", "entropy": "entropy of the gate weights"}
 _READ = {
-    "expert": "One colour per expert of the chosen layer: long stretches of one colour mean that "
-    "neighbouring tokens share their first expert.",
-    "weight": "The stronger the colour, the larger the first expert's part of the gate weights: it decides "
-    "nearly alone.",
+    "expert": "One colour per expert of the chosen layer: long stretches of one colour mean that neighbouring "
+    "tokens share their first expert.",
+    "weight": "The stronger the colour, the larger the first expert's part of the gate weights: it decides nearly "
+    "alone.",
     "entropy": "The stronger the colour, the more evenly the gate weights spread over the selected experts.",
 }
 
@@ -41,8 +41,9 @@ def page(run: Run) -> None:
         layer = state.choose("Layer", axes.layer_labels(run), key="layer")
         mode = state.choose("Colour by", list(_MODES), key="colour", words=_MODES.__getitem__)
     chosen = listed.filter(pl.col("sequence") == sequence).row(0, named=True)
-    source = (chosen["source"] or "memory").rsplit("/", 1)[-1]
-    st.caption(f"{state.plain(chosen['domain'])} · {chosen['tokens']:,} tokens · from {state.plain(source)}")
+    source = (chosen["source"] or "").rsplit("/", 1)[-1]
+    where = f" · from {state.plain(source)}" if source else ""
+    st.caption(f"{state.plain(chosen['domain'])} · {chosen['tokens']:,} tokens{where}")
     if not run.info.text_kept:
         st.info(
             "This run keeps no text, so tokens show their positions. Collect without `--no-text` to read them here.",
@@ -68,8 +69,8 @@ def _sequence(run: Run, sequence: int, *, layer: str, mode: str) -> None:
     selected = _selected(len(text))
     token_strip(shown, shown_routes, colours, layer=layer, mode=mode, selected=selected, on_select=_keep)
     chart.caption(
-        f"{_READ[mode]} Underlined: tokens with the same first expert as the one under the pointer. "
-        f"`{tokens.SPLIT}` is a token that holds only a part of a character.",
+        f"{_READ[mode]} Underlined: tokens with the same first expert as the one under the pointer. `{tokens.SPLIT}` "
+        "is a token that holds only a part of a character.",
         routes.join(text.select("position", "text"), on="position"),
         None,
         key=f"sequence-{sequence}",
@@ -79,9 +80,8 @@ def _sequence(run: Run, sequence: int, *, layer: str, mode: str) -> None:
         figures.routing_map(shown_routes, layer=layer, num_experts=experts, theme=state.theme()),
         shown_routes.filter(pl.col("label") == layer),
         key=f"map-{sequence}-{layer}",
-        read="Each column is a token, each mark an expert it used. Horizontal dashes are experts that stay "
-        "in use over many tokens: "
-        "a cache likes them.",
+        read="Each column is a token, each mark an expert it used. Horizontal dashes are experts that stay in use "
+        "over many tokens: a cache likes them.",
         rests_on=f"{len(shown):,} tokens of sequence {sequence}.",
         alt=f"Map of experts and positions of layer {layer}",
     )

@@ -1,4 +1,4 @@
-"""How a fused experts module of transformers 5 keeps its weights, read from the attributes that the library stamps on it.
+"""How a fused experts module of transformers 5 keeps its weights, by the attributes that the library stamps on it.
 
 The library decorates 65 experts classes of 64 families alike: ``experts(hidden, ids, weights)`` with all experts in 3-D
 parameters. They differ in four switches (gated, transposed, interleaved, biased), which every instance carries.
@@ -43,12 +43,12 @@ class ExpertsLayout:
 
     def up_weight(self, experts: Any, expert: int) -> torch.Tensor:
         """The first projection of one expert as (2 I or I, hidden), whatever the orientation in the module."""
-        weight = getattr(experts, self.up_name)[expert]
+        weight: torch.Tensor = getattr(experts, self.up_name)[expert]
         return weight.T if self.transposed else weight
 
     def down_weight(self, experts: Any, expert: int) -> torch.Tensor:
         """The second projection of one expert as (hidden, I), whatever the orientation in the module."""
-        weight = getattr(experts, self.down_name)[expert]
+        weight: torch.Tensor = getattr(experts, self.down_name)[expert]
         return weight.T if self.transposed else weight
 
     def bias(self, experts: Any, name: str, expert: int) -> torch.Tensor | None:
@@ -80,15 +80,17 @@ def is_fused_experts(module: Any) -> bool:
 def describe_experts(module: Any) -> ExpertsLayout | None:
     """The layout of a fused experts module; None where its weights are packed otherwise (FP8, GGUF, ...).
 
-    A module without layout can still be watched at level routing, where nothing inside it is looked at.
+    A module without layout can still be watched at level routing, where nothing inside it is looked at. Modules outside
+    the library's interface are described by their adapters instead.
     """
     if not is_fused_experts(module):
         return None
     gated, transposed = bool(module.has_gate), bool(module.is_transposed)
     up_name = "gate_up_proj" if gated else "up_proj"
-    up, down = getattr(module, up_name, None), getattr(module, "down_proj", None)
+    up: Any = getattr(module, up_name, None)
+    down: Any = getattr(module, "down_proj", None)
     plain = all(getattr(tensor, "ndim", 0) == 3 and tensor.is_floating_point() for tensor in (up, down))
-    if not plain or down is None or down.element_size() < 2:
+    if not plain or down.element_size() < 2:
         return None
     experts, first, second = down.shape
     return ExpertsLayout(

@@ -15,19 +15,20 @@ class Refusal:
     remedy: str
 
 
-_ADAPTER = "it needs an adapter (docs/adapters.md)"
+_ADAPTER = "moescope has no adapter for it (docs/adapters.md)"
 _REASONS: dict[str, tuple[str, str]] = {
     "NllbMoeExperts": (
         "transformers runs the wrong experts here: it reads the one-hot mask of the first choice as expert ids, so that"
         " only experts 0 and 1 ever run",
         "no capture of this family means anything until that is fixed",
     ),
-    "Llama4TextExperts": ("its gate weights multiply the experts' input, and every expert runs on every token", _ADAPTER),
-    "DbrxExperts": ("its experts are packed in 2-D and called one by one", _ADAPTER),
+    "Llama4TextExperts": (
+        "its gate weights multiply the experts' input, and every expert runs on every token",
+        _ADAPTER,
+    ),
     "JetMoeMoE": ("its experts are two separate projections, and it routes attention heads too", _ADAPTER),
     "JetMoeMoA": ("its experts are attention heads", _ADAPTER),
     "LongcatFlashExperts": ("a part of its experts are identities outside the experts interface", _ADAPTER),
-    "Step3p7Experts": ("it stands outside the experts interface of transformers", _ADAPTER),
     "SwitchTransformersExperts": ("its experts are separate modules, and tokens are dropped by capacity", _ADAPTER),
     "DogeCDMoE": ("its experts are single rows found by product keys", _ADAPTER),
     "Mxfp4GptOssExperts": (

@@ -16,10 +16,10 @@ ROUTER_NAMES = ("gate", "router")
 """Names under which the routers stand beside their experts, for those that the library's recorders leave out."""
 
 _SIGMOID = (
-    "Afmoe AXK1 AXK2 BailingHybrid Beam DeepseekV3 DeepseekV32 Dots1 Dots3Note ExaoneMoe Flint Glm4Moe Glm4MoeLite"
-    " Glm4vMoe Glm5Next GlmMoeDsa HYV3 HYV4 Inkling2 Inkling KimiLinear Kolibri1 Laguna Lfm2Moe MiMoV2Flash MiniMaxM2"
-    " MiniMaxM3VL MuseSpark NemotronH SolarOpen Step3p7"
-).split()
+    *("AXK1", "AXK2", "Afmoe", "BailingHybrid", "Beam", "DeepseekV3", "Dots1", "Dots3Note", "ExaoneMoe", "Flint"),
+    *("Glm4Moe", "Glm4vMoe", "Glm5Next", "GlmMoeDsa", "HYV3", "HYV4", "Inkling", "KimiLinear", "Kolibri1", "Laguna"),
+    *("Lfm2Moe", "MiMoV2Flash", "MiniMaxM2", "MiniMaxM3VL", "MuseSpark", "NemotronH", "SolarOpen", "Step3p7"),
+)
 _FUNCTION_FIELDS = ("scoring_func", "expert_selection_fn", "score_function", "scoring_function")
 _PROBABILITIES = ("Gemma4TextRouter", "DiffusionGemmaTextRouter")
 _SKIPPING = ("ZayaExperts",)
@@ -58,7 +58,7 @@ def find_router_outputs(outputs: Any, *, logits_index: int, top_k: int) -> tuple
         top_k: experts per token, which tells the ids from other integer tensors.
     """
     values: Sequence[Any] = outputs if isinstance(outputs, (tuple, list)) else (outputs,)
-    logits = values[logits_index] if logits_index < len(values) else None
+    logits: Any = values[logits_index] if logits_index < len(values) else None
     if getattr(logits, "ndim", 0) < 2 or not logits.is_floating_point():
         logits = None
     integer = [value for value in values if getattr(value, "ndim", 0) >= 2 and not value.is_floating_point()]
@@ -73,4 +73,4 @@ def _score(class_name: str, config: Any) -> Score:
             return function if function in ("softmax", "sigmoid") else "unknown"  # type: ignore[return-value]
     if class_name.startswith("Phimoe"):
         return "softmax"  # sparsemixer selects otherwise, yet its weights are parts of the same softmax
-    return "sigmoid" if class_name.startswith(tuple(_SIGMOID)) else "softmax"
+    return "sigmoid" if class_name.startswith(_SIGMOID) else "softmax"

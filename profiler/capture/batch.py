@@ -27,8 +27,8 @@ class Tokens:
         rows: tokens that the forward had with padding, batch x length.
         keep: (tokens,) int64, places of the real tokens among ``rows``; None where all are real.
         batch_row: (tokens,) int64, row of the batch.
-        first_seen: per layer, (batch rows, experts) bool: experts that a sequence has used already; kept between the
-            forwards of a generation.
+        first_seen: per layer and kind, (batch rows, experts) bool: experts that a sequence has used already; kept
+            between the forwards of a generation.
         present: indices of the groups that occur.
     """
 
@@ -39,7 +39,7 @@ class Tokens:
     rows: int
     keep: Tensor | None
     batch_row: Tensor
-    first_seen: dict[LayerKey, Tensor] = field(default_factory=dict)
+    first_seen: dict[tuple[LayerKey, str], Tensor] = field(default_factory=dict)
     present: list[int] = field(default_factory=list)
 
     def __len__(self) -> int:

@@ -15,7 +15,7 @@ from profiler.capture.discovery import MoELayer
 from profiler.capture.tap import ExpertsCall, TappedRows, recompute
 
 TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 4e-2, torch.float16: 1e-2, torch.float64: 1e-4}
-"""Largest difference between the experts' output and its recomputation, relative to the output's norm, by weight type."""
+"""Largest difference of the experts' output from its recomputation, relative to the output's norm, by weight type."""
 
 SAMPLED_TOKENS = 256
 """Tokens of a sampled batch whose expert outputs are recomputed."""
@@ -26,8 +26,8 @@ SAMPLE_EVERY = 100
 _FINDINGS = {
     "mask unknown": (
         "mask known",
-        "forwards had an attention mask that is not 2-D: padding could not be told from text and was counted; pass a 2-D"
-        " mask, or session.label(mask=...)",
+        "forwards had an attention mask that is not 2-D: padding could not be told from text and was counted; pass a"
+        " 2-D mask, or session.label(mask=...)",
     ),
     "cached prefix": (
         "whole sequences",
@@ -40,6 +40,11 @@ _FINDINGS = {
     "rejected": (
         "tokens kept",
         "tokens were recorded and then taken back from the cache (speculative decoding): they are counted",
+    ),
+    "fed again": (
+        "text fed once",
+        "forwards fed the text of the one before again with one token more (generation without a cache?): what they"
+        " repeat is counted each time",
     ),
     "went on after the end": (
         "end of sequence",
@@ -128,18 +133,16 @@ class Checks:
     def compare(self, layer: MoELayer, call: ExpertsCall, output: Tensor, rows: TappedRows | None) -> None:
         """Recompute the experts' output of some tokens from what went in, and from the rows that were seen inside."""
         state = self._layers[layer.key]
-        head = slice(0, SAMPLED_TOKENS)
-        result = output.detach()[head].float()
+        output = output.detach().reshape(call.hidden.shape)
+        result = output[:SAMPLED_TOKENS].float()
         scale = float(result.norm()) or 1.0
         if layer.layout is not None and not any(tensor.is_meta for tensor in call.module.parameters()):
-            part = ExpertsCall(
-                call.module, call.backend, call.function, call.hidden[head], call.ids[head], call.weights[head]
-            )
-            state.difference = max(state.difference or 0.0, float((recompute(part, layer.layout) - result).norm()) / scale)
+            difference = float((recompute(call, layer.layout, SAMPLED_TOKENS) - result).norm()) / scale
+            state.difference = max(state.difference or 0.0, difference)
         if rows is not None:
             total = torch.zeros_like(output, dtype=torch.float32)
             total.index_add_(0, rows.token, rows.output.float() * rows.gate.float()[:, None])
-            state.rebuilt = max(state.rebuilt or 0.0, float((total[head] - result).norm()) / scale)
+            state.rebuilt = max(state.rebuilt or 0.0, float((total[:SAMPLED_TOKENS] - result).norm()) / scale)
 
     def compare_selection(self, layer: MoELayer, chosen: Tensor, executed: Tensor) -> None:
         """Compare the ids that the router returned with those that the experts were called with."""
@@ -158,26 +161,26 @@ class Checks:
         return pl.DataFrame(rows, schema=types)
 
     def _rows_of(self, layer: MoELayer, state: _Layer) -> list[dict[str, object]]:
-        rows = [
-            _row("layer seen", layer, state.missed == 0, state.missed, 0, f"missing in {state.missed} of {self.forwards} forwards"),
-            self._count_row(layer, state),
-            _row("expert ids in range", layer, state.strange_ids == 0, state.strange_ids, 0, "ids that are no expert"),
-        ]
         tolerance = TOLERANCES.get(next(layer.experts.parameters()).dtype, 4e-2)
-        if state.difference is not None:
-            detail = "experts' output recomputed from inputs, ids and weights; difference relative to its norm"
-            rows.append(_row("output recomputed", layer, state.difference <= tolerance, state.difference, tolerance, detail))
-        else:
-            rows.append(_row("output recomputed", layer, None, None, tolerance, "the weights could not be read where they are"))
+        missed = f"missing in {state.missed} of {self.forwards} forwards"
+        unlike = "executed ids that differ from those that the router returned, on sampled forwards"
+        nonfinite = f"{state.nonfinite} of {state.tokens} tokens have router logits that are NaN or infinite"
+        recomputed = "experts' output recomputed from inputs, ids and weights; difference relative to its norm"
+        if state.difference is None:
+            recomputed = "not recomputed: the weights could not be read where they are, or no forward was sampled"
+        rebuilt = "experts' output rebuilt from the rows seen inside; difference relative to its norm"
+        rows = [
+            _measured("layer seen", layer, state.missed, 0, missed),
+            self._count_row(layer, state),
+            _measured("expert ids in range", layer, state.strange_ids, 0, "selected ids that are no expert"),
+            _measured("output recomputed", layer, state.difference, tolerance, recomputed),
+        ]
         if state.rebuilt is not None:
-            detail = "experts' output rebuilt from the rows seen inside; difference relative to its norm"
-            rows.append(_row("rows rebuild output", layer, state.rebuilt <= tolerance, state.rebuilt, tolerance, detail))
+            rows.append(_measured("rows rebuild output", layer, state.rebuilt, tolerance, rebuilt))
         if state.unlike_router is not None:
-            detail = "executed ids that differ from those that the router returned, on sampled forwards"
-            rows.append(_row("router's choice ran", layer, state.unlike_router == 0, state.unlike_router, 0, detail))
+            rows.append(_measured("router's choice ran", layer, state.unlike_router, 0, unlike))
         if state.saw_logits:
-            detail = f"{state.nonfinite} of {state.tokens} tokens have router logits that are NaN or infinite"
-            rows.append(_row("router logits finite", layer, state.nonfinite == 0, state.nonfinite, 0, detail))
+            rows.append(_measured("router logits finite", layer, state.nonfinite, 0, nonfinite))
         return rows
 
     def _count_row(self, layer: MoELayer, state: _Layer) -> dict[str, object]:
@@ -205,6 +208,13 @@ class Checks:
             detail = f"{self.empty_sequences} sequences have no token but padding"
             rows.append(_row("empty sequences", None, True, self.empty_sequences, None, detail))
         return rows
+
+
+def _measured(
+    name: str, layer: MoELayer | None, value: float | None, tolerance: float, detail: str
+) -> dict[str, object]:
+    """A row that passes if the value is within the tolerance, and is skipped if nothing was measured."""
+    return _row(name, layer, None if value is None else value <= tolerance, value, tolerance, detail)
 
 
 def _row(

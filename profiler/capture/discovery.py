@@ -14,6 +14,7 @@ from compressor.families import (
     Refusal,
     RouterTraits,
     SharedExperts,
+    adapter_of,
     describe_experts,
     find_shared_experts,
     is_fused_experts,
@@ -106,7 +107,7 @@ def inspect_model(model: nn.Module) -> MoEModel:
         ModelError: the model has no MoE layer, one that cannot be watched, or several stacks of them.
     """
     modules = dict(model.named_modules())
-    found = {name: module for name, module in modules.items() if is_fused_experts(module)}
+    found = {name: module for name, module in modules.items() if is_fused_experts(module) or adapter_of(module)}
     _refuse_unwatchable(modules, found)
     if not found:
         raise ModelError(_without_layers(model))
@@ -145,7 +146,8 @@ def _describe(
         )
     layer_name = f"{stack_name}.{index}"
     router_name, router = _find_router(modules, name, layer_name, declared)
-    layout = describe_experts(experts)
+    adapter = adapter_of(experts)
+    layout = adapter(experts) if adapter else describe_experts(experts)
     num_experts = layout.num_experts if layout else _number(experts, ("num_experts",))
     num_experts = num_experts or _number(config, _COUNT_FIELDS)
     own_config = getattr(experts, "config", config)
@@ -277,7 +279,7 @@ def _without_layers(model: nn.Module) -> str:
 
 
 def _text_config(model: nn.Module) -> Any:
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 

@@ -32,7 +32,7 @@ class Hooks:
         always: bool = False,
         first: bool = False,
     ) -> None:
-        """Call ``see(module, args, output)`` after each forward; with ``always`` also after a failed one (output None)."""
+        """Call ``see(module, args, output)`` after each forward, and with ``always`` with None after a failed one."""
 
         def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             see(module, args, output)

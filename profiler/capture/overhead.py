@@ -40,7 +40,7 @@ class Overhead:
 
     Attributes:
         level: what was recorded.
-        value: the estimate, from medians over the rounds.
+        value: the estimate, the median over the rounds.
         low: lower end of its 95 % interval.
         high: upper end.
         rounds: pairs of forwards that were timed.
@@ -82,9 +82,7 @@ def measure_overhead(
     return compare(timings[0], timings[1], level=level, clock=clock)
 
 
-def time_levels(
-    model: nn.Module, forward: Callable[[], object], *, levels: Sequence[str], rounds: int
-) -> list[Timing]:
+def time_levels(model: nn.Module, forward: Callable[[], object], *, levels: Sequence[str], rounds: int) -> list[Timing]:
     """Times of the bare forward and of one variant per level, in interleaved rounds.
 
     Each round runs every variant once, in an order that rotates. What the rounds of a level recorded is written as one
@@ -112,15 +110,15 @@ def time_levels(
 
 
 def compare(bare: Timing, other: Timing, *, level: str, clock: str = "process") -> Overhead:
-    """Slow-down of one variant against the bare forward, with a bootstrap interval over rounds."""
+    """Slow-down of one variant against the bare forward: the median over rounds, with a bootstrap interval.
+
+    The two forwards of a round run one after the other, so what slows the machine for a while slows both.
+    """
     before, after = (bare.cpu, other.cpu) if clock == "process" else (bare.wall, other.wall)
-    generator = np.random.default_rng(0)
-    rounds = len(before)
-    picks = generator.integers(0, rounds, (BOOTSTRAP, rounds))
-    ratios = np.median(after[picks], axis=1) / np.median(before[picks], axis=1) - 1
-    low, high = np.quantile(ratios, [0.025, 0.975])
-    value = float(np.median(after) / np.median(before) - 1)
-    return Overhead(level, value, float(low), float(high), rounds, clock)
+    ratios = after / before - 1
+    picks = np.random.default_rng(0).integers(0, len(ratios), (BOOTSTRAP, len(ratios)))
+    low, high = np.quantile(np.median(ratios[picks], axis=1), [0.025, 0.975])
+    return Overhead(level, float(np.median(ratios)), float(low), float(high), len(ratios), clock)
 
 
 def _time(

@@ -20,8 +20,8 @@ SAMPLES = 64
 def fingerprint(model: nn.Module) -> str:
     """SHA-256 over names, shapes, types and sampled values of the weights, in the order of their names.
 
-    Two checkpoints with equal fingerprints are the same weights for all that a profile is concerned; weights that are not
-    in memory (offloaded to disk) enter by name, shape and type alone.
+    Two checkpoints with equal fingerprints are the same weights for all that a profile is concerned; weights that are
+    not in memory (offloaded to disk) enter by name, shape and type alone.
     """
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict(keep_vars=True).items()):

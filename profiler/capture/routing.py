@@ -68,9 +68,10 @@ class RoutingBuffer:
         for key, parts in self._parts.items():
             layers = self._layers[key]
             tokens = concatenate_tokens([part[0] for part in parts])
-            joined = [_join([part[index] for part in parts]) for index in (1, 2, 3)]
-            ids, weights, logits = joined
-            assert ids is not None and weights is not None
+            ids = torch.cat([part[1] for part in parts], 1)
+            weights = torch.cat([part[2] for part in parts], 1)
+            shown = [part[3] for part in parts if part[3] is not None]
+            logits = torch.cat(shown, 1) if shown else None
             classes = logits.shape[-1] if logits is not None else ids.shape[-1]
             step = max(1, MAX_VALUES // max(1, len(tokens) * classes))
             for start in range(0, len(layers), step):
@@ -87,13 +88,6 @@ def _likeness(entry: LayerRouting) -> Any:
     classes = entry.logits.shape[-1] if entry.logits is not None else 0
     layer = entry.layer
     return layer.num_experts, layer.traits, entry.ids.shape[-1], classes, entry.ids.device, entry.weights.dtype
-
-
-def _join(parts: list[Tensor | None]) -> Tensor | None:
-    present = [part for part in parts if part is not None]
-    if len(present) < len(parts):
-        return None
-    return present[0] if len(present) == 1 else torch.cat(present, 1)
 
 
 def _assemble(

@@ -13,25 +13,7 @@ from torch import Tensor
 
 from moescope.errors import InputError
 from profiler.capture.batch import Group, LayerKey, Tokens
-
-
-@dataclass
-class ForwardInputs:
-    """What a forward was given, as far as hooks saw it.
-
-    Attributes:
-        input_ids: (batch, length) or None where embeddings went in.
-        shape: (batch, length).
-        attention_mask: as it was passed; only a 2-D one says which tokens are padding.
-        cache: the key-value cache that was passed in, None without one.
-        device: where the model's inputs are.
-    """
-
-    input_ids: Tensor | None
-    shape: tuple[int, int]
-    attention_mask: Any
-    cache: Any
-    device: torch.device
+from profiler.capture.inputs import ForwardInputs
 
 
 @dataclass
@@ -66,7 +48,7 @@ class BatchRows:
     prompt_lengths: Tensor
     finished: Tensor
     columns: int = 0
-    first_seen: dict[LayerKey, Tensor] = field(default_factory=dict)
+    first_seen: dict[tuple[LayerKey, str], Tensor] = field(default_factory=dict)
 
 
 class SequenceTracker:
@@ -74,14 +56,18 @@ class SequenceTracker:
 
     Args:
         domain: label of rows that nobody labels otherwise.
-        first_sequence: number of the first sequence; a resumed run goes on after its last.
         end_ids: ids of end tokens.
         pad_ids: ids of padding tokens.
+
+    Attributes:
+        next_sequence: number of the next sequence; a resumed run goes on after its last.
+        groups: the (domain, phase) pairs that occurred; what :class:`Tokens` has indices into.
+        findings: what could not be known or was left out, with how often.
     """
 
-    def __init__(self, *, domain: str, first_sequence: int, end_ids: Sequence[int], pad_ids: Sequence[int]) -> None:
+    def __init__(self, *, domain: str, end_ids: Sequence[int], pad_ids: Sequence[int]) -> None:
         self.domain = domain
-        self.next_sequence = first_sequence
+        self.next_sequence = 0
         self.groups: list[Group] = []
         self.findings: Counter[str] = Counter()
         self._end_ids, self._stop_ids = sorted(set(end_ids)), sorted({*end_ids, *pad_ids})
@@ -90,13 +76,14 @@ class SequenceTracker:
         self._touched: dict[int, BatchRows] = {}
         self._went_on: Tensor | None = None
         self._before = (self._label, self.next_sequence)
+        self._fed: Tensor | None = None
 
     def label(self, label: Label) -> None:
         """Say what the rows of the next batch are."""
         self._label = label
 
     def begin(self, inputs: ForwardInputs) -> tuple[Tokens, BatchRows]:
-        """The tokens of a forward that is about to run. Nothing is remembered until :meth:`commit`."""
+        """The tokens of a forward that is about to run; :meth:`commit` or :meth:`abort` says how it ended."""
         self._before = (self._label, self.next_sequence)
         past = _cache_length(inputs.cache)
         rows = self._caches.get(inputs.cache) if inputs.cache is not None and past else None
@@ -106,6 +93,7 @@ class SequenceTracker:
         mask, known = self._mask(inputs, past)
         decode = bool(past) and inputs.shape[1] == 1
         if rows is None:
+            self._look_for_repetition(inputs, past)
             rows = self._new_rows(inputs, past, mask)
         elif past < rows.columns:
             self._take_back(rows, rows.columns - past)
@@ -132,6 +120,7 @@ class SequenceTracker:
 
     def abort(self) -> None:
         """The forward failed: the next one takes its sequence numbers and its label."""
+        self.findings["failed forward"] += 1
         self._label, self.next_sequence = self._before
 
     def drain(self) -> list[dict[str, Any]]:
@@ -195,11 +184,21 @@ class SequenceTracker:
         real = ~rows.finished[:, None]
         return real if valid is None else valid & real
 
+    def _look_for_repetition(self, inputs: ForwardInputs, past: int) -> None:
+        """Generation without a cache feeds the whole text again for each token, and each time it would count."""
+        before, self._fed = self._fed, None if past else inputs.input_ids
+        now = inputs.input_ids
+        if now is None or before is None or past or now.shape != (before.shape[0], before.shape[1] + 1):
+            return
+        if now.device == before.device and torch.equal(now[:, :-1], before):
+            self.findings["fed again"] += 1
+
     def _take_back(self, rows: BatchRows, columns: int) -> None:
         """The cache was cropped: tokens that were recorded have been rejected (speculative decoding)."""
         self.findings["rejected"] += columns * len(rows.sequences)
         rows.columns -= columns
         rows.lengths = (rows.lengths - columns).clamp_min(0)
+        rows.prompt_lengths = torch.minimum(rows.prompt_lengths, rows.lengths)
 
     def _tokens(self, inputs: ForwardInputs, rows: BatchRows, valid: Tensor | None, phase: str) -> Tokens:
         batch, length = inputs.shape

@@ -42,7 +42,7 @@ def hit_rate_rows(subject: Subject) -> Rows:
         for policy, length in policies if control == "observed" else controlled:
             parameters: dict[str, Any] = {} if length is None else {"segment_length": length}
             replay = {"selections": selections, "num_experts": subject.num_experts, "policy": policy, **parameters}
-            place = {"metric": f"hit_rate_{policy}", "control": control}
+            place: dict[str, Any] = {"metric": f"hit_rate_{policy}", "control": control}
             place |= {"tokens": trace.num_tokens, "sequences": len(trace.sequences)}
             rows += _own_caches(subject, replay, {**place, "parameters": as_text(parameters)})
             rows += _shared_cache(replay, {**place, "parameters": as_text({**parameters, "shared": True})})

@@ -47,7 +47,7 @@ class Sums:
 
 
 def group_matrix(tokens: Tokens, device: torch.device) -> Tensor:
-    """(present groups, tokens) float32: 1 where a token is of the group; a product with it sums over tokens by group."""
+    """(present groups, tokens) float32, 1 where a token is of the group: a product with it sums tokens by group."""
     present = torch.tensor(tokens.present, device=device)
     return (present[:, None] == tokens.group.to(device)[None]).float()
 

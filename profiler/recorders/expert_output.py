@@ -74,8 +74,8 @@ class ExpertOutputRecorder(Staged):
         rows = batch.tokens.batch_row.to(device)[batch.token]
         position = batch.tokens.position.to(device)[batch.token]
         count = int(batch.tokens.batch_row.max()) + 1
-        key = (*batch.key, batch.kind)
-        seen = batch.tokens.first_seen.get(key)  # type: ignore[call-overload]
+        key = (batch.key, batch.kind)
+        seen = batch.tokens.first_seen.get(key)
         if seen is None or seen.shape[0] < count:
             fresh = torch.zeros(count, batch.num_experts, dtype=torch.bool, device=device)
             if seen is not None:
@@ -90,7 +90,7 @@ class ExpertOutputRecorder(Staged):
         seen = torch.cat([now, seen[count:]])
 
         def keep() -> None:
-            batch.tokens.first_seen[key] = seen  # type: ignore[index]
+            batch.tokens.first_seen[key] = seen
 
         self.later(keep)
         return first

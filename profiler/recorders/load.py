@@ -62,4 +62,3 @@ class LoadRecorder:
             counts = [pl.col(name).cast(pl.Int64) for name in _SELECTED[:3]]
             parts.append(part.with_columns(*counts, **literals(columns_of(key, group)), kind=pl.lit("routed")))
         return {"expert_load": pl.concat(parts)} if parts else {}
-

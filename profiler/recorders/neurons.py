@@ -32,11 +32,9 @@ class NeuronRecorder(Staged):
         key = (batch.key, batch.kind, phases.pop())
 
         def take() -> None:
-            if key not in self._sums:
-                self._sums[key] = (torch.zeros_like(counts), torch.zeros_like(squares, dtype=torch.float64))
-            tokens, sums = self._sums[key]
-            tokens += counts
-            sums += squares
+            # Not in place: the first batch may have run under inference_mode and this one not.
+            tokens, sums = self._sums.get(key, (0, 0.0))
+            self._sums[key] = (tokens + counts, sums + squares.double())
 
         self.later(take)
 
@@ -66,8 +64,8 @@ def _sum_squares(rows: Tensor, counts: Tensor) -> Tensor:
         return sums.index_add_(0, expert, rows.float().square_())
     # On a CPU the cost is in touching memory: slices that fit a cache are three times as fast as one large index_add.
     sums = torch.zeros(len(counts), rows.shape[1])
-    for expert, part in enumerate(rows.split(counts.tolist())):
+    for place, part in enumerate(torch.split(rows, counts.tolist())):
         if len(part):
             part = part.float()
-            torch.sum(part * part, dim=0, out=sums[expert])
+            torch.sum(part * part, dim=0, out=sums[place])
     return sums

@@ -1,9 +1,9 @@
-"""How decided the router was: tables ``router_load`` and ``router_histogram``, and the router's part of ``expert_load``.
+"""How decided the router was: tables ``router_load``, ``router_histogram`` and the router's part of ``expert_load``.
 
 The router probability is the score over all experts before selection: the softmax of the logits, or, for routers that
 score each expert by its own sigmoid, those sigmoids divided by their sum. Selection biases, groups and scaling are not
-in it; what they lead to stands in the gate weights. Where a family scores in another way the probability is unknown, and
-what needs it is null. All of it is computed in float32 from the logits that the model computed, in their own precision.
+in it; what they lead to stands in the gate weights. Where a family scores in another way the probability is unknown,
+and what needs it is null. All of it is computed in float32 from the logits as the model computed them.
 """
 
 from __future__ import annotations
@@ -102,7 +102,8 @@ class RouterRecorder:
             tables["router_load"].append(pl.DataFrame([row]).with_columns(pl.col(_COUNTS).cast(pl.Int64)))
         for sums in self._bins.values():
             for (key, group), counts in sums.drain():
-                tables["router_histogram"].append(self._histogram(key, counts).with_columns(**literals(columns_of(key, group))))
+                part = self._histogram(key, counts).with_columns(**literals(columns_of(key, group)))
+                tables["router_histogram"].append(part)
         for (key, group), values in self._experts.drain():
             names = dict(zip(("probability_sum", "logit_sum", "logit_square_sum"), values, strict=True))
             part = pl.DataFrame({"expert": range(values.shape[1]), **names})
@@ -170,14 +171,22 @@ class _Measured:
 
     def _margins(self, raw: Tensor) -> None:
         k, classes = self.batch.ids.shape[-1], raw.shape[-1]
-        largest = raw.topk(min(k + 1, classes), dim=-1).values
-        self.first_margin = largest[..., 0] - largest[..., 1] if classes > 1 else torch.zeros_like(self.weight)
         self.has_boundary = k < classes
-        self.boundary = largest[..., k - 1] - largest[..., k] if self.has_boundary else torch.zeros_like(self.weight)
+        chosen = raw.gather(-1, self.batch.ids.clamp_min(0))
+        rest = raw.scatter(-1, self.batch.ids.clamp_min(0), -math.inf).amax(-1)
+        usual = (self.batch.ids >= 0).all() & (chosen.amin(-1) >= rest).all()
+        if self.has_boundary and bool(usual):
+            # The selection is the largest logits, as in most families: sorting all of them again would be a waste.
+            largest = torch.cat([chosen.sort(dim=-1, descending=True).values, rest[..., None]], -1)
+        else:
+            largest = raw.topk(min(k + 1, classes), dim=-1).values
+        nothing = torch.zeros_like(self.weight)
+        self.first_margin = largest[..., 0] - largest[..., 1] if classes > 1 else nothing
+        self.boundary = largest[..., k - 1] - largest[..., k] if self.has_boundary else nothing
 
     def sums(self) -> list[Tensor]:
         """Each (layers, tokens), in the order of the sums after ``tokens``."""
-        selections, weight_entropy = _selection(self.batch)[0], _selection(self.batch)[-1]
+        selections, *_, weight_entropy = _selection(self.batch)
         ties = (self.boundary == 0).float() * float(self.has_boundary)
         parts = [self.entropy, self.top, self.selected, self.first_margin, self.boundary]
         parts += [self.log_partition.square(), ties]
@@ -188,37 +197,33 @@ class _Measured:
         classes = self.logits.shape[-1]
         top = math.log(classes) if classes > 1 else 1.0
         edges = torch.tensor(MARGIN_EDGES[1:-1], device=member.device)
-        places = torch.stack(
-            [
-                *((value * (BINS / limit)).long() for value, limit in ((self.entropy, top), (self.top, 1), (self.selected, 1))),
-                *(torch.bucketize(value, edges, right=True) for value in (self.first_margin, self.boundary)),
-            ],
-            dim=1,
-        ).clamp(0, BINS - 1)  # shape: (layers, quantities, tokens)
-        layers, quantities, _ = places.shape
+        bounded = [(self.entropy, top), (self.top, 1.0), (self.selected, 1.0)]
+        places = [(value * (BINS / limit)).long() for value, limit in bounded]
+        places += [torch.bucketize(value, edges, right=True) for value in (self.first_margin, self.boundary)]
+        place = torch.stack(places, 1).clamp(0, BINS - 1)  # shape: (layers, quantities, tokens)
+        layers, quantities, _ = place.shape
         groups = member.shape[0]
         group = member.argmax(0)
         row = torch.arange(layers * quantities, device=member.device).view(layers, quantities, 1)
-        keys = (row * groups + group) * BINS + places
-        counted = self.weight[:, None].expand_as(places).reshape(-1)
+        keys = (row * groups + group) * BINS + place
+        counted = self.weight[:, None].expand_as(place).reshape(-1)
         counts = torch.zeros(layers * quantities * groups * BINS, device=member.device)
         counts.index_add_(0, keys.reshape(-1), counted)
         counts = counts.view(layers, quantities, groups, BINS).transpose(1, 2).double()
         if not self.has_boundary:
             counts[:, :, QUANTITIES.index("boundary_margin")] = 0
-        return counts.cpu().numpy()  # type: ignore[no-any-return]
+        return counts.cpu().numpy()
 
     def experts(self, member: Tensor) -> NDArray[np.float64]:
         """(layers, groups, 3, classes) sums over tokens of probability, logit and squared logit."""
-        chosen = member * 1.0
-        mask = chosen[None] * self.weight[:, None]  # shape: (layers, groups, tokens)
+        mask = member[None] * self.weight[:, None]  # shape: (layers, groups, tokens)
         probability = mask @ self.probability
         logit = mask @ self.logits
         square = mask @ self.logits.square()
         sums = torch.stack([probability, logit, square], dim=2).double()
         if self.batch.holds_probabilities:
             sums[:, :, 1:] = math.nan
-        return sums.cpu().numpy()  # type: ignore[no-any-return]
+        return sums.cpu().numpy()
 
 
 def _selection(batch: RoutingBatch) -> list[Tensor]:

@@ -33,7 +33,8 @@ class TextRecorder:
     def update(self, tokens: Tokens, input_ids: Tensor) -> None:
         """Add the real tokens of a forward; ``input_ids`` is (batch, length) with padding."""
         ids = tokens.select(input_ids.reshape(-1))
-        self._parts.append(tuple(part.cpu().numpy().astype(np.int64) for part in (tokens.sequence, tokens.position, ids)))
+        parts = (tokens.sequence, tokens.position, ids)
+        self._parts.append(tuple(part.cpu().numpy().astype(np.int64) for part in parts))
 
     def drain(self) -> dict[str, pl.DataFrame]:
         """Tables ``sequence_token`` and ``vocabulary``; a token id is described once per session."""
@@ -47,18 +48,20 @@ class TextRecorder:
         sequence, position, ids = sequence[order], position[order], ids[order]
         special = np.isin(ids, self._special)
         edges = chunk_edges(sequence, position)
-        rows = [
-            {"sequence": sequence[a], "start": position[a], "token_ids": ids[a:b].tolist(), "special": special[a:b].tolist()}
-            for a, b in zip(edges[:-1], edges[1:], strict=True)
-        ]
+        bounds = list(zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True))
         fresh = sorted(set(np.unique(ids).tolist()) - self._written)
         self._written.update(fresh)
-        vocabulary = {"token_id": fresh, "bytes": [token_bytes(self._tokenizer, token) for token in fresh]}
-        types = {"sequence": pl.UInt32, "start": pl.UInt32, "token_ids": pl.List(pl.UInt32), "special": pl.List(pl.Boolean)}
-        return {
-            "sequence_token": pl.DataFrame(rows, schema=types),
-            "vocabulary": pl.DataFrame(vocabulary, schema={"token_id": pl.UInt32, "bytes": pl.Binary}),
-        }
+        chunks = pl.DataFrame(
+            {
+                "sequence": sequence[edges[:-1]],
+                "start": position[edges[:-1]],
+                "token_ids": [ids[a:b].tolist() for a, b in bounds],
+                "special": [special[a:b].tolist() for a, b in bounds],
+            }
+        )
+        pieces = [token_bytes(self._tokenizer, token) for token in fresh]
+        words = pl.DataFrame({"token_id": fresh, "bytes": pl.Series(pieces, dtype=pl.Binary)})
+        return {"sequence_token": chunks, "vocabulary": words}
 
 
 def chunk_edges(sequence: NDArray[np.int64], position: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -103,12 +106,13 @@ def _is_byte_level(tokenizer: Any) -> bool:
 
 def _uses_space_mark(tokenizer: Any) -> bool:
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    return backend is not None and "\u2581" in str(backend.decoder) + str(backend.normalizer) + str(backend.pre_tokenizer)
+    parts = [getattr(backend, name, "") for name in ("decoder", "normalizer", "pre_tokenizer")]
+    return "\u2581" in "".join(map(str, parts))
 
 
 @cache
 def _byte_letters() -> dict[str, int]:
-    """The letters by which byte-level vocabularies write bytes: printable bytes as themselves, the others from U+0100."""
+    """The letters by which byte-level vocabularies write bytes: printable ones as themselves, others from U+0100."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     letters = {chr(byte): byte for byte in printable}
     others = [byte for byte in range(256) if byte not in set(printable)]

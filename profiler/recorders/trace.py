@@ -14,7 +14,7 @@ from profiler.capture.batch import LayerKey, RoutingBatch
 
 
 class TraceRecorder:
-    """Keeps what was selected until the next drain; ids in 8 or 16 bits, weights in 32, moved to the host once per batch.
+    """Keeps what was selected until the next drain; ids in 16 bits, weights in 32, moved to the host once per batch.
 
     Args:
         num_experts: the largest number of experts of any layer of the model; it chooses the type of the packed ids.

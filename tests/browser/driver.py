@@ -9,8 +9,15 @@ from urllib.parse import urlsplit
 
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
-FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-         "--disable-component-update", "--disable-sync"]  # fmt: skip
+FLAGS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
 PAGES = ("", "routing", "tokens", "super-experts", "local-consistency")
 # The frontend probes for a base path below sub-pages; both answers are 404 by design.
 _HARMLESS = ("_stcore/health", "_stcore/host-config", "GPU stall", "GL Driver Message")

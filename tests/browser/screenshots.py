@@ -1,4 +1,4 @@
-"""Screenshots of every page, light and dark: ``python -m tests.browser.screenshots --store DIR --out docs/screenshots``."""
+"""Screenshots of every page, light and dark: ``python -m tests.browser.screenshots --store DIR --out DIR``."""
 
 from __future__ import annotations
 

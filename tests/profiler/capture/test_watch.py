@@ -1,7 +1,8 @@
-"""``profiler.watch``: what is counted in forwards and generations, with padding, errors, and models that cannot be watched."""
+"""``profiler.watch``: what is counted in forwards and generations, with padding and errors, and what is refused."""
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +17,27 @@ import profiler
 import store
 from moescope.errors import CaptureError, InputError, ModelError, StoreError
 from profiler.capture import tap
-from tests.profiler.capture.tiny import FAST, batch, build, output_of, recorded_calls, tokenizer
+from profiler.recorders.load import LoadRecorder
+from tests.profiler.capture.tiny import CONFIGS, FAST, batch, build, output_of, recorded_calls, tokenizer
 
 PLACES = ("channel", "sequence", "position", "median_there")
 
 
-def watched(model: Any, folder: Path, *batches: dict[str, torch.Tensor], name: str = "tiny", **options: Any) -> store.Run:
+def watched(
+    model: Any, folder: Path, *batches: dict[str, torch.Tensor], name: str = "tiny", **options: Any
+) -> store.Run:
     with torch.no_grad(), profiler.watch(model, store=folder, name=name, **options) as session:
         for inputs in batches:
             model(**inputs)
     assert session.path is not None
     return store.open_run(session.path)
+
+
+def generating(family: str, **changes: Any) -> Any:
+    """A model that generates until it is told to stop."""
+    model = build(family, **changes)
+    model.generation_config.eos_token_id, model.generation_config.pad_token_id = None, 0
+    return model
 
 
 def hooks_of(model: torch.nn.Module) -> int:
@@ -93,8 +104,7 @@ def test_padding_counts_nothing(family: str, padding: str, tmp_path: Path) -> No
 
 @pytest.mark.parametrize("family", FAST)
 def test_generation_equals_generating_each_sequence_alone(family: str, tmp_path: Path) -> None:
-    model, inputs = build(family), batch(padding="left")
-    model.generation_config.eos_token_id, model.generation_config.pad_token_id = None, 0
+    model, inputs = generating(family), batch(padding="left")
     runs = {}
     for name, batches in (("together", [inputs]), ("alone", list(_rows(inputs)))):
         with torch.no_grad(), profiler.watch(model, store=tmp_path, name=name) as session:
@@ -120,8 +130,7 @@ def _rows(inputs: dict[str, torch.Tensor]) -> Any:
 
 
 def test_finished_rows_of_generate_are_left_out(tmp_path: Path) -> None:
-    model, inputs = build("olmoe"), batch(padding="left")
-    model.generation_config.eos_token_id, model.generation_config.pad_token_id = None, 0
+    model, inputs = generating("olmoe"), batch(padding="left")
     with torch.no_grad():
         free = model.generate(**inputs, max_new_tokens=8, do_sample=False)
     # Whatever the second row says third becomes the end token.
@@ -221,6 +230,73 @@ def test_a_forward_that_fails_half_way_counts_nothing(tmp_path: Path) -> None:
     assert broken.badge.status == "valid"
 
 
+def test_an_interrupt_within_a_forward_counts_nothing_and_the_next_forward_counts(tmp_path: Path) -> None:
+    model, inputs = build("olmoe"), batch()
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with torch.no_grad(), profiler.watch(model, store=tmp_path, name="tiny", level="activations") as session:
+        handle = model.model.layers[2].register_forward_pre_hook(interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            model(**inputs)
+        handle.remove()
+        model(**inputs)
+    assert session.path is not None
+    run = store.open_run(session.path)
+    assert run.table("sequence")["sequence"].to_list() == [0, 1, 2]
+    assert run.table("expert_output")["tokens"].sum() == 4 * 27 * 2
+
+
+def test_an_interrupt_between_recorders_leaves_the_rest_to_the_resumed_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, inputs = build("olmoe"), batch()
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with (
+        pytest.raises(KeyboardInterrupt),
+        torch.no_grad(),
+        profiler.watch(model, store=tmp_path, name="tiny") as session,
+    ):
+        model(**inputs)
+        session.flush()
+        monkeypatch.setattr(LoadRecorder, "update", interrupt)
+        for _ in range(100):
+            model(**inputs)
+    monkeypatch.undo()
+    live = store.open_run(tmp_path / "tiny.live")
+    # The load of some forwards is missing, so that nothing of them is kept: not even that their sequences were seen.
+    assert live.table("sequence")["sequence"].to_list() == [0, 1, 2]
+    run = watched(model, tmp_path, inputs, resume=True)
+    assert run.table("sequence")["sequence"].to_list() == [0, 1, 2, 3, 4, 5]
+    assert run.table("expert_load")["tokens"].sum() == run.info.tokens * 2 * 4
+
+
+def test_two_threads_at_once_are_an_error(tmp_path: Path) -> None:
+    model, inputs = build("olmoe"), batch()
+    found: list[BaseException] = []
+
+    def second() -> None:
+        try:
+            model(**inputs)
+        except CaptureError as error:
+            found.append(error)
+
+    def beside(*_: Any) -> None:
+        thread = threading.Thread(target=second)
+        thread.start()
+        thread.join()
+
+    with torch.no_grad(), profiler.watch(model, store=tmp_path, name="tiny"):
+        handle = model.model.layers[2].register_forward_pre_hook(beside)
+        model(**inputs)
+        handle.remove()
+    assert "two forwards of the watched model run at once" in str(found[0])
+
+
 def test_nan_in_the_router_is_a_finding_and_the_run_finishes(tmp_path: Path) -> None:
     model = build("olmoe")
     with torch.no_grad():
@@ -271,7 +347,8 @@ def test_training_counts_once_and_gradients_are_the_same(tmp_path: Path) -> None
     gradients = []
     for checkpointing in (False, True):
         if checkpointing:
-            model.gradient_checkpointing_enable()
+            enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+            enable()
         for watching in (False, True):
             model.zero_grad()
             if not watching:
@@ -321,6 +398,88 @@ def test_other_backends_give_the_same_statistics(backend: str, tmp_path: Path) -
     assert model.get_experts_implementation() == {"": backend}
 
 
+def test_generation_with_a_static_cache_says_that_padding_is_unknown(tmp_path: Path) -> None:
+    model, inputs = generating("olmoe"), batch(padding="left")
+    with torch.no_grad(), profiler.watch(model, store=tmp_path, name="tiny") as session:
+        model.generate(**inputs, max_new_tokens=3, do_sample=False, cache_implementation="static")
+    assert session.path is not None
+    run = store.open_run(session.path)
+    assert run.badge.status == "warning"
+    assert check(run, "mask known")[0]["value"] == 3
+
+
+def test_generation_without_cache_says_that_it_repeats(tmp_path: Path) -> None:
+    model, inputs = generating("olmoe"), batch(padding="left")
+    with torch.no_grad(), profiler.watch(model, store=tmp_path, name="tiny") as session:
+        model.generate(**inputs, max_new_tokens=3, do_sample=False, use_cache=False)
+    assert session.path is not None
+    run = store.open_run(session.path)
+    assert run.badge.status == "warning"
+    assert check(run, "text fed once")[0]["value"] == 2
+
+
+def test_rejected_drafts_are_a_finding(tmp_path: Path) -> None:
+    model, inputs = generating("olmoe"), batch(1, padding="none")
+    assistant = generating("olmoe", num_hidden_layers=1)
+    with torch.no_grad(), profiler.watch(model, store=tmp_path, name="tiny") as session:
+        model.generate(**inputs, max_new_tokens=6, do_sample=False, assistant_model=assistant)
+    assert session.path is not None
+    run = store.open_run(session.path)
+    assert run.badge.status == "warning"
+    assert check(run, "tokens kept")[0]["value"] > 0
+    sequence = run.table("sequence").to_dicts()[0]
+    assert sequence["prompt_tokens"] <= sequence["tokens"] == 12 + 6 - 1
+
+
+def test_chunked_prefill_is_prompt(tmp_path: Path) -> None:
+    model, inputs = generating("olmoe"), batch(padding="left")
+    with torch.no_grad(), profiler.watch(model, store=tmp_path, name="tiny") as session:
+        model.generate(**inputs, max_new_tokens=3, do_sample=False, prefill_chunk_size=5)
+    assert session.path is not None
+    run = store.open_run(session.path)
+    assert run.badge.status == "valid", run.badge.reason
+    assert run.table("sequence")["prompt_tokens"].to_list() == [12, 9, 6]
+
+
+def test_offloaded_weights_are_read_where_they_run(tmp_path: Path) -> None:
+    accelerate = pytest.importorskip("accelerate")
+    model, inputs = build("qwen3_moe"), batch()
+    with torch.no_grad():
+        bare = model(**inputs).logits
+    accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    with torch.no_grad(), profiler.watch(model, store=tmp_path, name="tiny", level="activations") as session:
+        assert torch.equal(model(**inputs).logits, bare)
+    assert session.path is not None
+    run = store.open_run(session.path)
+    assert run.badge.status == "valid", run.badge.reason
+    assert {row["status"] for row in check(run, "output recomputed")} == {"pass"}
+
+
+def test_a_vision_language_model_is_watched_in_its_text_part(tmp_path: Path) -> None:
+    import transformers
+
+    text = CONFIGS["qwen3_vl_moe_text"]["config"]
+    vision = {"depth": 2, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2, "num_position_embeddings": 64}
+    vision |= {"out_hidden_size": text["hidden_size"], "deepstack_visual_indexes": [0]}
+    config = transformers.Qwen3VLMoeConfig(text_config=text, vision_config=vision)
+    model, inputs = transformers.Qwen3VLMoeForConditionalGeneration._from_config(config).eval(), batch(padding="left")
+    with torch.no_grad():
+        bare = model(**inputs).logits
+    with (
+        torch.no_grad(),
+        profiler.watch(model, store=tmp_path, name="tiny", level="activations", tokenizer=tokenizer()) as session,
+    ):
+        assert torch.equal(model(**inputs).logits, bare)
+    assert session.path is not None
+    run = store.open_run(session.path)
+    assert run.badge.status == "valid", run.badge.reason
+    assert run.info.num_layers == run.table("residual")["layer"].n_unique() == text["num_hidden_layers"]
+    assert run.table("sequence")["tokens"].to_list() == [12, 9, 6]
+    found = run.sequence_text(1)  # ids come from the outer model, which embeds them before the text part
+    assert found is not None
+    assert_array_equal(found.token_ids, inputs["input_ids"][1, 3:])
+
+
 def test_the_token_budget_stops_recording_but_not_the_model(tmp_path: Path) -> None:
     model, inputs = build("olmoe"), batch(padding="none")
     with torch.no_grad(), profiler.watch(model, store=tmp_path, name="tiny", token_budget=40) as session:
@@ -363,7 +522,10 @@ def test_an_unknown_mixture_is_refused_by_name() -> None:
             super().__init__()
             self.gate, self.mixture = torch.nn.Linear(4, 3), Stacked()
 
-    for block, pattern in ((Block, r"layer 1, layers\.1\.experts \(ModuleList\)"), (OtherBlock, r"layer 1, .*\(Stacked\)")):
+    for block, pattern in (
+        (Block, r"layer 1, layers\.1\.experts \(ModuleList\)"),
+        (OtherBlock, r"layer 1, .*\(Stacked\)"),
+    ):
         model = torch.nn.Module()
         model.layers = torch.nn.ModuleList([torch.nn.Linear(4, 4), block()])
         with pytest.raises(ModelError, match=pattern + " cannot be watched"):
@@ -378,11 +540,49 @@ def test_packed_experts_are_refused_at_activations_and_watched_at_routing(tmp_pa
         profiler.watch(model, store=tmp_path, name="tiny", level="activations")
 
 
+def test_expert_parallel_models_are_refused() -> None:
+    model = build("olmoe")
+    model.model.layers[1].mlp.experts._is_expert_parallel = True
+    with pytest.raises(ModelError, match=r"model\.layers\.1\.mlp\.experts .* runs expert-parallel"):
+        profiler.find_moe_layers(model)
+
+
+def test_inference_mode_and_no_grad_may_alternate(tmp_path: Path) -> None:
+    model, inputs = build("qwen2_moe"), batch()
+    expected = watched(model, tmp_path, inputs, inputs, level="activations", flush_seconds=1e9)
+    with profiler.watch(model, store=tmp_path, name="mixed", level="activations") as session:
+        with torch.inference_mode():
+            model(**inputs)
+        with torch.no_grad():
+            model(**inputs)
+    assert session.path is not None
+    run = store.open_run(session.path)
+    for table in ("expert_load", "expert_output", "neuron_activation", "residual"):
+        assert_frame_equal(run.table(table), expected.table(table))
+
+
+def test_selections_with_a_bias_are_not_the_largest_logits(tmp_path: Path) -> None:
+    model, inputs = build("deepseek_v3"), batch(padding="none")
+    with torch.no_grad(), recorded_calls(model) as calls:
+        model(**inputs)
+    trace = watched(model, tmp_path, inputs).selections()
+    assert [key for key, _ in trace.layers] == [1, 2, 3]  # the dense first layer has no place in the trace
+    differ = 0
+    for axis, entry in enumerate(calls):
+        ids = trace.ids[axis].reshape(-1, entry.layer.top_k)
+        differ += (np.sort(ids) != entry.logits[0].topk(entry.layer.top_k).indices.sort().values.numpy()).any(1).sum()
+        assert_array_equal(np.sort(ids), entry.ids[0].sort().values.numpy())
+    assert differ > 0
+
+
 def test_level_name_and_context_errors(tmp_path: Path) -> None:
     model = build("olmoe")
     with pytest.raises(InputError, match="level 'routng' is not known: use a comma list of routing, activations"):
         profiler.watch(model, store=tmp_path, name="tiny", level="routng")
-    with pytest.raises(CaptureError, match="no forward of the watched model"), profiler.watch(model, store=tmp_path, name="tiny"):
+    with (
+        pytest.raises(CaptureError, match="no forward of the watched model"),
+        profiler.watch(model, store=tmp_path, name="tiny"),
+    ):
         pass
     run = watched(model, tmp_path, batch())
     with pytest.raises(StoreError, match="already has a run"), profiler.watch(model, store=tmp_path, name=run.name):

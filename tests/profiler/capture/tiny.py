@@ -20,12 +20,14 @@ from profiler.capture.discovery import MoELayer, find_moe_layers
 CONFIGS: dict[str, dict[str, Any]] = json.loads(
     (Path(__file__).parents[2] / "reference" / "tiny-moe-configs.json").read_text(encoding="utf-8")
 )
-REFUSED = ("dbrx", "jetmoe", "llama4_text", "longcat_flash", "nllb-moe", "switch_transformers")
+REFUSED = ("jetmoe", "llama4_text", "longcat_flash", "nllb-moe", "switch_transformers")
 WATCHED = tuple(family for family in CONFIGS if family not in REFUSED)
 FAST = ("olmoe", "mixtral", "qwen3_moe", "qwen2_moe", "deepseek_v3", "gpt_oss")
 """Softmax, renormalised, shared with a gate, sigmoid with groups and bias, transposed and interleaved with biases."""
 
 transformers.logging.set_verbosity_error()
+# Tiny models run on one thread: starting others takes longer than the work, and much longer on a busy machine.
+torch.set_num_threads(1)
 
 
 def build(family: str, *, dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
@@ -39,6 +41,10 @@ def build(family: str, *, dtype: torch.dtype = torch.float32, **changes: Any) ->
             # Random initialisation is so small that gates are near zero and every layer looks alike.
             if parameter.ndim >= 2:
                 parameter.mul_(3)
+        for name, buffer in model.named_buffers():
+            # Biases that steer the selection, and nothing else, are zero in a new model.
+            if name.endswith(("e_score_correction_bias", "expert_bias")):
+                buffer.normal_(std=0.1)
     return model
 
 
@@ -66,7 +72,7 @@ class Calls:
     logits: list[Tensor] = field(default_factory=list)
 
     def rows(self, call: int = 0) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """(tokens, k, I) activations and (tokens, k, hidden) outputs of each selected expert, in float64, token by token."""
+        """(tokens, k, I) activations and (tokens, k, hidden) outputs of the selected experts, in float64."""
         experts, layout = self.layer.experts, self.layer.layout
         assert layout is not None
         double = _Double(experts)
@@ -89,6 +95,8 @@ class _Double:
 
     def __getattr__(self, name: str) -> Any:
         value = getattr(self._module, name)
+        if isinstance(value, nn.Module) and next(value.parameters(), None) is not None:
+            return _Double(value)
         return value.detach().double() if isinstance(value, Tensor) else value
 
 
@@ -101,7 +109,7 @@ def recorded_calls(model: nn.Module) -> Iterator[list[Calls]]:
     def hook(entry: Calls) -> Any:
         def see(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             hidden, ids, weights = (*args, *kwargs.values())[:3]
-            entry.hidden.append(hidden.detach().clone())
+            entry.hidden.append(hidden.detach().reshape(-1, hidden.shape[-1]).clone())
             entry.ids.append(ids.detach().clone())
             entry.weights.append(weights.detach().clone())
 
@@ -109,7 +117,7 @@ def recorded_calls(model: nn.Module) -> Iterator[list[Calls]]:
 
     def router_hook(entry: Calls) -> Any:
         def see(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            logits = output[entry.layer.logits_index]
+            logits = output if isinstance(output, Tensor) else output[entry.layer.logits_index]
             entry.logits.append(logits.detach().reshape(-1, logits.shape[-1]).clone())
 
         return see

@@ -1,0 +1,78 @@
+"""Experts modules outside the library's interface that are called alike: ``experts(hidden, ids, weights)``.
+
+One entry of :data:`ADAPTERS` makes a family watchable: the class name of its experts, and a function that says how such
+a module keeps its weights. ``docs/adapters.md`` explains what is asked of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from compressor.families.layout import ExpertsLayout
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class DbrxLayout(ExpertsLayout):
+    """DBRX: gate, up and down of all experts stand one below the other in 2-D, each (E x I, hidden)."""
+
+    def _part(self, experts: Any, name: str, expert: int) -> torch.Tensor:
+        packed: torch.Tensor = getattr(experts.mlp, name)
+        return packed.view(self.num_experts, self.width, self.hidden_size)[expert]
+
+    def down_weight(self, experts: Any, expert: int) -> torch.Tensor:
+        """(hidden, I) the second projection of one expert."""
+        return self._part(experts, "w2", expert).T
+
+    def run_expert(self, experts: Any, expert: int, inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """One expert on its own; see :meth:`ExpertsLayout.run_expert`."""
+        gate, up = (inputs @ self._part(experts, name, expert).to(inputs.dtype).T for name in ("w1", "v1"))
+        activation = experts.mlp.activation_fn(gate) * up
+        return activation, activation @ self._part(experts, "w2", expert).to(inputs.dtype)
+
+
+def _dbrx(module: Any) -> ExpertsLayout:
+    return DbrxLayout(
+        num_experts=int(module.num_experts),
+        hidden_size=int(module.hidden_size),
+        width=int(module.ffn_hidden_size),
+        gated=True,
+        transposed=False,
+        interleaved=False,
+        biased=False,
+        post_norm=False,
+        up_name="mlp.w1",
+        down_name="mlp.w2",
+    )
+
+
+def _step3p7(module: Any) -> ExpertsLayout:
+    experts, hidden, width = module.down_proj.shape
+    return ExpertsLayout(
+        num_experts=int(experts),
+        hidden_size=int(hidden),
+        width=int(width),
+        gated=True,
+        transposed=False,
+        interleaved=False,
+        biased=False,
+        post_norm=False,
+        up_name="gate_up_proj",
+    )
+
+
+ADAPTERS: dict[str, Callable[[Any], ExpertsLayout]] = {
+    "DbrxExperts": _dbrx,
+    "Step3p7Experts": _step3p7,
+}
+"""Class name of the experts module -> its layout."""
+
+
+def adapter_of(module: Any) -> Callable[[Any], ExpertsLayout] | None:
+    """The adapter of a module, by its class or a parent class; None where it needs none, or has none."""
+    names = (parent.__name__ for parent in type(module).__mro__)
+    return next((ADAPTERS[name] for name in names if name in ADAPTERS), None)

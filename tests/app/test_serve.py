@@ -1,0 +1,124 @@
+"""The launcher: from any folder, beside files that would shadow ours, and its errors."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+import synthetic
+
+from app import serve
+from moescope.errors import InputError, RunError
+
+
+@pytest.fixture
+def hostile_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory with a space in its name and the user's own modules named like ours."""
+    folder = tmp_path / "my folder"
+    folder.mkdir()
+    for name in ("store", "app", "profiler", "data", "state", "plotly"):
+        (folder / f"{name}.py").write_text("raise SystemExit('the file of the user was imported')\n", encoding="utf-8")
+    monkeypatch.chdir(folder)
+    return folder
+
+
+def test_start_answers_and_serves_from_a_hostile_folder(hostile_folder: Path) -> None:
+    synthetic.finished(hostile_folder / "runs of mine")
+    server, url = serve.start(Path("runs of mine"), browser=False)
+    try:
+        with urllib.request.urlopen(f"{url}/_stcore/health", timeout=5) as answer:
+            assert answer.read() == b"ok"
+        assert server.poll() is None
+    finally:
+        server.terminate()
+        assert server.wait(timeout=10) is not None
+
+
+def test_serve_becomes_the_server_and_ends_with_a_signal(hostile_folder: Path) -> None:
+    port = free_port()
+    code = f"import app.serve, pathlib; app.serve.serve(pathlib.Path('none'), port={port}, browser=False)"
+    environment = serve.environment_for(Path("none"))
+    process = subprocess.Popen(
+        [sys.executable, "-P", "-c", code], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    try:
+        wait_for_health(f"http://127.0.0.1:{port}", process)
+        process.send_signal(signal.SIGINT)
+        output, _ = process.communicate(timeout=15)
+    finally:
+        process.kill()
+    assert f"http://127.0.0.1:{port}".encode() in output
+    assert b"Traceback" not in output
+
+
+def test_a_taken_port_is_an_error_and_the_next_free_one_is_found() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(InputError, match=f"port {port} on 127.0.0.1 is taken"):
+            serve.choose_port("127.0.0.1", port)
+    assert serve.choose_port("127.0.0.1", None) >= serve.FIRST_PORT
+
+
+@pytest.mark.parametrize(("host", "port"), [("203.0.113.7", None), ("no such host", 1), ("127.0.0.1", 99999)])
+def test_impossible_addresses_are_input_errors(host: str, port: int | None) -> None:
+    with pytest.raises(InputError):
+        serve.choose_port(host, port)
+
+
+def test_the_command_is_closed_to_other_hosts() -> None:
+    command = serve.command_line(host="127.0.0.1", port=8501, browser=True)
+    assert command[1] == "-P"
+    assert "--server.address=127.0.0.1" in command
+    assert "--server.headless=false" in command
+    assert "--browser.gatherUsageStats=false" in command
+    assert "--server.allowedHosts=127.0.0.1" in command
+    assert not [flag for flag in serve.command_line(host="0.0.0.0", port=1, browser=False) if "allowedHosts" in flag]
+
+
+def test_addresses_to_open() -> None:
+    assert serve.url_of("0.0.0.0", 1) == "http://127.0.0.1:1"
+    assert serve.url_of("::1", 2) == "http://[::1]:2"
+
+
+def test_the_store_is_absolute_for_the_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert serve.environment_for(Path("runs"))["MOESCOPE_STORE"] == str(tmp_path / "runs")
+
+
+def test_a_server_that_dies_is_reported_with_its_last_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def broken(**_: object) -> list[str]:
+        return [sys.executable, "-c", "import sys; sys.exit('no such luck')"]
+
+    monkeypatch.setattr(serve, "command_line", broken)
+    with pytest.raises(RunError, match="no such luck"):
+        serve.start(tmp_path, browser=False)
+
+
+def free_port() -> int:
+    """A port that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def wait_for_health(url: str, process: subprocess.Popen[bytes]) -> None:
+    """Wait until a server answers, or fail with what it said."""
+    for _ in range(300):
+        if process.poll() is not None:
+            raise AssertionError((process.stdout.read() if process.stdout else b"").decode())
+        try:
+            with urllib.request.urlopen(f"{url}/_stcore/health", timeout=1) as answer:
+                if answer.read() == b"ok":
+                    return
+        except OSError:
+            time.sleep(0.1)
+    raise AssertionError(f"{url} did not answer; {os.getcwd()}")
