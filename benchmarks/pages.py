@@ -19,7 +19,8 @@ import numpy as np
 import streamlit as st
 from streamlit.testing.v1 import AppTest
 
-from profiler.collect import collect, load_model
+from profiler import load_model, load_tokenizer
+from profiler.collect import collect
 from profiler.corpus import open_corpus
 from sample_data import MODEL, TEXTS
 
@@ -28,7 +29,7 @@ SHORT, LONG, LIMIT, ROUNDS = 10_000, 1_000_000, 1.3, 15
 
 def collect_run(directory: Path, name: str, tokens: int, model_folder: Path, texts: Path) -> None:
     """Collect a run of about ``tokens`` tokens, feeding the texts several times where they do not suffice."""
-    model, tokenizer = load_model(str(model_folder), dtype="float32", device="cpu")
+    model, tokenizer = load_model(model_folder, dtype="float32", device="cpu"), load_tokenizer(model_folder)
     files = sorted(texts.glob("*.jsonl"))
     copies = directory / "texts"
     copies.mkdir(exist_ok=True)

@@ -18,7 +18,7 @@ import torch
 
 import store
 from app.commands.demo import profile_sample
-from profiler.collect import load_model
+from profiler import load_model, load_tokenizer
 from profiler.corpus import open_corpus
 from sample_data import MODEL, TEXTS
 
@@ -27,7 +27,7 @@ TOKENS, COLLECT_LIMIT, HELP_LIMIT = 120_000, 45.0, 0.5
 
 def bare_seconds() -> float:
     """Seconds of the bare forwards over the batches that the profile feeds."""
-    model, tokenizer = load_model(str(MODEL), dtype="float32", device="cpu")
+    model, tokenizer = load_model(MODEL, dtype="float32", device="cpu"), load_tokenizer(MODEL)
     texts = sorted(str(path) for path in TEXTS.glob("*.jsonl"))
     corpus = open_corpus(texts, tokenizer=tokenizer, sequence_length=512, batch_size=8, token_budget=TOKENS)
     spent = 0.0

@@ -16,27 +16,25 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from profiler.capture.discovery import MoELayer, find_moe_layers
+    from profiler.capture.loading import load_model, load_tokenizer
     from profiler.capture.watch import WatchSession, watch
-    from profiler.collect import collect, load_model
 
 _LAZY = {
     "MoELayer": "profiler.capture.discovery",
     "WatchSession": "profiler.capture.watch",
-    "collect": "profiler.collect",
     "find_moe_layers": "profiler.capture.discovery",
-    "load_model": "profiler.collect",
+    "load_model": "profiler.capture.loading",
+    "load_tokenizer": "profiler.capture.loading",
     "watch": "profiler.capture.watch",
 }
 
-__all__ = ["MoELayer", "WatchSession", "collect", "find_moe_layers", "load_model", "watch"]
+__all__ = ["MoELayer", "WatchSession", "find_moe_layers", "load_model", "load_tokenizer", "watch"]
 
 
 def __getattr__(name: str) -> Any:
     if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    module = import_module(_LAZY[name])
-    # profiler.collect is a module and a function; the function is what a user means, so it stays under the name.
-    value = getattr(module, name)
+    value = getattr(import_module(_LAZY[name]), name)
     globals()[name] = value
     return value
 

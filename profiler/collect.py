@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
-import types
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,14 +14,12 @@ from torch import Tensor, nn
 import store as run_store
 from moescope.errors import CorpusError, ModelError, MoescopeError, RunError
 from profiler.capture.levels import parse_levels
-from profiler.capture.loading import load_model
 from profiler.capture.overhead import measure_overhead as measure
 from profiler.capture.watch import WatchSession
+from profiler.headline import compute_and_store
 
 if TYPE_CHECKING:
     from profiler.corpus import Corpus, TokenBatch
-
-__all__ = ["collect", "load_model"]
 
 ProgressCallback = Callable[[run_store.Progress], None]
 
@@ -53,7 +48,7 @@ def collect(
     Only the decoder runs, without the language-model head: routing does not need its logits.
 
     Args:
-        model: the model, as :func:`load_model` gives it.
+        model: the model, as :func:`profiler.load_model` gives it.
         corpus: what :func:`profiler.corpus.open_corpus` gives.
         name: name of the run.
         tokenizer: the model's tokenizer.
@@ -101,9 +96,19 @@ def collect(
         if measure_overhead:
             job.measure_overhead(level)
         path = job.run()
-    if headline and importlib.util.find_spec("profiler.headline") is not None:
-        importlib.import_module("profiler.headline").compute_and_store(path)
+    if headline:
+        if progress is not None:
+            progress(session.state("compacting", "computing metrics"))
+        _compute_metrics(path)
     return path
+
+
+def _compute_metrics(path: Path) -> None:
+    """Metrics beside the run; the run itself is finished by now, whatever becomes of them."""
+    try:
+        compute_and_store(path)
+    except MoescopeError as error:
+        raise RunError(f"{path} is finished, but its metrics are not: {error}; see moescope runs compute") from error
 
 
 @dataclass
@@ -242,13 +247,3 @@ def _differences(first: Tensor, second: Tensor) -> int:
     if first.is_floating_point():
         differ &= ~(first.isnan() & second.isnan())
     return int(differ.sum())
-
-
-class _CallableModule(types.ModuleType):
-    """``profiler.collect`` names this module and, for users, the function in it; so the module can be called too."""
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Path:
-        return collect(*args, **kwargs)
-
-
-sys.modules[__name__].__class__ = _CallableModule

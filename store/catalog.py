@@ -11,7 +11,7 @@ from pathlib import Path
 from moescope.errors import StoreError
 from store import derived, live
 from store.run import FILE_SUFFIX
-from store.writer import require_name
+from store.writer import require_free, require_name
 
 DEFAULT_STORE = Path("runs")
 
@@ -58,6 +58,14 @@ class Catalog:
         near = difflib.get_close_matches(str(run), entries, n=3)
         hint = f"did you mean {', '.join(near)}?" if near else f"it has {', '.join(list(entries)[:8]) or 'no runs yet'}"
         raise StoreError(f"no run {str(run)!r} in {self.directory}; {hint}")
+
+    def require_free(self, name: str) -> None:
+        """Check that a run of this name can be begun here.
+
+        Raises:
+            StoreError: the name cannot be one, or is taken by a run or by an unfinished collection.
+        """
+        require_free(self.directory, name)
 
     def rename(self, old: str, new: str) -> Path:
         """Give a run, and what lies beside it, another name.

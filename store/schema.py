@@ -86,7 +86,7 @@ def merge_query(table: Table, source: str) -> str:
         return f"select {', '.join(quoted(column.name) for column in table.columns)} from {source}"
     keys = ", ".join(quoted(key) for key in table.keys)
     lists = [column for column in table.columns if column.rule == "sum" and column.type.endswith("[]")]
-    scalars = [_merged(column) for column in table.columns if column not in lists]
+    scalars = [_merged(column, table) for column in table.columns if column not in lists]
     query = f"select {', '.join(scalars)} from {source} group by {keys}"
     if not lists:
         return query
@@ -99,7 +99,7 @@ def _source() -> str:
     return (Path(__file__).parent / "schema.sql").read_text(encoding="utf-8")
 
 
-def _merged(column: Column) -> str:
+def _merged(column: Column, table: Table) -> str:
     name = quoted(column.name)
     if column.rule == "key":
         return name
@@ -109,8 +109,18 @@ def _merged(column: Column) -> str:
     if column.rule == "max":
         return f"max({name}) as {name}"
     if column.rule.startswith("at "):
-        return f"arg_max({name}, {quoted(column.rule[3:])}) as {name}"
+        return f"first({name} order by {_largest_first(column.rule[3:], table)}) as {name}"
     raise ValueError(f"schema.sql, column {column.name}: unknown merge rule [{column.rule}]")
+
+
+def _largest_first(target: str, table: Table) -> str:
+    """The order in which the row with the largest ``target`` comes first; of equal ones, the earliest in the text.
+
+    Ties are common (the first token of every sequence is the same), and arg_max would pick any of them.
+    """
+    beside = [column.name for column in table.columns if column.rule == f"at {target}"]
+    beside.sort(key=lambda name: (not name.endswith("sequence"), not name.endswith("position"), name))
+    return ", ".join([f"{quoted(target)} desc nulls last", *(f"{quoted(name)} nulls last" for name in beside)])
 
 
 def _summed_lists(column: Column, keys: str, source: str) -> str:

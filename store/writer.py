@@ -44,6 +44,21 @@ def require_name(name: str) -> str:
     return name
 
 
+def require_free(directory: Path, name: str) -> None:
+    """Check that a run of this name can be begun in a directory.
+
+    Raises:
+        StoreError: the name cannot be one, or is taken by a run or by an unfinished collection.
+    """
+    require_name(name)
+    if (directory / f"{name}.duckdb").exists():
+        raise StoreError(f"{directory} already has a run {name!r}: choose another --name, or delete that run")
+    folder = directory / f"{name}{live.SUFFIX}"
+    if folder.exists():
+        live.require_idle(folder)
+        raise StoreError(f"{directory} has an unfinished run {name!r}: continue it with --resume, or delete it")
+
+
 class RunWriter:
     """Collects shards of one run and turns them into its file.
 
@@ -68,13 +83,8 @@ class RunWriter:
             StoreError: the name cannot be one, or is taken by a run or by an interrupted collection.
         """
         directory = Path(directory)
-        require_name(name)
-        if (directory / f"{name}.duckdb").exists():
-            raise StoreError(f"{directory} already has a run {name!r}: choose another --name, or delete that run")
+        require_free(directory, name)
         folder = directory / f"{name}{live.SUFFIX}"
-        if folder.exists():
-            live.require_idle(folder)
-            raise StoreError(f"{directory} has an unfinished run {name!r}: continue it with --resume, or delete it")
         try:
             folder.mkdir(parents=True)
         except OSError as error:

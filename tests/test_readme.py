@@ -27,9 +27,9 @@ def test_commands_parse(line: str) -> None:
 
 
 def test_the_python_lines_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from profiler.collect import load_model
+    from profiler import load_model, load_tokenizer
 
-    model, tokenizer = load_model(str(MODEL), dtype="float32", device="cpu")
+    model, tokenizer = load_model(MODEL, dtype="float32", device="cpu"), load_tokenizer(MODEL)
     batch = tokenizer(["def add(a, b):\n    return a + b\n"], return_tensors="pt")
     code = re.search(r"```python\n(.*?)```", README, re.DOTALL)
     assert code is not None

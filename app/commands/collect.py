@@ -83,11 +83,19 @@ def run(options: argparse.Namespace) -> int:
 
 
 def collect_run(options: argparse.Namespace) -> Path:
-    """Load the model, open the corpus, collect, and return the run file."""
-    from profiler.collect import collect, load_model
+    """Open the corpus, load the model, collect, and return the run file: what is quick to refuse comes first."""
+    from profiler.capture.levels import parse_levels
     from profiler.corpus import open_corpus
+    from store import Catalog
 
-    model, tokenizer = load_model(options.model, dtype=options.dtype, device=options.device)
+    name = options.name or Path(options.model).name
+    parse_levels(options.level)
+    if not options.resume:
+        Catalog(options.store).require_free(name)
+    from profiler import load_model, load_tokenizer
+    from profiler.collect import collect
+
+    tokenizer = load_tokenizer(options.model)
     paths, domains = _labelled(options.data)
     corpus = open_corpus(
         paths,
@@ -105,17 +113,19 @@ def collect_run(options: argparse.Namespace) -> Path:
         seed=options.seed,
         split=options.split,
     )
+    model = load_model(options.model, dtype=options.dtype, device=options.device)
     path = collect(
         model,
         corpus=corpus,
         store=options.store,
-        name=options.name or Path(options.model).name,
+        name=name,
         level=options.level,
         tokenizer=tokenizer,
         resume=options.resume,
         keep_text=not options.no_text,
         measure_overhead=options.measure_overhead,
         progress=show_progress,
+        model_name=options.model,
     )
     print(file=sys.stderr)
     return Path(path)

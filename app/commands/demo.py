@@ -52,11 +52,13 @@ def run(options: argparse.Namespace) -> int:
 
 def profile_sample(store: Path, *, tokens: int, name: str = "") -> Path:
     """Profile the bundled model on its held-out texts; returns the run file."""
-    from profiler.collect import collect, load_model
+    from profiler import load_model, load_tokenizer
+    from profiler.collect import collect
     from profiler.corpus import open_corpus
     from sample_data import MODEL, TEXTS
 
-    model, tokenizer = load_model(str(MODEL), dtype="float32", device="auto")
+    tokenizer = load_tokenizer(MODEL)
+    model = load_model(MODEL, dtype="float32")
     texts = sorted(str(path) for path in TEXTS.glob("*.jsonl"))
     corpus = open_corpus(texts, tokenizer=tokenizer, sequence_length=512, batch_size=8, token_budget=tokens)
     path = collect(
@@ -67,6 +69,8 @@ def profile_sample(store: Path, *, tokens: int, name: str = "") -> Path:
         level="routing,activations",
         tokenizer=tokenizer,
         progress=show_progress,
+        flush_seconds=3.0,  # a demo is watched while it grows
+        model_name="the sample model of moescope",
     )
     print(file=sys.stderr)
     return Path(path)

@@ -1,22 +1,29 @@
-"""``moescope runs``: what a store holds; rename and delete."""
+"""``moescope runs``: what a store holds; rename, delete, compute metrics again."""
 
 from __future__ import annotations
 
 import argparse
 import json
+from typing import TYPE_CHECKING
 
 from app.commands.options import add_json, add_store
 
+if TYPE_CHECKING:
+    from store import Catalog
+
 NAME = "runs"
-SUMMARY = "list, rename or delete the runs of a store"
+SUMMARY = "list, rename or delete the runs of a store, or compute their metrics again"
+
+ACTIONS = {"list": 0, "rename": 2, "delete": 1, "compute": 1}
+"""What can be done, and how many names it takes."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the command."""
     add_store(parser)
     add_json(parser)
-    parser.add_argument("action", nargs="?", choices=["list", "rename", "delete"], default="list")
-    parser.add_argument("names", nargs="*", metavar="NAME", help="rename OLD NEW; delete NAME")
+    parser.add_argument("action", nargs="?", choices=list(ACTIONS), default="list")
+    parser.add_argument("names", nargs="*", metavar="NAME", help="rename OLD NEW; delete NAME; compute NAME")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -24,29 +31,31 @@ def run(options: argparse.Namespace) -> int:
     from moescope.errors import InputError
     from store import Catalog
 
-    catalog = Catalog(options.store)
+    catalog, names = Catalog(options.store), options.names
+    if len(names) != ACTIONS[options.action]:
+        raise InputError(f"runs {options.action} takes {ACTIONS[options.action]} names, not {len(names)}")
     if options.action == "rename":
-        if len(options.names) != 2:
-            raise InputError("runs rename takes two names: OLD NEW")
-        print(f"renamed to {catalog.rename(*options.names)}")
+        print(f"renamed to {catalog.rename(*names)}")
     elif options.action == "delete":
-        if len(options.names) != 1:
-            raise InputError("runs delete takes one name")
-        catalog.delete(options.names[0])
-        print(f"deleted {options.names[0]}")
+        catalog.delete(names[0])
+        print(f"deleted {names[0]}")
+    elif options.action == "compute":
+        from profiler.headline import compute_and_store
+
+        print(f"metrics: {compute_and_store(catalog.resolve(names[0]))}")
     else:
         _list(catalog, as_json=options.json)
     return 0
 
 
-def _list(catalog: object, *, as_json: bool) -> None:
+def _list(catalog: Catalog, *, as_json: bool) -> None:
     from app.frames.runs import run_list
     from app.text import table
 
-    frame = run_list(catalog)  # type: ignore[arg-type]
+    frame = run_list(catalog)
     if as_json:
         print(json.dumps(frame.to_dicts(), default=str))
     elif frame.is_empty():
-        print(f"no runs in {catalog.directory} yet: moescope demo, or moescope collect MODEL --data PATH")  # type: ignore[attr-defined]
+        print(f"no runs in {catalog.directory} yet: moescope demo, or moescope collect MODEL --data PATH")
     else:
         print(table(frame))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+
 import streamlit as st
 
 from app.state import code, plain
@@ -71,9 +73,7 @@ def not_yet(what: str, run: Run) -> None:
             "run alone:",
             icon=":material/calculate:",
         )
-        st.code(
-            f"import profiler.headline\n\nprofiler.headline.compute_and_store({str(run.path)!r})", language="python"
-        )
+        st.code(f"moescope runs compute {shlex.quote(str(run.path))}", language="bash")
 
 
 def needs_level(what: str, level: str, run: Run) -> None:

@@ -14,10 +14,23 @@ from torch import nn
 from moescope.errors import InputError, ModelError, MoescopeError
 
 
+def load_tokenizer(path_or_id: str | Path, *, revision: str | None = None) -> Any:
+    """The tokenizer of a folder or a hub id: small, so that a corpus can be refused before a model is loaded.
+
+    Raises:
+        ModelError: there is none; one line.
+    """
+    from transformers import AutoTokenizer
+
+    options = _options(path_or_id, revision)
+    with _as_model_error(f"the tokenizer of {path_or_id}"):
+        return AutoTokenizer.from_pretrained(path_or_id, **options)
+
+
 def load_model(
     path_or_id: str | Path, *, dtype: str = "auto", device: str = "auto", revision: str | None = None
-) -> tuple[nn.Module, Any]:
-    """A model and its tokenizer from a folder (never touching the network) or a hub id.
+) -> nn.Module:
+    """A model from a folder (never touching the network) or a hub id, ready to be watched.
 
     Code that comes with a checkpoint is never run.
 
@@ -28,21 +41,19 @@ def load_model(
         revision: revision of a hub id.
 
     Raises:
-        ModelError: no such model, a checkpoint that does not load or lacks weights, or no tokenizer; one line.
+        ModelError: no such model, or a checkpoint that does not load or lacks weights; one line.
+        InputError: an unknown dtype.
     """
-    from transformers import AutoConfig, AutoTokenizer
+    from transformers import AutoConfig
 
-    local = Path(path_or_id).is_dir()
-    if not local and (Path(path_or_id).exists() or str(path_or_id).startswith((".", "/", "~"))):
-        raise ModelError(f"{path_or_id} is no folder with a checkpoint: give the folder that holds config.json")
-    placement = _placement(device)
-    options: dict[str, Any] = {"local_files_only": local, "revision": revision or "main", "trust_remote_code": False}
+    options = _options(path_or_id, revision)
+    placement, weights = _placement(device), _dtype(dtype)
     with _as_model_error(f"{path_or_id}"):
         config = AutoConfig.from_pretrained(path_or_id, **options)
         loaded: Any = _auto_class(config).from_pretrained(
             path_or_id,
             config=config,
-            dtype=_dtype(dtype),
+            dtype=weights,
             device_map="auto" if placement == "spread" else None,
             output_loading_info=True,
             **options,
@@ -56,9 +67,16 @@ def load_model(
             )
         if placement != "spread":
             model = model.to(placement)
-    with _as_model_error(f"the tokenizer of {path_or_id}"):
-        tokenizer = AutoTokenizer.from_pretrained(path_or_id, **options)
-    return model.eval(), tokenizer
+    watched: nn.Module = model.eval()
+    return watched
+
+
+def _options(path_or_id: str | Path, revision: str | None) -> dict[str, Any]:
+    """How to load: from the folder alone if it is one, and never with a checkpoint's own code."""
+    local = Path(path_or_id).is_dir()
+    if not local and (Path(path_or_id).exists() or str(path_or_id).startswith((".", "/", "~"))):
+        raise ModelError(f"{path_or_id} is no folder with a checkpoint: give the folder that holds config.json")
+    return {"local_files_only": local, "revision": revision or "main", "trust_remote_code": False}
 
 
 def _auto_class(config: Any) -> Any:

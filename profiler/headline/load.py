@@ -44,7 +44,7 @@ def load_rows(subject: Subject) -> Rows:
 def repetition_rows(subject: Subject) -> Rows:
     """How often neighbouring tokens share experts."""
     rows: Rows = []
-    if int(subject.trace.lengths.max(initial=0)) < 2:
+    if not subject.has_trace or int(subject.trace.lengths.max(initial=0)) < 2:
         return rows
     for control, selections in with_controls(subject.trace, subject.num_experts):
         repeats = temporal.repeat_rates(selections=selections, num_experts=subject.num_experts, lag=1)

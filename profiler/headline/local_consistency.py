@@ -22,6 +22,8 @@ Curve = NDArray[np.float64]
 def segment_rows(subject: Subject) -> Rows:
     """SRP: the model with intervals and controls, every domain, every layer, every expert."""
     trace, rows = subject.trace, []
+    if not subject.has_trace:
+        return []
     for control, selections in with_controls(trace, subject.num_experts):
         rows += _srp_model(trace, selections, subject.num_experts, control)
     for domain in subject.run.domains:
@@ -32,6 +34,8 @@ def segment_rows(subject: Subject) -> Rows:
 
 def hit_rate_rows(subject: Subject) -> Rows:
     """SCH, LRU, LFU and Belady at all cache sizes: one cache per layer and one for all; SCH and LRU beside controls."""
+    if not subject.has_trace:
+        return []
     trace = subject.replayed
     lengths = lengths_that_fit(trace) or [1]
     policies: list[tuple[str, int | None]] = [("sch", length) for length in lengths]

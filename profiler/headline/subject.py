@@ -38,6 +38,11 @@ class Subject:
         """The whole trace."""
         return self.run.selections()
 
+    @property
+    def has_trace(self) -> bool:
+        """Whether the run holds selections; imported counts do not."""
+        return self.trace.ids.size > 0
+
     @cached_property
     def num_experts(self) -> int:
         """The largest number of routed experts of any layer."""

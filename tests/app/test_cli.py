@@ -68,6 +68,15 @@ def test_runs_rename_and_delete(runs: Path, capsys: pytest.CaptureFixture[str]) 
     assert [row["run"] for row in json.loads(capsys.readouterr().out)] == ["kept"]
 
 
+def test_runs_compute(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["runs", "compute", "done", "--store", str(runs)]) == 0
+    assert "done.derived.duckdb" in capsys.readouterr().out
+    assert main(["show", "done", "metrics", "--store", str(runs), "--json"]) == 0
+    values = {row["metric"]: row["value"] for row in json.loads(capsys.readouterr().out)}
+    assert values["max_violation"] == pytest.approx(0.2)  # 60 of 100 tokens on one of two experts
+    assert main(["runs", "compute", "broken-off", "--store", str(runs)]) == 2
+
+
 def test_show(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["show", "done", "--store", str(runs), "--json"]) == 0
     answer = json.loads(capsys.readouterr().out)
@@ -84,7 +93,7 @@ def test_show(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     [
         (["show", "dune"], "did you mean done"),
         (["show", "done", "expert_lode"], "did you mean expert_load"),
-        (["runs", "rename", "done"], "takes two names"),
+        (["runs", "rename", "done"], "takes 2 names, not 1"),
         (["runs", "rename", "done", "../up"], "cannot name a run"),
         (["runs", "delete", "nothing"], "no run 'nothing'"),
     ],

@@ -136,7 +136,7 @@ def test_every_page_without_derived_metrics(open_app: Opener, tmp_path: Path, fi
     synthetic.finished(tmp_path, metrics=False)
     app = visit(open_app(tmp_path), file)
     if file.endswith("local_consistency.py"):
-        assert "compute_and_store" in texts(app)
+        assert "moescope runs compute" in texts(app)
 
 
 @pytest.mark.parametrize("file", FILES)

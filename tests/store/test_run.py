@@ -88,6 +88,17 @@ def test_shards_merge_by_the_rules_of_the_schema(tmp_path: Path) -> None:
         assert run.info.seconds == 2.5 and run.info.complete
 
 
+def test_ties_go_to_the_earliest_text_whatever_the_order_of_shards(tmp_path: Path) -> None:
+    for name, order in (("forth", (3, 1, 2)), ("back", (2, 3, 1))):
+        writer = RunWriter.create(tmp_path, name, RunInfo(model="toy"))
+        for sequence in order:
+            row = _output(0, 1, 7.0, channel=10 - sequence) | {"output_max_sequence": sequence}
+            writer.write_shard({"expert_output": pl.DataFrame([row])})
+        with store.open_run(writer.finish()) as run:
+            found = run.query("select tokens, output_max_sequence, output_max_channel from expert_output")
+            assert found.rows() == [(3, 1, 9)]
+
+
 def test_every_table_is_there_even_when_nothing_filled_it(tmp_path: Path) -> None:
     run = store.open_run(_write_two_shards(tmp_path).finish())
     for name, table in tables().items():
