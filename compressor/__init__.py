@@ -1,0 +1,1 @@
+"""The shared compression backend, and what each MoE family looks like. Anyone may use it without the rest."""
