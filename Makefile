@@ -36,7 +36,12 @@ format: install  ## put the code into shape
 
 sample-model: install  ## train the sample model again (Debian 12; hours); its texts and weights are replaced
 	$(BIN)/python -P -m sample_data.prepare --out build/sample-data
-	$(BIN)/python -P -m sample_data.train --data build/sample-data --out sample_data/model
+	OMP_WAIT_POLICY=passive MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=8589934592 \
+	    MALLOC_TOP_PAD_=268435456 $(BIN)/python -P -m sample_data.train --data build/sample-data --out sample_data/model
+	$(BIN)/python -P -m sample_data.evaluate --data build/sample-data
+	rm -f sample_data/runs/sample*.duckdb
+	$(BIN)/moescope collect sample_data/model --data sample_data/texts/*.jsonl --tokens 150k --dtype float32 \
+	    --store sample_data/runs --name sample
 
 screenshots: install  ## shoot every page, light and dark, into docs/screenshots (needs Chromium)
 	$(BIN)/python -P -m app.cli demo --no-dashboard --store build/screenshots

@@ -141,6 +141,12 @@ def super_expert_table(observation: Observation) -> str:
     return table(["(layer, expert)", "max abs down_proj output", "passes the rule"], rows) + note
 
 
+def silence(model: OlmoeForCausalLM, *, layer: int, expert: int) -> None:
+    """Set an expert's down_proj to 0: the router goes on selecting it, its output is nothing."""
+    with torch.no_grad():
+        model.get_submodule(f"model.layers.{layer}.mlp.experts").get_parameter("down_proj")[expert] = 0
+
+
 def main() -> None:
     """Print all tables."""
     parser = argparse.ArgumentParser(
@@ -151,6 +157,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="folder that sample_data.prepare wrote, for the n-grams")
     parser.add_argument("--length", type=int, default=512, help="tokens per sequence (default: %(default)s)")
     parser.add_argument("--limit", type=int, help="tokens per domain, for a quick look")
+    parser.add_argument("--zero", type=int, nargs=2, metavar=("LAYER", "EXPERT"), help="silence one expert first")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (default: %(default)s)")
     options = parser.parse_args()
     if not (options.model / "config.json").exists():
@@ -158,6 +165,8 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     model = OlmoeForCausalLM.from_pretrained(options.model, dtype=torch.float32, attn_implementation="eager")
+    if options.zero:
+        silence(model, layer=options.zero[0], expert=options.zero[1])
     sequences = list(
         held_out_sequences(tokenizer=tokenizer, folder=options.texts, length=options.length, limit=options.limit)
     )

@@ -134,9 +134,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -P -m sample_data.train", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--data", type=Path, required=True, help="folder that sample_data.prepare wrote")
     parser.add_argument("--out", type=Path, default=MODEL, help="folder of the trained model (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=6000, help="steps in all (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=5300, help="steps in all (default: %(default)s)")
     parser.add_argument(
-        "--decay-from", type=int, help="step at which the rate begins to fall (default: 3/4 of --steps)"
+        "--decay-from", type=int, default=2800, help="where the rate begins to fall (default: %(default)s)"
     )
     parser.add_argument(
         "--checkpoint-every", type=int, default=250, help="steps between checkpoints (default: %(default)s)"
@@ -147,6 +147,8 @@ def main() -> None:
     options = parser.parse_args()
     if not (options.data / "train.safetensors").exists():
         parser.error(f"{options.data} holds no train.safetensors: run sample_data.prepare first")
+    if not 0 <= options.decay_from < options.steps:
+        parser.error(f"--decay-from {options.decay_from} is not below --steps {options.steps}")
     torch.set_num_threads(options.threads)
     torch.manual_seed(options.seed)
     tokenizer = AutoTokenizer.from_pretrained(options.data / "tokenizer", model_max_length=LENGTH)
@@ -173,7 +175,7 @@ def main() -> None:
             folder=folder,
             steps=options.steps,
             checkpoint_every=options.checkpoint_every,
-            decay_from=options.decay_from if options.decay_from is not None else options.steps * 3 // 4,
+            decay_from=options.decay_from,
         )
     export(options.out, model=model, tokenizer=tokenizer)
 
