@@ -25,12 +25,12 @@ SPLIT = "\u2026"
 """Stands for a token that holds only a part of a character; the character stands at the token that completes it."""
 
 
-def sequences(run: store.Run, *, domain: str | None = None, limit: int = 1000) -> pl.DataFrame:
-    """The first ``limit`` sequences, of one domain or of all: sequence, domain, source, tokens, prompt_tokens."""
+def sequences(run: store.Run, *, domain: str | None = None) -> pl.DataFrame:
+    """All sequences, of one domain or of all, by number: sequence, domain, source, tokens, prompt_tokens."""
     table = run.table("sequence").sort("sequence")
     if domain is not None:
         table = table.filter(pl.col("domain") == domain)
-    return table.select("sequence", "domain", "source", "tokens", "prompt_tokens").head(limit)
+    return table.select("sequence", "domain", "source", "tokens", "prompt_tokens")
 
 
 def sequence_tokens(run: store.Run, sequence: int) -> pl.DataFrame:

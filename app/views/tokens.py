@@ -53,7 +53,14 @@ def page(run: Run) -> None:
 
 
 def _choose_sequence(listed: pl.DataFrame) -> int:
-    return int(state.choose("Sequence", [str(number) for number in listed["sequence"]], key="sequence"))
+    """A sequence by its number; of a number that the domain lacks, the next one that it has."""
+    numbers = listed["sequence"]
+    first, last = int(numbers[0]), int(numbers[-1])
+    words = (
+        f"{len(listed):,} sequences of this choice, numbered {first} to {last}; the next one is taken where one lacks."
+    )
+    asked = state.choose_number("Sequence", key="sequence", low=first, high=last, default=first, help=words)
+    return int(numbers.filter(numbers >= asked)[0])
 
 
 def _sequence(run: Run, sequence: int, *, layer: str, mode: str) -> None:

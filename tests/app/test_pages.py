@@ -170,7 +170,7 @@ def test_a_link_restores_the_view(open_app: Opener, tmp_path: Path) -> None:
     app = open_app(tmp_path, run="first", domain="deutsch", sequence="4", layer="3", token="7")
     visit(app, "views/tokens.py")
     assert app.session_state["run"] == "first"
-    assert app.session_state["sequence"] == "4"
+    assert app.session_state["sequence"] == 4
     assert app.session_state["layer"] == "3"
     assert "Experts of the token at position 7" in [element.value for element in app.subheader]
     assert charts(app)[0]["layout"]["title"]["text"].startswith("Experts of layer 3")
