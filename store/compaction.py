@@ -53,6 +53,9 @@ def _fill(connection: duckdb.DuckDBPyConnection, folder: Path, info: RunInfo) ->
     num_experts = connection.sql("select coalesce(max(num_experts), 0) from data.layer").fetchall()[0][0]
     id_type = "utinyint" if none_value(num_experts) == 255 else "usmallint"
     _create_trace(connection, tables()[_TRACE], folder, id_type)
+    # To read one sequence without unpacking its neighbours: a scan decodes 2048 chunks of a layer to find one.
+    for name in (_TRACE, "sequence_token"):
+        connection.execute(f"create index {name}_by_sequence on data.{name} (sequence)")
     for name, query in views().items():
         body = query.replace("no_expert()", str(none_value(num_experts)))
         connection.execute(f"create view data.{name} as {_qualified(body)}")

@@ -164,13 +164,8 @@ class Run:
         """
         wanted = self._wanted_layers(layers)
         chosen = self._wanted_sequences(domain, sequences, max_sequences)
-        # Lists travel as parameters; an empty choice reads nothing.
         numbers = chosen["sequence"].to_numpy().astype(np.int64)
-        chunks = self.query(
-            "select * from route_chunk where layer in (select unnest($layers))"
-            " and sequence in (select unnest($sequences)) order by layer, step, sequence, start",
-            {"layers": sorted({layer for layer, _ in wanted}), "sequences": numbers.tolist()},
-        )
+        chunks = self._chunks(sorted({layer for layer, _ in wanted}), numbers.tolist())
         return unpack_trace(
             chunks=chunks,
             layers=wanted,
@@ -194,6 +189,19 @@ class Run:
         text = dict(zip(found["token_id"].to_list(), found["bytes"].to_list(), strict=True))
         special = rows["special"].explode().to_numpy().astype(bool)
         return SequenceText(ids, [text.get(int(token)) or b"" for token in ids], special)
+
+    def _chunks(self, layers: list[int], sequences: list[int]) -> pl.DataFrame:
+        """Packed trace of some layers and sequences; lists travel as parameters, an empty choice reads nothing."""
+        order = "order by layer, step, sequence, start"
+        if len(sequences) == 1:
+            # Found through the index, which a second condition in the query would keep DuckDB from using.
+            one = self.query(f"select * from route_chunk where sequence = ? {order}", sequences)
+            return one.filter(pl.col("layer").is_in(layers))
+        return self.query(
+            "select * from route_chunk where layer in (select unnest($layers))"
+            f" and sequence in (select unnest($sequences)) {order}",
+            {"layers": layers, "sequences": sequences},
+        )
 
     def _wanted_layers(self, layers: Sequence[int] | None) -> list[tuple[int, int]]:
         all_layers = [(layer.layer, layer.step) for layer in self.layers]
