@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import shutil
+import signal
 import sys
 from datetime import datetime
 from pathlib import Path
@@ -32,6 +33,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Open the dashboard at once, profile meanwhile, print the summary, and serve until interrupted."""
+    # A plain kill would leave the dashboard behind: as an exit it passes through the "finally" below.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     _lay_out_bundled_run(options.store)
     server = None if options.no_dashboard else _open_dashboard(options)
     try:

@@ -163,3 +163,28 @@ def test_tables_for_a_terminal() -> None:
     assert lines[3] == "long name  123,456       –"
     assert table(frame, rows=1).endswith("1 more rows; --json prints all")
     assert [duration(value) for value in (None, 45.2, 200, 7500)] == ["–", "45 s", "3 min 20 s", "2 h 05 min"]
+
+
+def test_a_killed_demo_takes_its_dashboard_along(tmp_path: Path) -> None:
+    import os
+    import signal
+    import time
+    import urllib.error
+    import urllib.request
+
+    command = [sys.executable, "-m", "app.cli", "demo", "--no-browser", "--store", str(tmp_path / "runs")]
+    root = Path(__file__).parents[2]
+    demo = subprocess.Popen(
+        command, cwd=root, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=dict(os.environ)
+    )
+    try:
+        assert demo.stdout is not None
+        url = demo.stdout.readline().split()[-1]
+        assert urllib.request.urlopen(f"{url}/_stcore/health", timeout=10).read() == b"ok"
+        demo.send_signal(signal.SIGTERM)
+        assert demo.wait(timeout=30) == 128 + signal.SIGTERM
+    finally:
+        demo.kill()
+    time.sleep(0.5)
+    with pytest.raises(urllib.error.URLError):
+        urllib.request.urlopen(f"{url}/_stcore/health", timeout=3)
