@@ -103,7 +103,7 @@ create table expert_load (
     gate_sum            double,  -- [sum] gate weights
     gate_square_sum     double,  -- [sum] squares of gate weights
     gate_share_sum      double,  -- [sum] gate weights divided by their sum over the token's selection
-    probability_sum     double,  -- [sum] router probability over all tokens; null where the router has no softmax or sigmoid
+    probability_sum     double,  -- [sum] router probability over all tokens: softmax, or sigmoid over its sum; null where neither fits
     logit_sum           double,  -- [sum] router logits over all tokens
     logit_square_sum    double   -- [sum] squares of router logits over all tokens
 );
@@ -123,7 +123,7 @@ create table router_load (
     selected_probability_sum  double,  -- [sum] router probability on the selection
     weight_entropy_sum        double,  -- [sum] entropy of the gate weights over the selection, nats
     first_margin_sum          double,  -- [sum] largest minus second largest logit
-    boundary_margin_sum       double,  -- [sum] k-th minus (k+1)-th logit: small means easily flipped
+    boundary_margin_sum       double,  -- [sum] k-th minus (k+1)-th logit, without selection bias: small means easily flipped
     boundary_ties             bigint,  -- [sum] tokens whose boundary margin is exactly 0
     log_partition_square_sum  double   -- [sum] (logsumexp of the logits) squared: z-loss
 );
