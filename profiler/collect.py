@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import store as run_store
 from moescope.errors import CorpusError, ModelError, MoescopeError, RunError
-from profiler.capture.levels import parse_levels
+from profiler.capture.levels import RecordingOptions, parse_levels
 from profiler.capture.overhead import measure_overhead as measure
 from profiler.capture.watch import WatchSession
 from profiler.headline import compute_and_store
@@ -35,6 +35,8 @@ def collect(
     resume: bool = False,
     keep_text: bool = True,
     measure_overhead: bool = False,
+    vectors_per_domain: bool = False,
+    router_scores: int = 0,
     progress: ProgressCallback | None = None,
     model_name: str = "",
     revision: str = "",
@@ -58,6 +60,8 @@ def collect(
         keep_text: False stores no text and no token ids.
         measure_overhead: measure first by how much recording slows this model down; the result stands in the run's
             settings under ``overhead``.
+        vectors_per_domain: keep vectors per neuron, channel and pair of experts apart by domain; else they are pooled.
+        router_scores: keep so many of the largest router scores of every token.
         progress: called after every batch.
         model_name: what the run calls the model.
         revision: hub revision of the model.
@@ -79,7 +83,7 @@ def collect(
         model,
         name=name,
         directory=Path(store),
-        levels=parse_levels(level),
+        options=RecordingOptions(parse_levels(level), vectors_per_domain, router_scores),
         tokenizer=tokenizer if keep_text else None,
         domain="text",
         token_budget=None,

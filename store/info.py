@@ -81,6 +81,8 @@ class LayerInfo:
     top_k: int = 0
     num_shared: int = 0
     expert_width: int = 0
+    stack: str = "decoder"
+    granularity: str = "token"
 
 
 @dataclass(frozen=True)

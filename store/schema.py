@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 """Version of the tables in ``schema.sql``; a run file of another version is refused with a message that says so."""
 
 _TABLE = re.compile(r'^-- table (\w+): ([^\n]*)\ncreate table "?\w+"? \(\n(.*?)^\);', re.MULTILINE | re.DOTALL)
@@ -85,12 +85,12 @@ def merge_query(table: Table, source: str) -> str:
     if not table.keys:
         return f"select {', '.join(quoted(column.name) for column in table.columns)} from {source}"
     keys = ", ".join(quoted(key) for key in table.keys)
-    lists = [column for column in table.columns if column.rule == "sum" and column.type.endswith("[]")]
+    lists = [column for column in table.columns if column.rule in ("sum", "max") and column.type.endswith("[]")]
     scalars = [_merged(column, table) for column in table.columns if column not in lists]
     query = f"select {', '.join(scalars)} from {source} group by {keys}"
     if not lists:
         return query
-    joined = " ".join(f"left join ({_summed_lists(column, keys, source)}) using ({keys})" for column in lists)
+    joined = " ".join(f"left join ({_merged_lists(column, keys, source)}) using ({keys})" for column in lists)
     order = ", ".join(quoted(column.name) for column in table.columns)
     return f"select {order} from ({query}) {joined}"
 
@@ -123,8 +123,10 @@ def _largest_first(target: str, table: Table) -> str:
     return ", ".join([f"{quoted(target)} desc nulls last", *(f"{quoted(name)} nulls last" for name in beside)])
 
 
-def _summed_lists(column: Column, keys: str, source: str) -> str:
+def _merged_lists(column: Column, keys: str, source: str) -> str:
+    """Lists of equal keys, merged entry by entry; rows without the list count for nothing."""
     name = quoted(column.name)
+    merged = f"{column.rule}(entry)::{column.type.removesuffix('[]')}"
     flat = f"select {keys}, unnest({name}) as entry, generate_subscripts({name}, 1) as place from {source}"
-    summed = f"select {keys}, place, sum(entry) as entry from ({flat}) group by {keys}, place"
+    summed = f"select {keys}, place, {merged} as entry from ({flat}) group by {keys}, place"
     return f"select {keys}, list(entry order by place) as {name} from ({summed}) group by {keys}"

@@ -5,13 +5,15 @@
 --
 --   [key]     rows with equal keys are merged into one
 --   [sum]     values add up (lists: element by element)
---   [max]     the largest value is kept
+--   [max]     the largest value is kept (lists: element by element)
 --   [at c]    the value that stood beside the largest value of column c
 --   [row]     the table is a plain union of rows
 --
 -- Common columns. layer: index among the model's decoder layers, dense ones included. step: 0 unless the layer calls
 -- its experts several times. kind: routed | shared. domain: label of the text. phase: prompt | decode.
 -- position: index among the real (not padding) tokens of a sequence, from 0. Means are never stored: divide sums.
+-- Tables of vectors (per neuron, channel or other expert) are pooled over domains: their domain is empty, unless the
+-- collection was asked for vectors per domain. Vectors are summed in 64 bits and stored in 32.
 
 -- table run: where the run comes from. One row.
 create table run (
@@ -48,10 +50,22 @@ create table layer (
     module           varchar, -- [at num_experts] path of the experts module
     experts_class    varchar, -- [at num_experts]
     router_class     varchar, -- [at num_experts] empty where the router has no module of its own
+    stack            varchar, -- [at num_experts] list of layers that it stands in: decoder | encoder | vision | ...
+    granularity      varchar, -- [at num_experts] what is routed: token | sequence (all tokens of a sequence alike)
     num_experts      integer, -- [max] routed experts E
     top_k            integer, -- [max] k; the largest, where it varies by token
     num_shared       integer, -- [max] shared experts beside the routed ones
     expert_width     integer  -- [max] neurons per routed expert
+);
+
+-- table expert: what each expert that can be selected is.
+create table expert (
+    layer         integer, -- [key]
+    step          integer, -- [key]
+    expert        integer, -- [key]
+    kind          varchar, -- [max] routed | zero (puts out nothing) | copy (puts out its input) | constant
+    owner_layer   integer, -- [max] layer whose weights it runs: its own, but for experts shared between layers
+    owner_expert  integer  -- [max] its number there
 );
 
 -- table sequence: one row per sequence.
@@ -68,7 +82,8 @@ create table sequence_token (
     sequence  uinteger,   -- [row]
     start     uinteger,   -- [row] position of the first token of the chunk
     token_ids uinteger[], -- [row]
-    special   boolean[]   -- [row] special token of the tokenizer (BOS, EOS, ...)
+    special   boolean[],  -- [row] special token of the tokenizer (BOS, EOS, ...)
+    modality  varchar[]   -- [row] text | image | audio | video; null where all tokens of the chunk are text
 );
 
 -- table vocabulary: the token ids that occur. Empty when the run keeps no text.
@@ -140,6 +155,67 @@ create table router_histogram (
     tokens   bigint   -- [sum]
 );
 
+-- table expert_rank: how often each expert was first, second, ... choice, and how sure the router was. Level routing.
+create table expert_rank (
+    layer                 integer,  -- [key]
+    step                  integer,  -- [key]
+    expert                integer,  -- [key]
+    domain                varchar,  -- [key]
+    phase                 varchar,  -- [key]
+    tokens                bigint[], -- [sum] per rank 1..k by gate weight: selections
+    gate_sum              double[], -- [sum] per rank: gate weights
+    logit_sum             double[], -- [sum] per rank: router logits
+    confidence_tokens     bigint[], -- [sum] per eighth of [0, 1] of the softmax over the k chosen logits: selections
+    confidence_logit_sum  double[]  -- [sum] per eighth: router logits
+);
+
+-- table expert_pair: sums over pairs of experts of one layer, a row per expert, an entry per other expert.
+create table expert_pair (
+    layer            integer,  -- [key]
+    step             integer,  -- [key]
+    expert           integer,  -- [key]
+    domain           varchar,  -- [key]
+    phase            varchar,  -- [key]
+    selections       bigint[], -- [sum] tokens that used both (its own entry: tokens that used it). Level routing
+    logit_products   double[], -- [sum] product of both router logits over all tokens (Gram matrix). Level routing
+    output_products  double[]  -- [sum] scalar product of both gated outputs over tokens that used both. Level activations
+);
+
+-- table score_chunk: the largest router scores of every token. Only where --router-scores asked for them.
+create table score_chunk (
+    layer          integer,     -- [row]
+    step           integer,     -- [row]
+    sequence       uinteger,    -- [row]
+    start          uinteger,    -- [row] position of the first token of the chunk (at most 512 tokens)
+    width          utinyint,    -- [row] m: entries per token
+    low            float,       -- [row] logit = low + scores / 65535 * (high - low)
+    high           float,       -- [row]
+    experts        usmallint[], -- [row] the m experts with the largest logits, in descending order
+    scores         usmallint[], -- [row] their logits in 16 bits
+    log_partition  float[]      -- [row] per token: logsumexp of all its logits
+);
+
+-- table router_row: the router's own weights. Level activations.
+create table router_row (
+    layer           integer, -- [key]
+    step            integer, -- [key]
+    expert          integer, -- [key]
+    weights         float[], -- [max] row of the router's matrix
+    bias            double,  -- [max] bias of the logit; null without
+    selection_bias  double   -- [max] bias that counts for choosing only; null without
+);
+
+-- table expert_weight: norms of each expert's weights, per neuron. Level activations.
+create table expert_weight (
+    layer      integer, -- [key]
+    step       integer, -- [key]
+    expert     integer, -- [key]
+    kind       varchar, -- [key]
+    gate_norm  float[], -- [max] L2 norm of the neuron's gate row; null without gate
+    up_norm    float[], -- [max] of its up row
+    down_norm  float[]  -- [max] of its down column
+);
+
 -- table expert_output: what each expert's down_proj puts out, before the gate weight. Level activations.
 create table expert_output (
     layer                    integer,  -- [key]
@@ -153,6 +229,8 @@ create table expert_output (
     norm_square_sum          double,   -- [sum] its square
     gated_norm_sum           double,   -- [sum] gate weight x norm (REAP's numerator)
     gated_norm_square_sum    double,   -- [sum] its square
+    shifted_gated_norm_sum   double,   -- [sum] gate weight x norm x max(0, 1 - cos(r, r + y)), see moe_output (EASY-EP)
+    shifted_tokens           bigint,   -- [sum] tokens that the sum before counts: those whose r was seen
     output_max               double,   -- [max] largest |output| over tokens and channels
     output_max_channel       integer,  -- [at output_max] its channel
     output_max_sequence      uinteger, -- [at output_max] its sequence
@@ -162,15 +240,133 @@ create table expert_output (
     input_max                double    -- [max] largest |activation| that enters down_proj
 );
 
--- table neuron_activation: per neuron of each expert, pooled over domains. Level activations.
+-- table moe_output: what the routed experts of a layer add (y) to the residual stream (r). Level activations.
+create table moe_output (
+    layer                integer, -- [key]
+    step                 integer, -- [key]
+    domain               varchar, -- [key]
+    phase                varchar, -- [key]
+    tokens               bigint,  -- [sum]
+    output_square_sum    double,  -- [sum] squared L2 norm of y, the experts' weighted sum
+    output_max           double,  -- [max] largest |y|
+    residual_tokens      bigint,  -- [sum] tokens whose r was seen: what entered the norm before the block
+    residual_square_sum  double,  -- [sum] squared L2 norm of r
+    cosine_sum           double,  -- [sum] cos(r, r + y)
+    residual_max         double   -- [max] largest |r|
+);
+
+-- table neuron_activation: per neuron, the activation a that enters down_proj. Level activations.
 create table neuron_activation (
+    layer               integer, -- [key]
+    step                integer, -- [key]
+    expert              integer, -- [key]
+    kind                varchar, -- [key]
+    domain              varchar, -- [key]
+    phase               varchar, -- [key]
+    tokens              bigint,  -- [sum]
+    square_sum          float[], -- [sum] a squared
+    absolute_sum        float[], -- [sum] |a|
+    gated_square_sum    float[], -- [sum] (gate weight x a) squared
+    gated_absolute_sum  float[], -- [sum] |gate weight x a|
+    gated_absolute_max  float[]  -- [max] |gate weight x a|
+);
+
+-- table expert_vector: per channel, what enters and leaves each expert. Level activations.
+create table expert_vector (
+    layer             integer, -- [key]
+    step              integer, -- [key]
+    expert            integer, -- [key]
+    kind              varchar, -- [key]
+    domain            varchar, -- [key]
+    phase             varchar, -- [key]
+    tokens            bigint,  -- [sum]
+    input_square_sum  float[], -- [sum] squared input x of the expert, over its tokens
+    output_sum        float[], -- [sum] output f, before the gate weight
+    gated_output_sum  float[]  -- [sum] gate weight x f
+);
+
+-- table neuron_gradient: per neuron, the gradient h of the loss by a. Level gradients. The loss is summed, not averaged.
+create table neuron_gradient (
+    layer                integer, -- [key]
+    step                 integer, -- [key]
+    expert               integer, -- [key]
+    kind                 varchar, -- [key]
+    domain               varchar, -- [key]
+    phase                varchar, -- [key]
+    tokens               bigint,  -- [sum]
+    gradient_square_sum  float[], -- [sum] h squared (HEAPr)
+    product_sum          float[], -- [sum] a x h (Taylor)
+    product_square_sum   float[]  -- [sum] (a x h) squared (empirical Fisher of the neuron's mask)
+);
+
+-- table expert_gradient: the same for whole experts. Level gradients.
+create table expert_gradient (
+    layer               integer, -- [key]
+    step                integer, -- [key]
+    expert              integer, -- [key]
+    kind                varchar, -- [key]
+    domain              varchar, -- [key]
+    phase               varchar, -- [key]
+    tokens              bigint,  -- [sum]
+    product_sum         double,  -- [sum] a x h summed over neurons
+    product_square_sum  double   -- [sum] its square, token by token
+);
+
+-- table loss: the model's loss on the text, next token by next token. Level gradients.
+create table loss (
+    domain      varchar, -- [key]
+    predictions bigint,  -- [sum] tokens that were predicted
+    loss_sum    double   -- [sum] cross-entropy, nats; exp(loss_sum / predictions) is the perplexity
+);
+
+-- table expert_similarity: all experts of a layer on the same sample of tokens. Level similarity.
+create table expert_similarity (
     layer        integer,  -- [key]
     step         integer,  -- [key]
     expert       integer,  -- [key]
-    kind         varchar,  -- [key]
+    domain       varchar,  -- [key]
     phase        varchar,  -- [key]
-    tokens       bigint,   -- [sum]
-    square_sum   double[]  -- [sum] squares of the activation that enters down_proj, one value per neuron
+    tokens       bigint,   -- [sum] sampled tokens; every expert saw each of them
+    output_sum   float[],  -- [sum] per channel: output f
+    cosine_sum   double[], -- [sum] per other expert: cosine of both outputs
+    product_sum  double[]  -- [sum] per other expert: scalar product of both outputs
+);
+
+-- table lookahead: the router of a later layer on an earlier layer's input, against what it chose. Level lookahead.
+create table lookahead (
+    layer       integer,  -- [key] whose experts are predicted
+    step        integer,  -- [key]
+    distance    integer,  -- [key] MoE layers between the input and the router, 1 = the layer before
+    input       varchar,  -- [key] router (input of the earlier router) | residual (the earlier residual stream through the later norm)
+    domain      varchar,  -- [key]
+    phase       varchar,  -- [key]
+    first       boolean,  -- [key] position 0, which is unlike all others
+    tokens      bigint,   -- [sum]
+    selections  bigint,   -- [sum] experts chosen
+    hits        bigint[], -- [sum] of which among the k, k + 1, ... k + 8 predicted ones
+    exact       bigint[], -- [sum] tokens whose whole choice was predicted, for the same numbers
+    first_hits  bigint,   -- [sum] tokens whose first choice was predicted as first
+    cosine_sum  double    -- [sum] cosine of the earlier and the later router's input
+);
+
+-- table attention: how much attention the first position draws. Level attention.
+create table attention (
+    layer     integer,  -- [key]
+    domain    varchar,  -- [key]
+    phase     varchar,  -- [key]
+    queries   bigint,   -- [sum] tokens after the first position
+    sink_sum  double[]  -- [sum] per head: attention probability of position 0
+);
+
+-- table moment: second moments of what enters the experts of a layer. Level moments.
+create table moment (
+    layer     integer, -- [key]
+    step      integer, -- [key]
+    domain    varchar, -- [key]
+    phase     varchar, -- [key]
+    channel   integer, -- [key] row of the matrix
+    tokens    bigint,  -- [sum]
+    products  float[]  -- [sum] per other channel: product of both
 );
 
 -- table residual: the residual stream after each decoder layer. Level activations.
@@ -180,6 +376,7 @@ create table residual (
     phase             varchar,  -- [key]
     tokens            bigint,   -- [sum]
     norm_sum          double,   -- [sum] L2 norm of the hidden state
+    input_cosine_sum  double,   -- [sum] cosine of what entered the layer and what left it (one minus it: block influence)
     absolute_max      double,   -- [max] largest |hidden state|
     channel           integer,  -- [at absolute_max]
     sequence          uinteger, -- [at absolute_max]

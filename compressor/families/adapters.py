@@ -24,6 +24,12 @@ class DbrxLayout(ExpertsLayout):
         packed: torch.Tensor = getattr(experts.mlp, name)
         return packed.view(self.num_experts, self.width, self.hidden_size)[expert]
 
+    def up_weight(self, experts: Any, expert: int) -> torch.Tensor:
+        """(2 I, hidden) gate and up of one expert, one below the other."""
+        import torch
+
+        return torch.cat([self._part(experts, "w1", expert), self._part(experts, "v1", expert)])
+
     def down_weight(self, experts: Any, expert: int) -> torch.Tensor:
         """(hidden, I) the second projection of one expert."""
         return self._part(experts, "w2", expert).T

@@ -51,6 +51,19 @@ class ExpertsLayout:
         weight: torch.Tensor = getattr(experts, self.down_name)[expert]
         return weight.T if self.transposed else weight
 
+    @property
+    def num_weighted(self) -> int:
+        """Experts that have weights: all, unless some only copy their input or put out nothing."""
+        return self.num_experts
+
+    def split_gate(self, first: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor]:
+        """Gate and up rows, each (I, hidden), of a first projection as :meth:`up_weight` gives it; gate None without."""
+        if not self.gated:
+            return None, first
+        if self.interleaved:
+            return first[::2], first[1::2]
+        return first[: self.width], first[self.width :]
+
     def bias(self, experts: Any, name: str, expert: int) -> torch.Tensor | None:
         """The bias that belongs to the projection ``name`` of one expert; None where the family has none."""
         return getattr(experts, f"{name}_bias")[expert] if self.biased else None

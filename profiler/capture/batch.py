@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -79,6 +80,46 @@ class RoutingBatch:
 
 
 @dataclass
+class BlockBatch:
+    """What the routed experts of one layer were called with in one forward, and what they gave back.
+
+    All rows of the forward are here, those of padding included; :meth:`Tokens.select` leaves these out.
+
+    Attributes:
+        key: (layer, step).
+        num_experts: E.
+        tokens: the tokens of the forward.
+        hidden: (rows, width) the experts' input x.
+        ids: (rows, k) int64 selected experts; -1 = none.
+        weights: (rows, k) gate weights, 0 where there is no expert.
+        output: (rows, width) the experts' weighted sum y, before what the block does to it.
+        residual: (rows, width) the residual stream r before the norm that made x; None where it was not seen.
+        slots: (rows, k) place of each selection among the rows inside the experts.
+        outputs: (rows inside, width) what each selected expert put out, before its gate weight.
+    """
+
+    key: LayerKey
+    num_experts: int
+    tokens: Tokens
+    hidden: Tensor
+    ids: Tensor
+    weights: Tensor
+    output: Tensor
+    residual: Tensor | None
+    slots: Tensor
+    outputs: Tensor
+
+    @cached_property
+    def cosine(self) -> Tensor | None:
+        """(real tokens,) float32 cos(r, r + y); None where r was not seen."""
+        if self.residual is None:
+            return None
+        before = self.tokens.select(self.residual).float()
+        after = before + self.tokens.select(self.output)
+        return torch.nn.functional.cosine_similarity(before, after, dim=1).nan_to_num_(nan=1.0)
+
+
+@dataclass
 class ExpertRows:
     """What happened inside the experts of one layer, one row per (token, selected expert), sorted by expert.
 
@@ -93,6 +134,8 @@ class ExpertRows:
         activation: (all rows, I) what enters the second projection; None where it is not shown.
         output: (all rows, hidden) what comes out of it, before the gate weight.
         real: (rows,) places of the rows among all rows, which also hold those of padding; None where all are real.
+        block: the call that the rows belong to; None for shared experts.
+        inputs: (forward rows, width) what the experts were given; None where it was not seen.
     """
 
     key: LayerKey
@@ -105,6 +148,20 @@ class ExpertRows:
     activation: Tensor | None
     output: Tensor
     real: Tensor | None
+    block: BlockBatch | None = None
+    inputs: Tensor | None = None
+
+    @cached_property
+    def counts(self) -> Tensor:
+        """(experts,) int64 rows of each expert."""
+        return torch.bincount(self.expert, minlength=self.num_experts)
+
+    @property
+    def phase(self) -> str:
+        """The phase of the forward; a forward is either prompt or decode."""
+        phases = {self.tokens.groups[entry][1] for entry in self.tokens.present}
+        assert len(phases) == 1, "a forward is either prompt or decode"
+        return phases.pop()
 
     def select(self, values: Tensor) -> Tensor:
         """The entries of real rows of a tensor that has padding's rows too."""
@@ -124,12 +181,14 @@ class ResidualBatch:
         tokens: the tokens of the forward.
         hidden: (rows, width) in the model's type, rows of padding included; parallel streams stand side by side.
         width: width of one stream, by which channels are numbered.
+        entered: the same before the layer; None where it was not seen.
     """
 
     layer: int
     tokens: Tokens
     hidden: Tensor
     width: int
+    entered: Tensor | None = None
 
 
 def concatenate_tokens(parts: list[Tokens]) -> Tokens:

@@ -2,13 +2,36 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 from moescope.errors import InputError
 
 LEVELS = {
     "routing": "selections, gate weights and router scores of every token",
     "activations": "what the experts put out, their neurons, and the residual stream",
+    "similarity": "all experts on the same sample of tokens",
+    "moments": "second moments of what enters the experts",
+    "lookahead": "the routers of later layers on this layer's input",
+    "attention": "how much attention the first position draws",
+    "gradients": "one backward in the same pass: neurons by what the loss would lose",
 }
 """The known levels, each with what it adds; every level implies ``routing``."""
+
+
+@dataclass(frozen=True)
+class RecordingOptions:
+    """What is recorded beside the sums that a level always has.
+
+    Attributes:
+        levels: see :data:`LEVELS`.
+        vectors_per_domain: keep vectors per neuron, channel and pair of experts apart by domain.
+        router_scores: keep the largest scores of every token: how many, 0 for none.
+    """
+
+    levels: Sequence[str] = ("routing",)
+    vectors_per_domain: bool = False
+    router_scores: int = 0
 
 
 def parse_levels(text: str) -> tuple[str, ...]:

@@ -6,7 +6,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,34 +13,16 @@ from torch import Tensor, nn
 
 from compressor.families import find_router_outputs
 from moescope.errors import CaptureError
-from profiler.capture.batch import ExpertRows, LayerKey, ResidualBatch, Tokens
+from profiler.capture.batch import BlockBatch, ExpertRows, ResidualBatch
 from profiler.capture.discovery import MoELayer, MoEModel
+from profiler.capture.frame import Frame
 from profiler.capture.hooks import Hooks
-from profiler.capture.inputs import ForwardInputs, modules_around, read_argument, read_inputs
+from profiler.capture.inputs import modules_around, read_argument, read_inputs
 from profiler.capture.recording import Recording
 from profiler.capture.routing import LayerRouting
-from profiler.capture.sequences import BatchRows, SequenceTracker
+from profiler.capture.sequences import SequenceTracker
 from profiler.capture.shared import watch_shared
 from profiler.capture.tap import ExpertsCall, TappedRows, run_with_rows, tapped
-
-
-@dataclass
-class _Forward:
-    """A forward of the watched model that is running.
-
-    Attributes:
-        chosen: per layer, the logits and ids that its router returned.
-        routing: per layer, what its experts were called with.
-    """
-
-    inputs: ForwardInputs
-    tokens: Tokens
-    rows: BatchRows
-    sampled: bool
-    began: float
-    thread: int = field(default_factory=threading.get_ident)
-    chosen: dict[LayerKey, tuple[Tensor | None, Tensor | None]] = field(default_factory=dict)
-    routing: dict[LayerKey, LayerRouting] = field(default_factory=dict)
 
 
 class Observer:
@@ -57,6 +38,8 @@ class Observer:
     Attributes:
         active: False lets forwards pass without a look.
         whole: False while a forward is being added: an interrupt then leaves some recorders with it and some without.
+        frame: the forward that is running, None between forwards.
+        found: the MoE layers.
     """
 
     def __init__(
@@ -68,9 +51,9 @@ class Observer:
         tracker: SequenceTracker,
         ended: Callable[[int, float], None],
     ) -> None:
-        self._model, self._found = model, found
+        self._model, self.found = model, found
         self._recording, self._tracker, self._ended = recording, tracker, ended
-        self._forward: _Forward | None = None
+        self.frame: Frame | None = None
         self._outer: dict[str, Any] = {}
         self.active = self.whole = True
 
@@ -81,26 +64,31 @@ class Observer:
         try:
             # Hooks on a compiled model are ignored without a word, so it runs as it is written for the while.
             stack.enter_context(torch.compiler.set_stance("force_eager"))
-            stack.enter_context(tapped([(layer.experts, self._watcher(layer)) for layer in self._found.layers]))
+            stack.enter_context(tapped([(layer.experts, self._watcher(layer)) for layer in self.found.layers]))
             self._add_hooks(hooks)
+            for probe in self._recording.probes:
+                probe.attach(self, hooks, stack)
             yield
         finally:
             hooks.remove()
             stack.close()
-            self._forward, self._outer = None, {}
+            self.frame, self._outer = None, {}
 
     def _add_hooks(self, hooks: Hooks) -> None:
-        for module in modules_around(self._model, self._found.owner):
+        for module in modules_around(self._model, self.found.owner):
             hooks.before(module, self._saw_outer)
-        hooks.before(self._found.owner, self._open)
-        hooks.after(self._found.owner, self._close, always=True)
-        for layer in self._found.layers:
+        hooks.before(self.found.owner, self._open)
+        hooks.after(self.found.owner, self._close, always=True)
+        for layer in self.found.layers:
             if layer.router is not None:
                 hooks.after(layer.router, self._router_hook(layer), first=True)
             if self._recording.sees_rows:
                 watch_shared(layer, hooks, self._take_shared)
+        if self._recording.sees_rows:
+            for module in _between(self.found):
+                hooks.after(module, self._saw_module, first=True)
         if self._recording.sees_residual:
-            for index, module in enumerate(self._found.stack):
+            for index, module in enumerate(self.found.stack):
                 hooks.after(module, self._residual_hook(index), first=True)
 
     # The frame of a forward
@@ -115,22 +103,22 @@ class Observer:
     def _open(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not self.active:
             return
-        if self._forward is not None:
-            if self._forward.thread != threading.get_ident():
+        if self.frame is not None:
+            if self.frame.thread != threading.get_ident():
                 raise CaptureError("two forwards of the watched model run at once: profile with one worker and thread")
             self._failed()  # an interrupt from the keyboard ended it without a word
         inputs = read_inputs(module, args, kwargs, self._outer)
         self._outer = {}
         tokens, rows = self._tracker.begin(inputs)
         sampled = self._recording.checks.wants_sample()
-        self._forward = _Forward(inputs, tokens, rows, sampled, time.perf_counter())
+        self.frame = Frame(inputs, tokens, rows, sampled)
 
     @torch.no_grad()
     def _close(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        forward = self._forward
+        forward = self.frame
         if forward is None or forward.thread != threading.get_ident():
             return
-        self._forward = None
+        self.frame = None
         if output is None:
             self._failed()
             return
@@ -143,7 +131,7 @@ class Observer:
         self._ended(len(forward.tokens), seconds)
 
     def _failed(self) -> None:
-        self._forward = None
+        self.frame = None
         self._tracker.abort()
         self._recording.discard()
 
@@ -151,15 +139,19 @@ class Observer:
 
     def _router_hook(self, layer: MoELayer) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
         def see(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            if self._forward is not None:
+            if self.frame is not None:
                 found = find_router_outputs(output, logits_index=layer.logits_index, top_k=layer.top_k)
-                self._forward.chosen[layer.key] = found
+                self.frame.chosen[layer.key] = found
 
         return see
 
+    def _saw_module(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if self.frame is not None and args:
+            self.frame.saw_module(output, args[0])
+
     def _watcher(self, layer: MoELayer) -> Callable[[ExpertsCall], Tensor]:
         def run(call: ExpertsCall) -> Tensor:
-            forward = self._forward
+            forward = self.frame
             if forward is None:
                 self._tracker.findings["outside a forward"] += int(self.active)
                 return call.run()
@@ -171,7 +163,7 @@ class Observer:
         return run
 
     def _take(
-        self, forward: _Forward, layer: MoELayer, call: ExpertsCall, output: Tensor, rows: TappedRows | None
+        self, forward: Frame, layer: MoELayer, call: ExpertsCall, output: Tensor, rows: TappedRows | None
     ) -> None:
         if layer.key in forward.routing:
             raise CaptureError(f"{layer.name} was called twice in one forward: such a model needs an adapter")
@@ -187,10 +179,15 @@ class Observer:
             if chosen is not None and chosen.numel() == ids.numel():
                 self._recording.checks.compare_selection(layer, chosen, ids)
         if rows is not None:
-            self._recording.add_rows(_real_rows(forward.tokens, layer, rows))
+            block = _block(forward, layer, call, output, rows)
+            self._recording.add_block(layer, block, _real_rows(block, layer, rows))
+            for probe in self._recording.probes:
+                probe.saw_experts(layer, call, rows, block)
 
-    def _take_shared(self, layer: MoELayer, gate: Tensor | None, activation: Tensor | None, output: Tensor) -> None:
-        forward = self._forward
+    def _take_shared(
+        self, layer: MoELayer, inputs: Tensor | None, gate: Tensor | None, activation: Tensor | None, output: Tensor
+    ) -> None:
+        forward = self.frame
         if forward is None or output.shape[0] != forward.tokens.rows:
             return
         tokens, device = forward.tokens, output.device
@@ -199,18 +196,22 @@ class Observer:
         weight = torch.ones(output.shape[0], device=device) if gate is None else gate.float()
         weight = weight if keep is None else weight[keep]
         expert = torch.zeros_like(token)
-        batch = ExpertRows(layer.key, "shared", 1, tokens, expert, token, weight, activation, output, keep)
-        self._recording.add_rows(batch)
+        self._recording.add_rows(
+            ExpertRows(layer.key, "shared", 1, tokens, expert, token, weight, activation, output, keep, inputs=inputs)
+        )
 
     def _residual_hook(self, index: int) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
         def see(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            forward = self._forward
+            forward = self.frame
             hidden = output[0] if isinstance(output, (tuple, list)) else output
             if forward is None or not isinstance(hidden, Tensor) or hidden.numel() % forward.tokens.rows:
                 return
             with torch.no_grad():
                 flat = hidden.detach().reshape(forward.tokens.rows, -1)
-                self._recording.add_residual(ResidualBatch(index, forward.tokens, flat, hidden.shape[-1]))
+                entered = args[0].detach() if args and isinstance(args[0], Tensor) else None
+                entered = entered.reshape(flat.shape) if entered is not None and entered.shape == hidden.shape else None
+                batch = ResidualBatch(index, forward.tokens, flat, hidden.shape[-1], entered)
+                self._recording.add_residual(batch)
 
         return see
 
@@ -228,9 +229,29 @@ def _fitting(logits: Tensor | None, rows: int, num_experts: int) -> Tensor | Non
     return flat if flat.shape[0] == rows and flat.shape[1] >= num_experts else None
 
 
-def _real_rows(tokens: Tokens, layer: MoELayer, rows: TappedRows) -> ExpertRows:
+def _block(frame: Frame, layer: MoELayer, call: ExpertsCall, output: Tensor, rows: TappedRows) -> BlockBatch:
+    ids, weights = call.ids.detach(), call.weights.detach().float()
+    none = (ids < 0) | (ids >= layer.num_experts)
+    if layer.traits.zero_weight_is_none:
+        none |= weights == 0
+    hidden = call.hidden.detach()
+    return BlockBatch(
+        key=layer.key,
+        num_experts=layer.num_experts,
+        tokens=frame.tokens,
+        hidden=hidden,
+        ids=torch.where(none, -1, ids),
+        weights=torch.where(none, 0, weights),
+        output=output.detach().reshape(-1, output.shape[-1]),
+        residual=frame.residual_before(hidden),
+        slots=rows.slots(ids.shape[-1]),
+        outputs=rows.output,
+    )
+
+
+def _real_rows(block: BlockBatch, layer: MoELayer, rows: TappedRows) -> ExpertRows:
     """The rows of a layer without those of padding, and without those that mean "no expert"."""
-    expert, token, gate, real = rows.expert, rows.token, rows.gate.float(), None
+    tokens, expert, token, gate, real = block.tokens, rows.expert, rows.token, rows.gate.float(), None
     skips = layer.traits.zero_weight_is_none
     if tokens.keep is not None:
         place = torch.full((tokens.rows,), -1, device=token.device)
@@ -241,5 +262,27 @@ def _real_rows(tokens: Tokens, layer: MoELayer, rows: TappedRows) -> ExpertRows:
         real = wanted.nonzero()[:, 0]
         expert, token, gate = expert[real], token[real], gate[real]
     return ExpertRows(
-        layer.key, "routed", layer.num_experts, tokens, expert, token, gate, rows.activation, rows.output, real
+        layer.key,
+        "routed",
+        layer.num_experts,
+        tokens,
+        expert,
+        token,
+        gate,
+        rows.activation,
+        rows.output,
+        real,
+        block,
+        block.hidden,
     )
+
+
+def _between(found: MoEModel) -> list[nn.Module]:
+    """The modules directly in the decoder layers of MoE layers that do not hold experts or routers: norms are there."""
+    between = []
+    for index in sorted({layer.layer for layer in found.layers}):
+        inside = {id(layer.experts) for layer in found.layers} | {id(layer.router) for layer in found.layers}
+        for child in found.stack[index].children():
+            if not any(id(module) in inside for module in child.modules()):
+                between.append(child)
+    return between

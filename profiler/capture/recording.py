@@ -9,15 +9,26 @@ from typing import Any
 import polars as pl
 from torch import Tensor
 
-from profiler.capture.batch import ExpertRows, LayerKey, ResidualBatch, Tokens
+from profiler.capture.batch import BlockBatch, ExpertRows, LayerKey, ResidualBatch, Tokens
 from profiler.capture.checks import Checks
 from profiler.capture.discovery import MoELayer
+from profiler.capture.levels import RecordingOptions
 from profiler.capture.provenance import describe_layer
 from profiler.capture.routing import LayerRouting, RoutingBuffer
+from profiler.recorders.expert_output import ExpertOutputRecorder
+from profiler.recorders.levels import level_probes
 from profiler.recorders.load import LoadRecorder
+from profiler.recorders.moe_output import MoEOutputRecorder
+from profiler.recorders.neurons import NeuronRecorder
+from profiler.recorders.pairs import OutputPairRecorder, PairRecorder
+from profiler.recorders.ranks import RankRecorder
+from profiler.recorders.residual import ResidualRecorder
 from profiler.recorders.router import RouterRecorder
+from profiler.recorders.scores import ScoreRecorder
 from profiler.recorders.text import TextRecorder
 from profiler.recorders.trace import TraceRecorder
+from profiler.recorders.vectors import VectorRecorder
+from profiler.recorders.weights import WeightRecorder
 
 
 class Recording:
@@ -25,33 +36,56 @@ class Recording:
 
     Args:
         layers: the MoE layers of the model.
-        levels: what to record, see :data:`profiler.capture.levels.LEVELS`.
+        options: what to record.
         tokenizer: keeps text if given.
 
     Attributes:
         checks: the proofs that are gathered while recording.
+        probes: recorders that put their own hooks on.
         sees_rows: whether what happens inside the experts is wanted.
         sees_residual: whether the residual stream is wanted.
     """
 
-    def __init__(self, layers: Sequence[MoELayer], *, levels: Sequence[str], tokenizer: Any) -> None:
+    def __init__(self, layers: Sequence[MoELayer], *, options: RecordingOptions, tokenizer: Any) -> None:
         self.checks = Checks(layers)
-        self.sees_rows = self.sees_residual = "activations" in levels
+        self.sees_residual = "activations" in options.levels
+        self.probes = level_probes(options)
+        self.sees_rows = self.sees_residual or any(probe.needs_rows for probe in self.probes)
         self._by_key = {layer.key: layer for layer in layers}
         self._top_k: dict[LayerKey, int] = {}
         self._text = TextRecorder(tokenizer) if tokenizer is not None else None
         self._trace = TraceRecorder(max(layer.num_experts for layer in layers))
-        self._routing = [LoadRecorder(), RouterRecorder(), self._trace]
+        by_domain = options.vectors_per_domain
+        self._routing: list[Any] = [
+            LoadRecorder(),
+            RouterRecorder(),
+            RankRecorder(),
+            PairRecorder(by_domain),
+            self._trace,
+        ]
+        if options.router_scores:
+            self._routing.append(ScoreRecorder(options.router_scores))
         self._buffer = RoutingBuffer([self.checks, *self._routing])
-        self._inside, self._residual = _activation_recorders() if self.sees_rows else ([], [])
+        inside = _activation_recorders(by_domain) if self.sees_residual else ([], [], [])
+        self._inside, self._blocks, self._residual = inside
+        self._weights = WeightRecorder() if self.sees_residual else None
+        self._staged = (*self._inside, *self._blocks, *self._residual, *self.probes)
 
     @property
     def bytes_held(self) -> int:
         """What the trace holds in memory until the next drain."""
         return self._trace.bytes_held
 
+    def add_block(self, layer: MoELayer, block: BlockBatch, rows: ExpertRows) -> None:
+        """Add what the routed experts of one layer did."""
+        if self._weights is not None:
+            self._weights.update(layer)
+        for recorder in self._blocks:
+            recorder.update(block)
+        self.add_rows(rows)
+
     def add_rows(self, batch: ExpertRows) -> None:
-        """Add what happened inside the experts of one layer."""
+        """Add what happened inside the experts of one layer, routed or shared."""
         for recorder in self._inside:
             recorder.update(batch)
 
@@ -66,22 +100,22 @@ class Recording:
         for key, entry in routing.items():
             self._top_k[key] = max(self._top_k.get(key, 0), entry.ids.shape[-1])
         self._buffer.add(tokens, routing)
-        for recorder in (*self._inside, *self._residual):
+        for recorder in self._staged:
             recorder.commit()
         if self._text is not None and input_ids is not None:
             self._text.update(tokens, input_ids)
 
     def discard(self) -> None:
         """The forward has failed."""
-        for recorder in (*self._inside, *self._residual):
+        for recorder in self._staged:
             recorder.discard()
 
     def drain(self) -> dict[str, list[pl.DataFrame]]:
         """The sums since the last drain, as parts of the tables of a shard."""
         self._buffer.flush()
         frames: dict[str, list[pl.DataFrame]] = defaultdict(list)
-        text = [self._text] if self._text is not None else []
-        for recorder in (*self._routing, *self._inside, *self._residual, *text):
+        others = [recorder for recorder in (self._weights, self._text) if recorder is not None]
+        for recorder in (*self._routing, *self._staged, *others):
             for table, frame in recorder.drain().items():
                 frames[table].append(frame)
         if self._top_k:
@@ -90,9 +124,6 @@ class Recording:
         return frames
 
 
-def _activation_recorders() -> tuple[list[Any], list[Any]]:
-    from profiler.recorders.expert_output import ExpertOutputRecorder
-    from profiler.recorders.neurons import NeuronRecorder
-    from profiler.recorders.residual import ResidualRecorder
-
-    return [ExpertOutputRecorder(), NeuronRecorder()], [ResidualRecorder()]
+def _activation_recorders(by_domain: bool) -> tuple[list[Any], list[Any], list[Any]]:
+    inside = [ExpertOutputRecorder(), NeuronRecorder(by_domain), VectorRecorder(by_domain)]
+    return inside, [MoEOutputRecorder(), OutputPairRecorder(by_domain)], [ResidualRecorder()]

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from profiler.capture.discovery import MoELayer
 from profiler.capture.hooks import Hooks
 
-Take = Callable[[MoELayer, "Tensor | None", "Tensor | None", Tensor], None]
-"""``take(layer, gate (rows,) or None, activation (rows, width) or None, output (rows, hidden))``"""
+Take = Callable[[MoELayer, "Tensor | None", "Tensor | None", "Tensor | None", Tensor], None]
+"""``take(layer, inputs (rows, hidden) or None, gate (rows,) or None, activation (rows, width) or None, output)``"""
 
 
 def watch_shared(layer: MoELayer, hooks: Hooks, take: Take) -> None:
@@ -33,7 +33,8 @@ def watch_shared(layer: MoELayer, hooks: Hooks, take: Take) -> None:
             return
         with torch.no_grad():
             flat = result.detach().reshape(-1, result.shape[-1])
-            take(layer, _gate(shared.gate, args), activation, flat)
+            inputs = args[0].detach().reshape(-1, args[0].shape[-1]) if args else None
+            take(layer, inputs, _gate(shared.gate, args), activation, flat)
 
     if shared.down is not None:
         hooks.before(shared.down, before_down)

@@ -158,6 +158,8 @@ class TappedRows:
         gate: (rows,) gate weight.
         activation: (rows, I) what entered the second projection.
         output: (rows, hidden) what came out of it, before the gate weight.
+        order: (rows,) place of each row among the selections, token by token.
+        live: ``activation`` with its graph, where the forward runs with gradients, in the backend's own order of rows.
     """
 
     expert: Tensor
@@ -165,6 +167,12 @@ class TappedRows:
     gate: Tensor
     activation: Tensor
     output: Tensor
+    order: Tensor
+    live: Tensor | None = None
+
+    def slots(self, k: int) -> Tensor:
+        """(tokens, k) the row of each selection."""
+        return torch.argsort(self.order).view(-1, k)
 
 
 class _StandIn:
@@ -218,7 +226,8 @@ def _seen_rows(call: ExpertsCall, stand_in: _StandIn) -> TappedRows:
     activation, output = stand_in.activation.detach(), stand_in.output.detach()
     if call.backend == "batched_mm":  # rows come token by token
         activation, output = activation[order], output[order]
-    return TappedRows(expert, order // call.ids.shape[-1], gate, activation, output)
+    live = stand_in.activation if stand_in.activation.requires_grad else None
+    return TappedRows(expert, order // call.ids.shape[-1], gate, activation, output, order, live)
 
 
 def _computed_rows(call: ExpertsCall, layout: ExpertsLayout) -> TappedRows:
@@ -233,7 +242,7 @@ def _computed_rows(call: ExpertsCall, layout: ExpertsLayout) -> TappedRows:
         rows = slice(start, start := start + count)
         if 0 <= number < layout.num_experts:
             activation[rows], output[rows] = layout.run_expert(call.module, number, hidden[token[rows]])
-    return TappedRows(expert, token, call.weights.detach().reshape(-1)[order], activation, output)
+    return TappedRows(expert, token, call.weights.detach().reshape(-1)[order], activation, output, order)
 
 
 def recompute(call: ExpertsCall, layout: ExpertsLayout, tokens: int) -> Tensor:

@@ -17,7 +17,7 @@ import store as run_store
 from moescope.errors import CaptureError, InputError, ModelError, MoescopeError
 from profiler.capture.discovery import MoELayer, inspect_model
 from profiler.capture.inputs import end_tokens
-from profiler.capture.levels import parse_levels
+from profiler.capture.levels import RecordingOptions, parse_levels
 from profiler.capture.observer import Observer
 from profiler.capture.provenance import describe_run
 from profiler.capture.recording import Recording
@@ -40,6 +40,8 @@ def watch(
     domain: str = "text",
     token_budget: int | None = None,
     keep_text: bool = True,
+    vectors_per_domain: bool = False,
+    router_scores: int = 0,
     flush_seconds: float = 15.0,
     resume: bool = False,
     model_name: str = "",
@@ -63,11 +65,13 @@ def watch(
         model: a model of transformers 5 with fused experts, or anything that contains one.
         name: name of the run; the file becomes ``store/name.duckdb``.
         store: directory of runs, made if it is not there.
-        level: comma list of ``routing`` and ``activations``.
+        level: comma list of levels, see :data:`profiler.capture.levels.LEVELS`.
         tokenizer: with it the run keeps the text; without it neither text nor token ids.
         domain: label of the tokens, where :meth:`WatchSession.label` does not say otherwise.
         token_budget: stop recording (not the model) after the forward that reaches so many real tokens.
         keep_text: False keeps no token ids even if there is a tokenizer.
+        vectors_per_domain: keep vectors per neuron, channel and pair of experts apart by domain; else they are pooled.
+        router_scores: keep so many of the largest router scores of every token.
         flush_seconds: write a shard at the end of the first forward after so many seconds.
         resume: go on with an interrupted run of that name.
         model_name: what the run calls the model; its folder or hub id if empty.
@@ -82,7 +86,7 @@ def watch(
         model,
         name=name,
         directory=Path(store),
-        levels=parse_levels(level),
+        options=RecordingOptions(parse_levels(level), vectors_per_domain, router_scores),
         tokenizer=tokenizer if keep_text else None,
         domain=domain,
         token_budget=token_budget,
@@ -110,7 +114,7 @@ class WatchSession:
         *,
         name: str,
         directory: Path,
-        levels: Sequence[str],
+        options: RecordingOptions,
         tokenizer: Any = None,
         domain: str = "text",
         token_budget: int | None = None,
@@ -123,7 +127,8 @@ class WatchSession:
     ) -> None:
         self.model: nn.Module = getattr(model, "_orig_mod", model)
         self.found = inspect_model(self.model)
-        if "activations" in levels:
+        levels = options.levels
+        if set(levels) & {"activations", "similarity", "gradients"}:
             _require_rows(self.found.layers)
         self.name, self.resuming = name, resume
         self.path: Path | None = None
@@ -142,7 +147,7 @@ class WatchSession:
         )
         ends, pads = end_tokens(self.model)
         self._tracker = SequenceTracker(domain=domain, end_ids=ends, pad_ids=pads)
-        self._recording = Recording(self.found.layers, levels=levels, tokenizer=tokenizer)
+        self._recording = Recording(self.found.layers, options=options, tokenizer=tokenizer)
         self.checks = self._recording.checks
         self._observer = Observer(
             self.model, self.found, recording=self._recording, tracker=self._tracker, ended=self._forward_ended

@@ -84,6 +84,30 @@ def finite(values: Tensor) -> Tensor:
     return torch.nan_to_num(values, nan=0.0)
 
 
+def vector_domain(batch_groups: list[Group], entry: int, *, by_domain: bool) -> str:
+    """The domain under which a vector of a group is kept: empty where vectors are pooled."""
+    return batch_groups[entry][0] if by_domain else ""
+
+
+def float_lists(values: Tensor | NDArray[Any]) -> pl.Series:
+    """(rows, width) values as a series of lists, 32 bits: what vectors are stored in."""
+    return pl.Series(np.ascontiguousarray(_host(values), dtype=np.float32)).arr.to_list()
+
+
+def double_lists(values: Tensor | NDArray[Any]) -> pl.Series:
+    """(rows, width) values as a series of lists of float64."""
+    return pl.Series(np.ascontiguousarray(_host(values), dtype=np.float64)).arr.to_list()
+
+
+def integer_lists(values: Tensor | NDArray[Any]) -> pl.Series:
+    """(rows, width) counts as a series of lists of int64."""
+    return pl.Series(np.ascontiguousarray(np.rint(_host(values)), dtype=np.int64)).arr.to_list()
+
+
+def _host(values: Tensor | NDArray[Any]) -> NDArray[Any]:
+    return values.detach().double().cpu().numpy() if isinstance(values, Tensor) else values
+
+
 def columns_of(key: LayerKey, group: Group) -> dict[str, Any]:
     """The columns that name a layer and a group."""
     return {"layer": key[0], "step": key[1], "domain": group[0], "phase": group[1]}

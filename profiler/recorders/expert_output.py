@@ -20,7 +20,16 @@ from profiler.capture.batch import ExpertRows, Group, LayerKey
 from profiler.recorders.base import columns_of, finite, literals, row_maximum, row_norm, scatter_sum
 from profiler.recorders.staged import Staged
 
-SUMS = ("tokens", "norm_sum", "norm_square_sum", "gated_norm_sum", "gated_norm_square_sum")
+SUMS = (
+    "tokens",
+    "norm_sum",
+    "norm_square_sum",
+    "gated_norm_sum",
+    "gated_norm_square_sum",
+    "shifted_gated_norm_sum",
+    "shifted_tokens",
+)
+COUNTS = ("tokens", "shifted_tokens")
 MAXIMA = ("output_max", "gated_output_max", "first_routed_output_max", "input_max")
 PLACES = ("output_max_channel", "output_max_sequence", "output_max_position")
 
@@ -58,6 +67,12 @@ class ExpertOutputRecorder(Staged):
         keys = batch.expert * groups + batch.group()  # shape: (rows,)
         gated = gate * norm
         sums = [scatter_sum(keys, values, size) for values in (None, norm, norm.square(), gated, gated.square())]
+        cosine = batch.block.cosine if batch.block is not None else None
+        if cosine is None:
+            sums += [torch.zeros_like(sums[0])] * 2
+        else:
+            shift = (1 - cosine).clamp_min(0)[batch.token]
+            sums += [scatter_sum(keys, shift * gated, size), sums[0]]
         first = torch.where(self._first(batch), largest, -math.inf)
         maxima = [_scatter_max(keys, values, size) for values in (largest, gate * largest, first, entering)]
         places = self._places(batch, keys, largest, maxima[0])
@@ -137,7 +152,7 @@ class ExpertOutputRecorder(Staged):
             maxima = pl.col(MAXIMA)
             frames.append(
                 frame.with_columns(
-                    pl.col("tokens").cast(pl.Int64),
+                    pl.col(COUNTS).cast(pl.Int64),
                     pl.when(maxima.is_infinite() & (maxima < 0)).then(None).otherwise(maxima).name.keep(),
                     **literals({**columns_of(key, group), "kind": kind}),
                 )

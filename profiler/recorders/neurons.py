@@ -1,6 +1,8 @@
-"""Per neuron of each expert, the sum of squares of the activation that enters down_proj: table ``neuron_activation``.
+"""Per neuron of each expert, sums and the maximum of the activation a that enters down_proj: ``neuron_activation``.
 
-Pooled over domains, apart by phase: one vector per expert and domain would fill the memory of large models.
+Five numbers per neuron: sum a^2 (HEAPr, Wanda), sum |a| (width scores, Read-ME), and of the gated activation g a the
+sum of squares (CAMERA; times the squared column norm it is the layer's squared error without that neuron), the sum of
+|g a| and max |g a|. Pooled over domains unless asked otherwise: vectors per domain would fill a large model's memory.
 """
 
 from __future__ import annotations
@@ -9,63 +11,62 @@ import polars as pl
 import torch
 from torch import Tensor
 
-from profiler.capture.batch import ExpertRows, LayerKey
+from profiler.capture.batch import ExpertRows
 from profiler.recorders.base import finite
-from profiler.recorders.staged import Staged
+from profiler.recorders.vector_sums import VectorSums, split_domains
+
+SUMS = ("square_sum", "gated_square_sum", "absolute_sum", "gated_absolute_sum")
+MAXIMA = ("gated_absolute_max",)
 
 
-class NeuronRecorder(Staged):
-    """Sums of squared activations, kept on the layer's device in float64 until they are drained."""
+class NeuronRecorder(VectorSums):
+    """Sums and maxima per neuron, kept on the layer's device in float64 until they are drained.
 
-    def __init__(self) -> None:
-        super().__init__()
-        self._sums: dict[tuple[LayerKey, str, str], tuple[Tensor, Tensor]] = {}
+    Args:
+        by_domain: keep domains apart.
+    """
+
+    table = "neuron_activation"
 
     def update(self, batch: ExpertRows) -> None:
         """Add the rows of one layer."""
         if batch.activation is None or not len(batch.token):
             return
-        phases = {batch.tokens.groups[entry][1] for entry in batch.tokens.present}
-        assert len(phases) == 1, "a forward is either prompt or decode"
-        counts = torch.bincount(batch.expert, minlength=batch.num_experts)
-        squares = finite(_sum_squares(batch.select(batch.activation), counts))
-        key = (batch.key, batch.kind, phases.pop())
-
-        def take() -> None:
-            # Not in place: the first batch may have run under inference_mode and this one not.
-            tokens, sums = self._sums.get(key, (0, 0.0))
-            self._sums[key] = (tokens + counts, sums + squares.double())
-
-        self.later(take)
+        activation = batch.select(batch.activation)
+        for part in split_domains(batch, by_domain=self._by_domain):
+            rows = activation if part.chosen is None else activation[part.chosen]
+            squares, absolutes, largest = _reduce(rows, part.gate, part.counts)
+            sums = torch.cat([squares, absolutes], 1)  # shape: (experts, 4, width)
+            self.add(part.key, part.counts, dict(zip(SUMS, sums.unbind(1), strict=True)), {MAXIMA[0]: largest})
 
     def drain(self) -> dict[str, pl.DataFrame]:
         """Table ``neuron_activation``, one row per expert that saw a token."""
-        frames = []
-        for ((layer, step), kind, phase), (tokens, sums) in self._sums.items():
-            used = tokens.nonzero()[:, 0].cpu()
-            frames.append(
-                pl.DataFrame(
-                    {
-                        "expert": used.numpy(),
-                        "tokens": tokens.cpu()[used].numpy(),
-                        "square_sum": pl.Series(sums.cpu()[used].tolist(), dtype=pl.List(pl.Float64)),
-                    }
-                ).with_columns(layer=layer, step=step, kind=pl.lit(kind), phase=pl.lit(phase))
-            )
-        self._sums.clear()
-        return {"neuron_activation": pl.concat(frames)} if frames else {}
+        return super().drain()
 
 
-def _sum_squares(rows: Tensor, counts: Tensor) -> Tensor:
-    """(experts, width) float32 sums of squares of rows that are sorted by expert."""
-    if rows.device.type != "cpu":
-        expert = torch.repeat_interleave(torch.arange(len(counts), device=rows.device), counts, output_size=len(rows))
-        sums = torch.zeros(len(counts), rows.shape[1], device=rows.device)
-        return sums.index_add_(0, expert, rows.float().square_())
-    # On a CPU the cost is in touching memory: slices that fit a cache are three times as fast as one large index_add.
-    sums = torch.zeros(len(counts), rows.shape[1])
-    for place, part in enumerate(torch.split(rows, counts.tolist())):
-        if len(part):
-            part = part.float()
-            torch.sum(part * part, dim=0, out=sums[place])
-    return sums
+def _reduce(rows: Tensor, gate: Tensor, counts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(experts, 2, width) sums of a^2 and (g a)^2, the same of |a| and |g a|, and (experts, width) max |g a|.
+
+    Rows are sorted by expert. On a CPU the cost is in touching memory, so each expert's slice, which fits a cache, is
+    squared and taken absolute once, and one small product with (1, g) gives the plain and the gated sum together.
+    """
+    experts, width = len(counts), rows.shape[1]
+    squares, absolutes = (torch.zeros(experts, 2, width, device=rows.device) for _ in range(2))
+    largest = torch.zeros(experts, width, device=rows.device)
+    gate = finite(gate.float().abs())
+    factors = torch.stack([torch.ones_like(gate), gate], 0)  # shape: (2, rows)
+    start = 0
+    for place, count in enumerate(counts.tolist()):
+        if not count:
+            continue
+        part = slice(start, start := start + count)
+        absolute = finite(rows[part].float().abs()) if _broken(rows[part]) else rows[part].float().abs()
+        torch.mm(factors[:, part], absolute, out=absolutes[place])
+        torch.mm(factors[:, part].square(), absolute.square(), out=squares[place])
+        torch.amax(absolute.mul_(gate[part, None]), 0, out=largest[place])
+    return squares, absolutes, largest
+
+
+def _broken(rows: Tensor) -> bool:
+    """Whether a row holds a value that is no finite number; one pass without a copy."""
+    return not bool(torch.isfinite(rows.sum()))

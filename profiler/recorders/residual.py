@@ -14,7 +14,17 @@ from profiler.capture.batch import Group, ResidualBatch
 from profiler.recorders.base import finite, row_maximum, row_norm, scatter_sum
 from profiler.recorders.staged import Staged
 
-_COLUMNS = ("tokens", "norm_sum", "absolute_max", "later_max", "channel", "sequence", "position", "median_there")
+_COLUMNS = (
+    "tokens",
+    "norm_sum",
+    "input_cosine_sum",
+    "absolute_max",
+    "later_max",
+    "channel",
+    "sequence",
+    "position",
+    "median_there",
+)
 
 
 class ResidualRecorder(Staged):
@@ -44,6 +54,7 @@ class ResidualRecorder(Staged):
         columns = [
             scatter_sum(group, None, size),
             scatter_sum(group, norm, size),
+            scatter_sum(group, self._cosine(batch), size),
             top,
             later,
             there.argmax(1) % batch.width,
@@ -58,6 +69,14 @@ class ResidualRecorder(Staged):
 
         self.later(take)
 
+    @staticmethod
+    def _cosine(batch: ResidualBatch) -> torch.Tensor:
+        """(real tokens,) cosine of what entered the layer and what left it; NaN where it was not seen."""
+        if batch.entered is None:
+            return torch.full((len(batch.tokens),), math.nan, device=batch.hidden.device)
+        cosine = torch.nn.functional.cosine_similarity(batch.entered.float(), batch.hidden.float(), dim=1)
+        return batch.tokens.select(finite(cosine))
+
     def _take(self, batch: ResidualBatch, table: Tensor) -> None:
         host = table.cpu().numpy()
         for entry in batch.tokens.present:
@@ -66,9 +85,9 @@ class ResidualRecorder(Staged):
             if old is None:
                 self._rows[key] = new.copy()
                 continue
-            merged = np.where(new[2] > old[2], new, old)  # the places of the larger maximum
-            merged[:2] = old[:2] + new[:2]
-            merged[2:4] = np.maximum(old[2:4], new[2:4])
+            merged = np.where(new[3] > old[3], new, old)  # the places of the larger maximum
+            merged[:3] = old[:3] + new[:3]
+            merged[3:5] = np.maximum(old[3:5], new[3:5])
             self._rows[key] = merged
 
     def drain(self) -> dict[str, pl.DataFrame]:
@@ -77,6 +96,7 @@ class ResidualRecorder(Staged):
         for (layer, (domain, phase)), values in self._rows.items():
             row = dict(zip(_COLUMNS, values.tolist(), strict=True))
             row["later_max"] = None if row["later_max"] == -math.inf else row["later_max"]
+            row["input_cosine_sum"] = None if math.isnan(row["input_cosine_sum"]) else row["input_cosine_sum"]
             rows.append({"layer": layer, "domain": domain, "phase": phase, **row})
         self._rows.clear()
         return {"residual": pl.DataFrame(rows, infer_schema_length=None).filter(pl.col("tokens") > 0)} if rows else {}

@@ -1,0 +1,132 @@
+"""Sums over pairs of experts: co-activation, Gram matrices of the router logits and of the outputs: ``expert_pair``.
+
+Three (E, E) matrices per layer. ``selections`` is B of STUN, ``logit_products`` is K, from which M-SMoE takes its
+cosine of logit columns. ``output_products`` is A_ij, the sum over tokens of g_i g_j <f_i, f_j>: for any set S of
+experts, the sum of A over S x S is exactly the squared error that masking S adds to the layer's output, before
+re-routing.
+"""
+
+from __future__ import annotations
+
+import polars as pl
+import torch
+from torch import Tensor
+
+from profiler.capture.batch import BlockBatch, LayerKey, RoutingBatch, Tokens
+from profiler.recorders.base import double_lists, integer_lists, scatter_sum, vector_domain
+from profiler.recorders.staged import Staged
+
+PairKey = tuple[LayerKey, str, str]
+"""((layer, step), domain, phase); the domain is empty where vectors are pooled."""
+
+
+class PairRecorder:
+    """Co-activation counts and the Gram matrix of the logits.
+
+    Args:
+        by_domain: keep domains apart.
+    """
+
+    def __init__(self, by_domain: bool = False) -> None:
+        self._by_domain = by_domain
+        self._selections: dict[PairKey, Tensor] = {}
+        self._logits: dict[PairKey, Tensor] = {}
+
+    def update(self, batch: RoutingBatch) -> None:
+        """Add the selections of a batch."""
+        if not len(batch.tokens):
+            return
+        layers, tokens, _ = batch.ids.shape
+        experts = batch.num_experts
+        hot = torch.zeros(layers, tokens, experts + 1, device=batch.ids.device)
+        hot.scatter_(-1, torch.where(batch.ids >= 0, batch.ids, experts), 1.0)
+        hot = hot[..., :experts]
+        logits = None
+        if batch.logits is not None and not batch.holds_probabilities:
+            logits = torch.nan_to_num(batch.logits[..., :experts], nan=0.0, posinf=0.0, neginf=0.0)
+        for domain, phase, chosen in _parts(batch.tokens, self._by_domain, hot.device):
+            part = hot if chosen is None else hot[:, chosen]
+            both = (part.mT @ part).double()  # counts of one batch are exact in float32
+            gram = None
+            if logits is not None:
+                scores = logits if chosen is None else logits[:, chosen]
+                gram = (scores.mT @ scores).double()
+            for index, key in enumerate(batch.keys):
+                _add(self._selections, (key, domain, phase), both[index])
+                if gram is not None:
+                    _add(self._logits, (key, domain, phase), gram[index])
+
+    def drain(self) -> dict[str, pl.DataFrame]:
+        """Two columns of table ``expert_pair``, one row per expert."""
+        logits, self._logits = self._logits, {}
+        selections, self._selections = self._selections, {}
+        frames = []
+        for key, counts in selections.items():
+            columns = {"selections": integer_lists(counts)}
+            if key in logits:
+                columns["logit_products"] = double_lists(logits[key])
+            frames.append(_frame(key, columns))
+        return {"expert_pair": pl.concat(frames, how="diagonal_relaxed")} if frames else {}
+
+
+class OutputPairRecorder(Staged):
+    """The Gram matrix of the gated outputs.
+
+    Args:
+        by_domain: keep domains apart.
+    """
+
+    def __init__(self, by_domain: bool = False) -> None:
+        super().__init__()
+        self._by_domain = by_domain
+        self._sums: dict[PairKey, Tensor] = {}
+
+    def update(self, batch: BlockBatch) -> None:
+        """Add the products of the outputs that each token had."""
+        if not len(batch.tokens):
+            return
+        ids, weights, slots = (batch.tokens.select(part) for part in (batch.ids, batch.weights, batch.slots))
+        k, experts = ids.shape[1], batch.num_experts
+        gated = batch.outputs[slots.reshape(-1)].view(len(ids), k, -1)
+        # <g_i f_i, g_j f_j> = g_i g_j <f_i, f_j>: the weights multiply k x k values instead of k x hidden ones
+        products = torch.bmm(gated, gated.mT).float() * weights[:, :, None] * weights[:, None, :]
+        products = torch.nan_to_num_(products, nan=0.0)
+        place = torch.where(ids >= 0, ids, experts)
+        keys = place[:, :, None] * (experts + 1) + place[:, None, :]
+        size = (experts + 1) ** 2
+        for domain, phase, chosen in _parts(batch.tokens, self._by_domain, ids.device):
+            where = keys if chosen is None else keys[chosen]
+            values = products if chosen is None else products[chosen]
+            gram = scatter_sum(where.reshape(-1), values.reshape(-1), size)
+            gram = gram.view(experts + 1, experts + 1)[:experts, :experts]
+            self.later(lambda key=(batch.key, domain, phase), gram=gram: _add(self._sums, key, gram))  # type: ignore[misc]
+
+    def drain(self) -> dict[str, pl.DataFrame]:
+        """One column of table ``expert_pair``, one row per expert."""
+        sums, self._sums = self._sums, {}
+        frames = [_frame(key, {"output_products": double_lists(gram)}) for key, gram in sums.items()]
+        return {"expert_pair": pl.concat(frames)} if frames else {}
+
+
+def _parts(tokens: Tokens, by_domain: bool, device: torch.device) -> list[tuple[str, str, Tensor | None]]:
+    """(domain, phase, mask of the tokens) by which pairs are kept apart; None = all tokens."""
+    names: dict[tuple[str, str], list[int]] = {}
+    for entry in tokens.present:
+        name = (vector_domain(tokens.groups, entry, by_domain=by_domain), tokens.groups[entry][1])
+        names.setdefault(name, []).append(entry)
+    if len(names) == 1:
+        return [(*next(iter(names)), None)]
+    group = tokens.group.to(device)
+    masks = {name: torch.isin(group, torch.tensor(entries, device=device)) for name, entries in names.items()}
+    return [(*name, mask) for name, mask in masks.items()]
+
+
+def _add(sums: dict[PairKey, Tensor], key: PairKey, values: Tensor) -> None:
+    sums[key] = sums[key] + values if key in sums else values
+
+
+def _frame(key: PairKey, columns: dict[str, pl.Series]) -> pl.DataFrame:
+    (layer, step), domain, phase = key
+    rows = range(len(next(iter(columns.values()))))
+    named = {"layer": pl.lit(layer), "step": pl.lit(step), "domain": pl.lit(domain), "phase": pl.lit(phase)}
+    return pl.DataFrame({"expert": rows, **columns}).with_columns(**named)
