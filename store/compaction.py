@@ -13,6 +13,7 @@ from store import live
 from store.info import RunInfo
 from store.schema import Table, literal, merge_query, quoted, tables, views
 from store.trace import none_value
+from store.vectors import holds_vectors, merged_layers
 
 BLOCK_SIZE = 16384
 """Bytes per block: with DuckDB's default of 256 KiB, forty small tables alone take 10 MiB; with this, 1.3 MiB."""
@@ -46,6 +47,9 @@ def _fill(connection: duckdb.DuckDBPyConnection, folder: Path, info: RunInfo) ->
     for name, table in tables().items():
         if name in ("run", _TRACE):
             continue
+        if holds_vectors(table):
+            _fill_vectors(connection, folder, table)
+            continue
         query = merge_query(table, live.source(folder, name))
         order = f" order by {', '.join(quoted(key) for key in table.keys)}" if table.keys else ""
         connection.execute(f"create table data.{quoted(name)} ({table.definition()})")
@@ -63,6 +67,12 @@ def _fill(connection: duckdb.DuckDBPyConnection, folder: Path, info: RunInfo) ->
         "select count(*), coalesce(sum(tokens), 0)::bigint from data.sequence"
     ).fetchall()[0]
     _insert_run(connection, info)
+
+
+def _fill_vectors(connection: duckdb.DuckDBPyConnection, folder: Path, table: Table) -> None:
+    connection.execute(f"create table data.{quoted(table.name)} ({table.definition()})")
+    for part in merged_layers(table, live.files(folder, table.name)):  # noqa: B007  DuckDB reads it by its name
+        connection.execute(f"insert into data.{quoted(table.name)} select * from part")
 
 
 def _create_trace(connection: duckdb.DuckDBPyConnection, table: Table, folder: Path, id_type: str) -> None:

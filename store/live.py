@@ -84,10 +84,14 @@ def shards(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("shard-*") if path.is_dir())
 
 
+def files(folder: Path, table: str) -> list[Path]:
+    """The Parquet files of one table, in the order of the shards."""
+    return [file for path in shards(folder) if (file := path / f"{table}.parquet").exists()]
+
+
 def source(folder: Path, table: str) -> str:
     """A table function over the shards of one table, or an empty table where no shard holds it."""
-    files = [path / f"{table}.parquet" for path in shards(folder)]
-    present = ", ".join(literal(file) for file in files if file.exists())
+    present = ", ".join(literal(file) for file in files(folder, table))
     if present:
         return f"read_parquet([{present}], union_by_name = true)"
     columns = ", ".join(f"null::{column.type} as {column.name}" for column in tables()[table].columns)

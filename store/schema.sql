@@ -50,12 +50,12 @@ create table layer (
     module           varchar, -- [at num_experts] path of the experts module
     experts_class    varchar, -- [at num_experts]
     router_class     varchar, -- [at num_experts] empty where the router has no module of its own
-    stack            varchar, -- [at num_experts] list of layers that it stands in: decoder | encoder | vision | ...
-    granularity      varchar, -- [at num_experts] what is routed: token | sequence (all tokens of a sequence alike)
     num_experts      integer, -- [max] routed experts E
     top_k            integer, -- [max] k; the largest, where it varies by token
     num_shared       integer, -- [max] shared experts beside the routed ones
-    expert_width     integer  -- [max] neurons per routed expert
+    expert_width     integer, -- [max] neurons per routed expert
+    stack            varchar, -- [at num_experts] list of layers that it stands in: decoder | encoder | vision | ...
+    granularity      varchar  -- [at num_experts] what is routed: token | sequence (all tokens of a sequence alike)
 );
 
 -- table expert: what each expert that can be selected is.
@@ -287,16 +287,17 @@ create table expert_vector (
 
 -- table neuron_gradient: per neuron, the gradient h of the loss by a. Level gradients. The loss is summed, not averaged.
 create table neuron_gradient (
-    layer                integer, -- [key]
-    step                 integer, -- [key]
-    expert               integer, -- [key]
-    kind                 varchar, -- [key]
-    domain               varchar, -- [key]
-    phase                varchar, -- [key]
-    tokens               bigint,  -- [sum]
-    gradient_square_sum  float[], -- [sum] h squared (HEAPr)
-    product_sum          float[], -- [sum] a x h (Taylor)
-    product_square_sum   float[]  -- [sum] (a x h) squared (empirical Fisher of the neuron's mask)
+    layer                  integer, -- [key]
+    step                   integer, -- [key]
+    expert                 integer, -- [key]
+    kind                   varchar, -- [key]
+    domain                 varchar, -- [key]
+    phase                  varchar, -- [key]
+    tokens                 bigint,  -- [sum]
+    activation_square_sum  float[], -- [sum] a squared
+    gradient_square_sum    float[], -- [sum] h squared; its mean x the mean of a squared is HEAPr's score
+    product_sum            float[], -- [sum] a x h (Taylor)
+    product_square_sum     float[]  -- [sum] (a x h) squared (empirical Fisher of the neuron's mask)
 );
 
 -- table expert_gradient: the same for whole experts. Level gradients.
@@ -346,7 +347,7 @@ create table lookahead (
     hits        bigint[], -- [sum] of which among the k, k + 1, ... k + 8 predicted ones
     exact       bigint[], -- [sum] tokens whose whole choice was predicted, for the same numbers
     first_hits  bigint,   -- [sum] tokens whose first choice was predicted as first
-    cosine_sum  double    -- [sum] cosine of the earlier and the later router's input
+    cosine_sum  double    -- [sum] cosine of what the later router was given and its real input
 );
 
 -- table attention: how much attention the first position draws. Level attention.
@@ -366,7 +367,7 @@ create table moment (
     phase     varchar, -- [key]
     channel   integer, -- [key] row of the matrix
     tokens    bigint,  -- [sum]
-    products  float[]  -- [sum] per other channel: product of both
+    products  float[]  -- [sum] per channel up to this one: product of both; the matrix is symmetric
 );
 
 -- table residual: the residual stream after each decoder layer. Level activations.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import duckdb
@@ -16,6 +16,7 @@ from store import live
 from store.compaction import compact
 from store.info import Progress, RunInfo
 from store.schema import Table, tables
+from store.vectors import VECTOR_ROWS, holds_vectors
 
 _NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._+-]{0,127}$")
 _POLARS: dict[str, pl.DataType] = {
@@ -122,6 +123,17 @@ class RunWriter:
         with duckdb.connect() as connection:
             return {int(row[0]) for row in connection.sql(query).fetchall()}
 
+    @property
+    def shard_names(self) -> list[str]:
+        """The shards that are there, in the order in which they were written."""
+        return [path.name for path in live.shards(self.folder)]
+
+    def keep_shards(self, names: Collection[str]) -> None:
+        """Remove all other shards: what they hold will be recorded again."""
+        for path in live.shards(self.folder):
+            if path.name not in names:
+                shutil.rmtree(path)
+
     def write_info(self) -> None:
         """Publish changes of :attr:`info` made since the run began."""
         live.write_info(self.folder, self.info)
@@ -145,7 +157,10 @@ class RunWriter:
         try:
             temporary.mkdir()
             for name, frame in filled.items():
-                frame.write_parquet(temporary / f"{name}.parquet", compression="zstd", compression_level=1)
+                # Vectors are merged layer by layer: small row groups let the others be skipped.
+                rows = VECTOR_ROWS if holds_vectors(tables()[name]) else None
+                path = temporary / f"{name}.parquet"
+                frame.write_parquet(path, compression="zstd", compression_level=1, row_group_size=rows)
             os.rename(temporary, final)
         except OSError as error:
             shutil.rmtree(temporary, ignore_errors=True)

@@ -1,0 +1,84 @@
+"""Merge the tables of vectors, layer by layer: SQL that unnests every list needs ten times the memory and the time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+from numpy.typing import NDArray
+
+from store.schema import Column, Table
+
+VECTOR_ROWS = 128
+"""Rows per row group of a shard's vectors: about those of one layer."""
+
+_TYPES: dict[str, type[np.generic]] = {"float": np.float32, "double": np.float64, "bigint": np.int64}
+
+
+def holds_vectors(table: Table) -> bool:
+    """Whether a table has lists that merge entry by entry, and only rules that :func:`merged_layers` knows."""
+    lists = any(column.type.endswith("[]") for column in table.columns)
+    return lists and bool(table.keys) and all(column.rule in ("key", "sum", "max") for column in table.columns)
+
+
+def merged_layers(table: Table, files: Sequence[Path]) -> Iterator[pl.DataFrame]:
+    """The merged rows of a table's shards, one layer after the other; sums are made in 64 bits.
+
+    Args:
+        files: the shards of the table; a column that a shard lacks is null there.
+    """
+    scans = [pl.scan_parquet(file) for file in files]
+    if not scans:
+        return
+    layers = pl.concat([scan.select("layer") for scan in scans]).unique().sort("layer").collect()["layer"]
+    for layer in layers.to_list():
+        parts = [scan.filter(pl.col("layer") == layer).collect() for scan in scans]
+        yield _merge(table, pl.concat(parts, how="diagonal_relaxed"))
+
+
+def _merge(table: Table, rows: pl.DataFrame) -> pl.DataFrame:
+    lists = [column for column in table.columns if column.type.endswith("[]")]
+    missing = [column.name for column in table.columns if column.name not in rows.columns]
+    rows = rows.with_columns(pl.lit(None).alias(name) for name in missing)
+    keys = list(table.keys)
+    scalars = [_scalar(column) for column in table.columns if column not in lists and column.rule != "key"]
+    merged = rows.group_by(keys).agg(*scalars, pl.int_range(pl.len()).first().alias("_any")).drop("_any").sort(keys)
+    numbered = merged.select(keys).with_row_index("group")
+    group = rows.select(keys).join(numbered, on=keys, how="left", nulls_equal=True, maintain_order="left")["group"]
+    columns = [_list(column, rows[column.name], group.to_numpy(), len(merged)) for column in lists]
+    return merged.with_columns(columns).select(column.name for column in table.columns)
+
+
+def _scalar(column: Column) -> pl.Expr:
+    values = pl.col(column.name)
+    if column.rule == "max":
+        return values.max()
+    return pl.when(values.is_not_null().any()).then(values.sum())  # as in SQL: the sum of nothing is null
+
+
+def _list(column: Column, lists: pl.Series, group: NDArray[np.int64], groups: int) -> pl.Series:
+    """The lists of each group, merged; null where no row of a group has one."""
+    kind = _TYPES[column.type.removesuffix("[]")]
+    parts = [pl.Series([None], dtype=pl.List(_polars(kind)))]
+    place = np.zeros(groups, dtype=np.int64)  # in the parts, one after the other; 0 is the null
+    if lists.dtype != pl.Null:
+        lengths = lists.list.len().fill_null(0).to_numpy()
+        for width in np.unique(lengths[lengths > 0]).tolist():
+            rows = np.flatnonzero(lengths == width)
+            order = rows[np.argsort(group[rows], kind="stable")]
+            values = lists.gather(order).explode().to_numpy().reshape(-1, width)
+            names, starts = np.unique(group[order], return_index=True)
+            if column.rule == "sum":
+                wide = values.astype(np.float64 if values.dtype.kind == "f" else np.int64)
+                values = np.add.reduceat(wide, starts, axis=0)
+            else:
+                values = np.maximum.reduceat(values, starts, axis=0)
+            place[names] = sum(map(len, parts)) + np.arange(len(names))
+            parts.append(pl.Series(values.astype(kind)).arr.to_list())
+    return pl.concat(parts).gather(place).alias(column.name)
+
+
+def _polars(kind: type[np.generic]) -> pl.DataType:
+    return pl.Series(np.zeros(0, kind)).dtype
