@@ -10,9 +10,11 @@
 
 from store.catalog import Catalog, Entry
 from store.derived import write_metrics
+from store.evaluations import Document, evaluation_text, list_evaluations, read_evaluation, write_evaluation
 from store.info import Badge, LayerInfo, Progress, RunInfo
 from store.run import Run, SequenceText, open_run, version_of
 from store.schema import SCHEMA_VERSION, tables
+from store.scores import RouterScores, pack_scores
 from store.trace import CHUNK_TOKENS, Trace, none_value, pack_trace
 from store.union import Union, attach
 from store.writer import RunWriter
@@ -22,9 +24,11 @@ __all__ = [
     "SCHEMA_VERSION",
     "Badge",
     "Catalog",
+    "Document",
     "Entry",
     "LayerInfo",
     "Progress",
+    "RouterScores",
     "Run",
     "RunInfo",
     "RunWriter",
@@ -32,10 +36,15 @@ __all__ = [
     "Trace",
     "Union",
     "attach",
+    "evaluation_text",
+    "list_evaluations",
     "none_value",
     "open_run",
+    "pack_scores",
     "pack_trace",
+    "read_evaluation",
     "tables",
     "version_of",
+    "write_evaluation",
     "write_metrics",
 ]

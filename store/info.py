@@ -99,10 +99,11 @@ class Progress:
 
 @dataclass(frozen=True)
 class Badge:
-    """The verdict of a run's self-checks and the sentence that explains it."""
+    """The verdict of a run's self-checks, the sentence that explains it, and one for every check that turned it."""
 
     status: BadgeStatus
     reason: str
+    reasons: tuple[str, ...] = ()
 
 
 def badge(checks: Sequence[Mapping[str, Any]]) -> Badge:
@@ -113,10 +114,25 @@ def badge(checks: Sequence[Mapping[str, Any]]) -> Badge:
         found = [check for check in checks if check["status"] == status]
         if found:
             more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
-            return Badge(verdict, f"{found[0]['name']}: {found[0]['detail']}{more}")  # type: ignore[arg-type]
+            reason = f"{found[0]['name']}: {found[0]['detail']}{more}"
+            return Badge(verdict, reason, _reasons(checks))  # type: ignore[arg-type]
     skipped = sum(check["status"] == "skipped" for check in checks)
     passed = len(checks) - skipped
     return Badge("valid", f"{passed} checks passed" + (f", {skipped} skipped" if skipped else ""))
+
+
+def _reasons(checks: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
+    """One sentence per check that failed or warns, failures first, whatever the number of its layers."""
+    sentences = []
+    for status in ("fail", "warning"):
+        found: dict[str, list[str]] = {}
+        for check in checks:
+            if check["status"] == status:
+                found.setdefault(check["name"], []).append(check["detail"])
+        for name, details in found.items():
+            more = f" (and {len(details) - 1} more)" if len(details) > 1 else ""
+            sentences.append(f"{name}: {details[0]}{more}")
+    return tuple(sentences)
 
 
 def require_version(version: int, name: str) -> None:

@@ -13,9 +13,10 @@ import polars as pl
 from numpy.typing import NDArray
 
 from moescope.errors import StoreError
-from store import connection, derived, live
+from store import connection, derived, evaluations, live
 from store.info import Badge, LayerInfo, Progress, RunInfo, badge, require_version
 from store.schema import merge_query, quoted, tables, views
+from store.scores import RouterScores, unpack_scores
 from store.trace import Trace, none_value, unpack_trace
 
 FILE_SUFFIX = ".duckdb"
@@ -57,7 +58,7 @@ def version_of(path: Path) -> tuple[object, ...]:
     if path.is_dir():
         return (str(path), len(live.shards(path)))
     stamps: list[object] = [str(path)]
-    for file in (path, derived.path_of(path)):
+    for file in (path, derived.path_of(path), evaluations.folder_of(path)):
         if file.exists():
             status = file.stat()
             stamps += [status.st_mtime_ns, status.st_ino]
@@ -175,6 +176,33 @@ class Run:
             num_experts=max((layer.num_experts for layer in self.layers), default=0),
         )
 
+    def router_scores(
+        self,
+        *,
+        domain: str | None = None,
+        layers: Sequence[int] | None = None,
+        sequences: Sequence[int] | None = None,
+        max_sequences: int | None = None,
+    ) -> RouterScores:
+        """The largest router scores of every token; the arguments choose a part as for :meth:`selections`.
+
+        Raises:
+            StoreError: the run has no such domain or layer, or was collected without router scores.
+        """
+        wanted = self._wanted_layers(layers)
+        chosen = self._wanted_sequences(domain, sequences, max_sequences)
+        numbers = chosen["sequence"].to_numpy().astype(np.int64)
+        chunks = self._chunks(sorted({layer for layer, _ in wanted}), numbers.tolist(), table="score_chunk")
+        if chunks.is_empty() and self.query("select 1 from score_chunk limit 1").is_empty():
+            raise StoreError(f"run {self.name!r} holds no router scores: collect it again with --router-scores")
+        return unpack_scores(
+            chunks=chunks,
+            layers=wanted,
+            sequences=numbers,
+            lengths=chosen["tokens"].to_numpy().astype(np.int64),
+            domains=chosen["domain"].to_list(),
+        )
+
     def sequence_text(self, sequence: int) -> SequenceText | None:
         """The tokens of one sequence; None when the run keeps no text (or has no such sequence)."""
         rows = self.query(
@@ -190,15 +218,15 @@ class Run:
         special = rows["special"].explode().to_numpy().astype(bool)
         return SequenceText(ids, [text.get(int(token)) or b"" for token in ids], special)
 
-    def _chunks(self, layers: list[int], sequences: list[int]) -> pl.DataFrame:
+    def _chunks(self, layers: list[int], sequences: list[int], table: str = "route_chunk") -> pl.DataFrame:
         """Packed trace of some layers and sequences; lists travel as parameters, an empty choice reads nothing."""
         order = "order by layer, step, sequence, start"
         if len(sequences) == 1:
             # Found through the index, which a second condition in the query would keep DuckDB from using.
-            one = self.query(f"select * from route_chunk where sequence = ? {order}", sequences)
+            one = self.query(f"select * from {table} where sequence = ? {order}", sequences)
             return one.filter(pl.col("layer").is_in(layers))
         return self.query(
-            "select * from route_chunk where layer in (select unnest($layers))"
+            f"select * from {table} where layer in (select unnest($layers))"
             f" and sequence in (select unnest($sequences)) {order}",
             {"layers": layers, "sequences": sequences},
         )

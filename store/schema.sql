@@ -190,9 +190,9 @@ create table score_chunk (
     width          utinyint,    -- [row] m: entries per token
     low            float,       -- [row] logit = low + scores / 65535 * (high - low)
     high           float,       -- [row]
-    experts        usmallint[], -- [row] the m experts with the largest logits, in descending order
+    experts        usmallint[], -- [row] the m experts with the largest logits, in descending order; 65535 = none: a logit was not finite
     scores         usmallint[], -- [row] their logits in 16 bits
-    log_partition  float[]      -- [row] per token: logsumexp of all its logits
+    log_partition  float[]      -- [row] per token: logsumexp of all its logits; NaN where one was not finite
 );
 
 -- table router_row: the router's own weights. Level activations.
@@ -367,7 +367,7 @@ create table moment (
     phase     varchar, -- [key]
     channel   integer, -- [key] row of the matrix
     tokens    bigint,  -- [sum]
-    products  float[]  -- [sum] per channel up to this one: product of both; the matrix is symmetric
+    products  float[]  -- [sum] per other channel: product of both
 );
 
 -- table residual: the residual stream after each decoder layer. Level activations.

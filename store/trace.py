@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -72,7 +73,7 @@ def pack_trace(
     none = none_value(num_experts)
     packed_ids = np.where(ids[order] < 0, none, ids[order]).astype(np.uint8 if none == 255 else np.uint16)
     clean = np.nan_to_num(np.maximum(weights[order], 0.0), nan=0.0, posinf=0.0).astype(np.float64)
-    edges = _chunk_edges(in_sequence, at)
+    edges = chunk_edges(in_sequence, at)
     bounds = list(zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True))
     scales = np.array([clean[a:b].max(initial=0.0) for a, b in bounds], np.float32)
     # A chunk without weight keeps scale 0; the division is skipped there.
@@ -87,10 +88,15 @@ def pack_trace(
             "start": pl.Series(at[edges[:-1]], dtype=pl.UInt32),
             "width": pl.Series([ids.shape[1]] * len(bounds), dtype=pl.UInt8),
             "scale": pl.Series(scales, dtype=pl.Float32),
-            "experts": pl.Series([packed_ids[a:b].reshape(-1) for a, b in bounds], dtype=pl.List(id_type)),
-            "weights": pl.Series([packed_weights[a:b].reshape(-1) for a, b in bounds], dtype=pl.List(pl.UInt8)),
+            "experts": list_series([packed_ids[a:b] for a, b in bounds], id_type),
+            "weights": list_series([packed_weights[a:b] for a, b in bounds], pl.UInt8),
         }
     )
+
+
+def list_series(parts: Sequence[NDArray[Any]], kind: type[pl.DataType]) -> pl.Series:
+    """A series of lists; polars would make arrays of parts that are equally long, which fit no others."""
+    return pl.Series([part.reshape(-1) for part in parts], dtype=pl.List(kind)).cast(pl.List(kind))
 
 
 def unpack_trace(
@@ -137,7 +143,7 @@ def _place(
     weights.reshape(-1, weights.shape[-1])[target, :k] = quantised * (scale / np.float32(255))
 
 
-def _chunk_edges(sequence: NDArray[np.int64], position: NDArray[np.int64]) -> NDArray[np.int64]:
+def chunk_edges(sequence: NDArray[np.int64], position: NDArray[np.int64]) -> NDArray[np.int64]:
     """(chunks + 1,) bounds of runs of one sequence at successive positions, at most ``CHUNK_TOKENS`` long."""
     count = len(sequence)
     if count == 0:

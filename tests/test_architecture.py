@@ -65,8 +65,8 @@ def test_sql_stays_in_the_store(package: str) -> None:
 
 @pytest.mark.parametrize(
     "module",
-    ["app", "app.cli", "app.main", "store", "planner", "profiler", "profiler.metrics", "profiler.corpus",
-     "profiler.headline", "compressor"],
+    ["app", "app.cli", "app.main", "store", "planner", "planner.importance", "planner.merge", "profiler",
+     "profiler.metrics", "profiler.corpus", "profiler.headline", "compressor"],
 )  # fmt: skip
 def test_starts_without_torch(module: str) -> None:
     # app.main is a Streamlit script: importing it outside the server is what a test runner does, without drawing.

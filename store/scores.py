@@ -1,0 +1,127 @@
+"""The largest router scores of every token, in order; packed for the file, unpacked for metrics."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import polars as pl
+from numpy.typing import NDArray
+
+from store.trace import chunk_edges, list_series
+
+NONE = 65535
+"""The packed id that means "no expert"."""
+
+_STEPS = 65535
+
+
+@dataclass(frozen=True)
+class RouterScores:
+    """The largest router logits of every token.
+
+    Attributes:
+        ids: (layers, sequences, tokens, m) int32, in descending logit; -1 = none (padding, or logits that were no
+            finite numbers).
+        logits: same shape, float32, restored from 16 bits (error at most 1/131070 of the chunk's range); NaN = none.
+        log_partition: (layers, sequences, tokens) float32, logsumexp of all logits of the token; NaN = none.
+        layers: (layer, step) of each entry of axis 0.
+        sequences: (sequences,) their numbers in the run.
+        lengths: (sequences,) real tokens of each.
+        domains: the domain of each sequence.
+    """
+
+    ids: NDArray[np.int32]
+    logits: NDArray[np.float32]
+    log_partition: NDArray[np.float32]
+    layers: list[tuple[int, int]]
+    sequences: NDArray[np.int64]
+    lengths: NDArray[np.int64]
+    domains: list[str]
+
+
+def pack_scores(
+    *,
+    layer: int,
+    step: int = 0,
+    sequence: NDArray[np.integer],
+    position: NDArray[np.integer],
+    ids: NDArray[np.integer],
+    logits: NDArray[np.floating],
+    log_partition: NDArray[np.floating],
+) -> pl.DataFrame:
+    """Rows of table ``score_chunk`` for tokens of one layer, in any order.
+
+    Args:
+        sequence: (tokens,) sequence number of each token.
+        position: (tokens,) its position in the sequence.
+        ids: (tokens, m) experts in descending logit, :data:`NONE` = none.
+        logits: (tokens, m) their logits; what stands beside :data:`NONE` does not count.
+        log_partition: (tokens,) logsumexp of all logits of the token.
+
+    Returns:
+        One row per chunk: at most ``CHUNK_TOKENS`` tokens of one sequence at successive positions.
+    """
+    order = np.lexsort((position, sequence))
+    in_sequence, at = np.asarray(sequence, np.int64)[order], np.asarray(position, np.int64)[order]
+    ids, totals = ids[order].astype(np.uint16), log_partition[order].astype(np.float32)
+    values = np.where(ids == NONE, np.nan, logits[order].astype(np.float64))
+    edges = chunk_edges(in_sequence, at)
+    bounds = list(zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True))
+    ranges = [_range(values[a:b]) for a, b in bounds]
+    return pl.DataFrame(
+        {
+            "layer": pl.Series([layer] * len(bounds), dtype=pl.Int32),
+            "step": pl.Series([step] * len(bounds), dtype=pl.Int32),
+            "sequence": pl.Series(in_sequence[edges[:-1]], dtype=pl.UInt32),
+            "start": pl.Series(at[edges[:-1]], dtype=pl.UInt32),
+            "width": pl.Series([ids.shape[1]] * len(bounds), dtype=pl.UInt8),
+            "low": pl.Series([low for low, _ in ranges], dtype=pl.Float32),
+            "high": pl.Series([high for _, high in ranges], dtype=pl.Float32),
+            "experts": list_series([ids[a:b] for a, b in bounds], pl.UInt16),
+            "scores": list_series(
+                [_steps(values[a:b], *limits) for (a, b), limits in zip(bounds, ranges, strict=True)], pl.UInt16
+            ),
+            "log_partition": list_series([totals[a:b] for a, b in bounds], pl.Float32),
+        }
+    )
+
+
+def unpack_scores(
+    *,
+    chunks: pl.DataFrame,
+    layers: Sequence[tuple[int, int]],
+    sequences: NDArray[np.int64],
+    lengths: NDArray[np.int64],
+    domains: list[str],
+) -> RouterScores:
+    """The scores from rows of table ``score_chunk``; rows of other layers or sequences must have been left out."""
+    width = int(chunks["width"].max() or 0) if len(chunks) else 0  # type: ignore[arg-type]
+    shape = (len(layers), len(sequences), int(lengths.max(initial=0)))
+    ids, logits = np.full((*shape, width), -1, np.int32), np.full((*shape, width), np.nan, np.float32)
+    log_partition = np.full(shape, np.nan, np.float32)
+    place = {pair: index for index, pair in enumerate(layers)}
+    for row in chunks.iter_rows(named=True):
+        axis, index = place[row["layer"], row["step"]], int(np.searchsorted(sequences, row["sequence"]))
+        tokens, m = slice(row["start"], row["start"] + len(row["log_partition"])), row["width"]
+        packed = np.array(row["experts"], np.int32).reshape(-1, m)
+        steps = np.array(row["scores"], np.float64).reshape(-1, m)
+        none = packed == NONE
+        ids[axis, index, tokens, :m] = np.where(none, -1, packed)
+        restored = row["low"] + steps / _STEPS * (row["high"] - row["low"])
+        logits[axis, index, tokens, :m] = np.where(none, np.nan, restored)
+        log_partition[axis, index, tokens] = row["log_partition"]
+    return RouterScores(ids, logits, log_partition, list(layers), sequences, lengths, domains)
+
+
+def _range(values: NDArray[np.float64]) -> tuple[float, float]:
+    """The smallest and the largest logit of a chunk, as they are stored; 0, 0 where there is none."""
+    known = values[np.isfinite(values)]
+    return (float(np.float32(known.min())), float(np.float32(known.max()))) if len(known) else (0.0, 0.0)
+
+
+def _steps(values: NDArray[np.float64], low: float, high: float) -> NDArray[np.uint16]:
+    span = high - low if high > low else 1.0
+    steps = np.rint(np.nan_to_num((values - low) / span) * _STEPS)
+    return steps.clip(0, _STEPS).astype(np.uint16).reshape(-1)
