@@ -26,12 +26,20 @@ class RecordingOptions:
     Attributes:
         levels: see :data:`LEVELS`.
         vectors_per_domain: keep vectors per neuron, channel and pair of experts apart by domain.
-        router_scores: keep the largest scores of every token: how many, 0 for none.
+        router_scores: keep the largest router scores of every token: how many, 0 for none, -1 for k + 8.
+        similarity_every: level similarity runs all experts on one token of so many.
     """
 
     levels: Sequence[str] = ("routing",)
     vectors_per_domain: bool = False
     router_scores: int = 0
+    similarity_every: int = 16
+
+    def settings(self) -> dict[str, int | bool]:
+        """What differs from the default, for table ``run``."""
+        defaults = RecordingOptions()
+        names = ("vectors_per_domain", "router_scores", "similarity_every")
+        return {name: getattr(self, name) for name in names if getattr(self, name) != getattr(defaults, name)}
 
 
 def parse_levels(text: str) -> tuple[str, ...]:

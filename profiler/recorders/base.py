@@ -28,22 +28,30 @@ class Recorder(Protocol[Batch]):
 
 
 class Sums:
-    """Float64 sums of equal shape, one per layer and group, on the host."""
+    """Float64 sums of equal shape, one per layer and group, on the host; the last axis may grow with k."""
 
     def __init__(self) -> None:
         self._sums: dict[SumKey, NDArray[np.float64]] = {}
 
     def add(self, key: SumKey, values: NDArray[np.float64]) -> None:
         """Add values to what stands under the key."""
-        if key in self._sums:
-            self._sums[key] += values
-        else:
+        before = self._sums.get(key)
+        if before is None:
             self._sums[key] = values.copy()
+        elif before.shape == values.shape:
+            before += values
+        else:
+            width = max(before.shape[-1], values.shape[-1])
+            self._sums[key] = _widened(before, width) + _widened(values, width)
 
     def drain(self) -> Iterator[tuple[SumKey, NDArray[np.float64]]]:
         """Everything, and start again."""
         sums, self._sums = self._sums, {}
         yield from sums.items()
+
+
+def _widened(values: NDArray[np.float64], width: int) -> NDArray[np.float64]:
+    return np.pad(values, [(0, 0)] * (values.ndim - 1) + [(0, width - values.shape[-1])])
 
 
 def group_matrix(tokens: Tokens, device: torch.device) -> Tensor:
@@ -87,6 +95,19 @@ def finite(values: Tensor) -> Tensor:
 def vector_domain(batch_groups: list[Group], entry: int, *, by_domain: bool) -> str:
     """The domain under which a vector of a group is kept: empty where vectors are pooled."""
     return batch_groups[entry][0] if by_domain else ""
+
+
+def token_parts(tokens: Tokens, device: torch.device, *, by_domain: bool) -> list[tuple[str, str, Tensor | None]]:
+    """(domain, phase, mask of the tokens) by which vectors are kept apart; None = all tokens."""
+    names: dict[tuple[str, str], list[int]] = {}
+    for entry in tokens.present:
+        name = (vector_domain(tokens.groups, entry, by_domain=by_domain), tokens.groups[entry][1])
+        names.setdefault(name, []).append(entry)
+    if len(names) == 1:
+        return [(*next(iter(names)), None)]
+    group = tokens.group.to(device)
+    masks = {name: torch.isin(group, torch.tensor(entries, device=device)) for name, entries in names.items()}
+    return [(*name, mask) for name, mask in masks.items()]
 
 
 def float_lists(values: Tensor | NDArray[Any]) -> pl.Series:

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from profiler.capture.batch import ExpertRows, Group, LayerKey
+from profiler.capture.batch import ExpertRows, Group, LayerKey, Tokens
 from profiler.recorders.base import columns_of, finite, literals, row_maximum, row_norm, scatter_sum
 from profiler.recorders.staged import Staged
 
@@ -78,10 +78,9 @@ class ExpertOutputRecorder(Staged):
         places = self._places(batch, keys, largest, maxima[0])
         table = torch.stack([*sums, *(values.double() for values in maxima), *(place.double() for place in places)], 1)
 
-        def take() -> None:
-            self._take(batch, table.view(batch.num_experts, groups, -1).cpu().numpy())
-
-        self.later(take)
+        # What waits for the end of the forward must not hold the rows of the layer.
+        key, tokens, table = (batch.key, batch.kind), batch.tokens, table.view(batch.num_experts, groups, -1)
+        self.later(lambda: self._take(key, tokens, table.cpu().numpy()))
 
     def _first(self, batch: ExpertRows) -> Tensor:
         """(rows,) bool: the row is the first of its sequence for its expert, in this forward or an earlier one."""
@@ -104,10 +103,8 @@ class ExpertOutputRecorder(Staged):
         now = (seen.reshape(-1)[: count * batch.num_experts] | (earliest < limit)).view(count, -1)
         seen = torch.cat([now, seen[count:]])
 
-        def keep() -> None:
-            batch.tokens.first_seen[key] = seen
-
-        self.later(keep)
+        kept = batch.tokens.first_seen
+        self.later(lambda: kept.update({key: seen}))
         return first
 
     @staticmethod
@@ -123,11 +120,11 @@ class ExpertOutputRecorder(Staged):
         device = token.device
         return channel, batch.tokens.sequence.to(device)[token], batch.tokens.position.to(device)[token]
 
-    def _take(self, batch: ExpertRows, table: NDArray[np.float64]) -> None:
+    def _take(self, name: tuple[LayerKey, str], tokens: Tokens, table: NDArray[np.float64]) -> None:
         split = np.split(table, [len(SUMS), len(SUMS) + len(MAXIMA)], axis=-1)
-        for entry in batch.tokens.present:
+        for entry in tokens.present:
             sums, maxima, places = (part[:, entry] for part in split)
-            key = (batch.key, batch.kind, batch.tokens.groups[entry])
+            key = (*name, tokens.groups[entry])
             state = self._states.get(key)
             if state is None:
                 self._states[key] = _State(sums.copy(), maxima.copy(), places.astype(np.int64))

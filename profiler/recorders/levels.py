@@ -5,12 +5,24 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from profiler.recorders.attention import AttentionRecorder
+from profiler.recorders.gradients import GradientRecorder
+from profiler.recorders.lookahead import LookaheadRecorder
+from profiler.recorders.moments import MomentRecorder
+from profiler.recorders.similarity import SimilarityRecorder
+
 if TYPE_CHECKING:
     from profiler.capture.levels import RecordingOptions
     from profiler.capture.probes import Probe
 
 
-PROBES: dict[str, Callable[[RecordingOptions], Probe]] = {}
+PROBES: dict[str, Callable[[RecordingOptions], Probe]] = {
+    "attention": lambda options: AttentionRecorder(),
+    "similarity": lambda options: SimilarityRecorder(options.similarity_every, options.vectors_per_domain),
+    "moments": lambda options: MomentRecorder(options.vectors_per_domain),
+    "lookahead": lambda options: LookaheadRecorder(),
+    "gradients": lambda options: GradientRecorder(options.vectors_per_domain),
+}
 """Level -> what makes its probe."""
 
 

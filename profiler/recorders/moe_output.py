@@ -9,7 +9,7 @@ import polars as pl
 import torch
 from numpy.typing import NDArray
 
-from profiler.capture.batch import BlockBatch, Group, LayerKey
+from profiler.capture.batch import BlockBatch, Group, LayerKey, Tokens
 from profiler.recorders.base import columns_of, finite, row_maximum, row_norm, scatter_sum
 from profiler.recorders.staged import Staged
 
@@ -44,11 +44,12 @@ class MoEOutputRecorder(Staged):
         largest = [nothing.scatter_reduce(0, group, values, "amax").double() for values in maxima]
         largest += [nothing.double()] * (len(_MAXIMA) - len(maxima))
         table = torch.stack([*columns, *largest], 1)
-        self.later(lambda: self._take(batch, table.cpu().numpy()))
+        layer = batch.key  # what waits for the end of the forward must not hold the rows of the layer
+        self.later(lambda: self._take(layer, tokens, table.cpu().numpy()))
 
-    def _take(self, batch: BlockBatch, table: NDArray[np.float64]) -> None:
-        for entry in batch.tokens.present:
-            key, new = (batch.key, batch.tokens.groups[entry]), table[entry]
+    def _take(self, layer: LayerKey, tokens: Tokens, table: NDArray[np.float64]) -> None:
+        for entry in tokens.present:
+            key, new = (layer, tokens.groups[entry]), table[entry]
             old = self._rows.get(key)
             if old is not None:
                 cut = len(_SUMS)

@@ -47,26 +47,32 @@ class NeuronRecorder(VectorSums):
 def _reduce(rows: Tensor, gate: Tensor, counts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(experts, 2, width) sums of a^2 and (g a)^2, the same of |a| and |g a|, and (experts, width) max |g a|.
 
-    Rows are sorted by expert. On a CPU the cost is in touching memory, so each expert's slice, which fits a cache, is
-    squared and taken absolute once, and one small product with (1, g) gives the plain and the gated sum together.
+    Rows are sorted by expert.
+    """
+    gate = finite(gate.float().abs())
+    parts = _reduced(rows, gate, counts)
+    if not bool(torch.isfinite(parts[0]).all()):  # a look at every row would cost a pass over them
+        parts = _reduced(finite(rows.float()), gate, counts)
+    return parts
+
+
+def _reduced(rows: Tensor, gate: Tensor, counts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The same for rows of finite numbers and gates that are not negative.
+
+    On a CPU the cost is in touching memory, so each expert's slice, which fits a cache, is squared and taken absolute
+    once, and one small product with (1, g) gives the plain and the gated sum together.
     """
     experts, width = len(counts), rows.shape[1]
     squares, absolutes = (torch.zeros(experts, 2, width, device=rows.device) for _ in range(2))
     largest = torch.zeros(experts, width, device=rows.device)
-    gate = finite(gate.float().abs())
     factors = torch.stack([torch.ones_like(gate), gate], 0)  # shape: (2, rows)
     start = 0
     for place, count in enumerate(counts.tolist()):
         if not count:
             continue
         part = slice(start, start := start + count)
-        absolute = finite(rows[part].float().abs()) if _broken(rows[part]) else rows[part].float().abs()
+        absolute = rows[part].float().abs()
         torch.mm(factors[:, part], absolute, out=absolutes[place])
         torch.mm(factors[:, part].square(), absolute.square(), out=squares[place])
         torch.amax(absolute.mul_(gate[part, None]), 0, out=largest[place])
     return squares, absolutes, largest
-
-
-def _broken(rows: Tensor) -> bool:
-    """Whether a row holds a value that is no finite number; one pass without a copy."""
-    return not bool(torch.isfinite(rows.sum()))

@@ -12,9 +12,15 @@ import polars as pl
 import torch
 from torch import Tensor
 
-from profiler.capture.batch import BlockBatch, LayerKey, RoutingBatch, Tokens
-from profiler.recorders.base import double_lists, integer_lists, scatter_sum, vector_domain
+from profiler.capture.batch import BlockBatch, LayerKey, RoutingBatch
+from profiler.recorders.base import double_lists, integer_lists, scatter_sum, token_parts
 from profiler.recorders.staged import Staged
+
+CACHE_VALUES = 1 << 18
+"""Values that are gathered at once on a CPU."""
+
+DEVICE_VALUES = 1 << 26
+"""... and elsewhere, where what counts is how often work is handed out."""
 
 PairKey = tuple[LayerKey, str, str]
 """((layer, step), domain, phase); the domain is empty where vectors are pooled."""
@@ -44,7 +50,7 @@ class PairRecorder:
         logits = None
         if batch.logits is not None and not batch.holds_probabilities:
             logits = torch.nan_to_num(batch.logits[..., :experts], nan=0.0, posinf=0.0, neginf=0.0)
-        for domain, phase, chosen in _parts(batch.tokens, self._by_domain, hot.device):
+        for domain, phase, chosen in token_parts(batch.tokens, hot.device, by_domain=self._by_domain):
             part = hot if chosen is None else hot[:, chosen]
             both = (part.mT @ part).double()  # counts of one batch are exact in float32
             gram = None
@@ -86,15 +92,14 @@ class OutputPairRecorder(Staged):
         if not len(batch.tokens):
             return
         ids, weights, slots = (batch.tokens.select(part) for part in (batch.ids, batch.weights, batch.slots))
-        k, experts = ids.shape[1], batch.num_experts
-        gated = batch.outputs[slots.reshape(-1)].view(len(ids), k, -1)
+        experts = batch.num_experts
         # <g_i f_i, g_j f_j> = g_i g_j <f_i, f_j>: the weights multiply k x k values instead of k x hidden ones
-        products = torch.bmm(gated, gated.mT).float() * weights[:, :, None] * weights[:, None, :]
+        products = _products(batch.outputs, slots) * weights[:, :, None] * weights[:, None, :]
         products = torch.nan_to_num_(products, nan=0.0)
         place = torch.where(ids >= 0, ids, experts)
         keys = place[:, :, None] * (experts + 1) + place[:, None, :]
         size = (experts + 1) ** 2
-        for domain, phase, chosen in _parts(batch.tokens, self._by_domain, ids.device):
+        for domain, phase, chosen in token_parts(batch.tokens, ids.device, by_domain=self._by_domain):
             where = keys if chosen is None else keys[chosen]
             values = products if chosen is None else products[chosen]
             gram = scatter_sum(where.reshape(-1), values.reshape(-1), size)
@@ -108,17 +113,20 @@ class OutputPairRecorder(Staged):
         return {"expert_pair": pl.concat(frames)} if frames else {}
 
 
-def _parts(tokens: Tokens, by_domain: bool, device: torch.device) -> list[tuple[str, str, Tensor | None]]:
-    """(domain, phase, mask of the tokens) by which pairs are kept apart; None = all tokens."""
-    names: dict[tuple[str, str], list[int]] = {}
-    for entry in tokens.present:
-        name = (vector_domain(tokens.groups, entry, by_domain=by_domain), tokens.groups[entry][1])
-        names.setdefault(name, []).append(entry)
-    if len(names) == 1:
-        return [(*next(iter(names)), None)]
-    group = tokens.group.to(device)
-    masks = {name: torch.isin(group, torch.tensor(entries, device=device)) for name, entries in names.items()}
-    return [(*name, mask) for name, mask in masks.items()]
+def _products(outputs: Tensor, slots: Tensor) -> Tensor:
+    """(tokens, k, k) float32 scalar products of the outputs in each token's slots.
+
+    On a CPU a part that fits a cache is gathered at a time: the whole would cost a pass through memory and back.
+    """
+    (tokens, k), width = slots.shape, outputs.shape[1]
+    step = max(1, (CACHE_VALUES if outputs.device.type == "cpu" else DEVICE_VALUES) // (k * width))
+    products = torch.empty(tokens, k, k, device=outputs.device)
+    buffer = outputs.new_empty(min(step, tokens) * k, width)
+    for start in range(0, tokens, step):
+        part = slots[start : start + step].reshape(-1)
+        rows = torch.index_select(outputs, 0, part, out=buffer[: len(part)]).float().view(-1, k, width)
+        torch.bmm(rows, rows.mT, out=products[start : start + step])
+    return products
 
 
 def _add(sums: dict[PairKey, Tensor], key: PairKey, values: Tensor) -> None:

@@ -8,9 +8,8 @@ import numpy as np
 import polars as pl
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
-from profiler.capture.batch import Group, ResidualBatch
+from profiler.capture.batch import Group, ResidualBatch, Tokens
 from profiler.recorders.base import finite, row_maximum, row_norm, scatter_sum
 from profiler.recorders.staged import Staged
 
@@ -64,10 +63,8 @@ class ResidualRecorder(Staged):
         ]
         table = torch.stack([column.double() for column in columns], 1)
 
-        def take() -> None:
-            self._take(batch, table)
-
-        self.later(take)
+        layer = batch.layer  # what waits for the end of the forward must not hold the hidden states
+        self.later(lambda: self._take(layer, tokens, table.cpu().numpy()))
 
     @staticmethod
     def _cosine(batch: ResidualBatch) -> torch.Tensor:
@@ -77,10 +74,9 @@ class ResidualRecorder(Staged):
         cosine = torch.nn.functional.cosine_similarity(batch.entered.float(), batch.hidden.float(), dim=1)
         return batch.tokens.select(finite(cosine))
 
-    def _take(self, batch: ResidualBatch, table: Tensor) -> None:
-        host = table.cpu().numpy()
-        for entry in batch.tokens.present:
-            key, new = (batch.layer, batch.tokens.groups[entry]), host[entry]
+    def _take(self, layer: int, tokens: Tokens, table: NDArray[np.float64]) -> None:
+        for entry in tokens.present:
+            key, new = (layer, tokens.groups[entry]), table[entry]
             old = self._rows.get(key)
             if old is None:
                 self._rows[key] = new.copy()

@@ -7,73 +7,64 @@ import polars as pl
 import torch
 from numpy.typing import NDArray
 
+import store
 from profiler.capture.batch import LayerKey, RoutingBatch
-from profiler.recorders.text import chunk_edges
 
-STEPS = 65535
-"""Steps between the smallest and the largest logit of a chunk."""
+NONE = 65535
+"""The packed id that means "no expert"."""
+
+MORE_THAN_K = 8
+"""How many scores beyond the selection are kept where nobody says how many."""
 
 
 class ScoreRecorder:
     """Keeps the m largest logits of every token: 3 bytes each, and 4 for their logsumexp.
 
     Args:
-        count: m; a router with fewer experts gives all of them.
+        count: m, or -1 for k + 8; a router with fewer experts gives all of them.
     """
 
-    def __init__(self, count: int) -> None:
+    def __init__(self, count: int = -1) -> None:
         self.count = count
+        self.bytes_held = 0
         self._parts: dict[LayerKey, list[tuple[NDArray[np.generic], ...]]] = {}
 
     def update(self, batch: RoutingBatch) -> None:
-        """Add the scores of a batch; routers that show no logits add nothing."""
+        """Add the scores of a batch; routers that show no logits add nothing.
+
+        A token with logits that are no finite numbers has no experts here, and its logsumexp says so.
+        """
         if not len(batch.tokens) or batch.logits is None:
             return
         logits = batch.logits[..., : batch.num_experts]
-        largest = logits.topk(min(self.count, batch.num_experts), dim=-1)
-        partition = torch.logsumexp(batch.logits, -1).cpu().numpy()
-        ids, values = largest.indices.cpu().numpy().astype(np.uint16), largest.values.float().cpu().numpy()
+        count = self.count if self.count > 0 else batch.ids.shape[-1] + MORE_THAN_K
+        largest = logits.topk(min(count, batch.num_experts), dim=-1)
+        partition = torch.logsumexp(batch.logits, -1)
+        sound = torch.isfinite(partition) & torch.isfinite(largest.values).all(-1)
+        ids = torch.where(sound[..., None], largest.indices, NONE).cpu().numpy().astype(np.uint16)
+        values = torch.where(sound[..., None], largest.values, 0.0).cpu().numpy()
+        totals = torch.where(sound, partition, torch.nan).cpu().numpy()
         sequence, position = batch.tokens.sequence.cpu().numpy(), batch.tokens.position.cpu().numpy()
         for index, key in enumerate(batch.keys):
-            part = (sequence, position, ids[index], values[index], partition[index])
+            part = (sequence, position, ids[index], values[index], totals[index])
             self._parts.setdefault(key, []).append(part)
+        self.bytes_held += ids.nbytes + values.nbytes + totals.nbytes
 
     def drain(self) -> dict[str, pl.DataFrame]:
         """Table ``score_chunk``: one row per layer and chunk of a sequence."""
-        parts, self._parts = self._parts, {}
-        frames = [
-            _pack(key, *(np.concatenate(column) for column in zip(*rows, strict=True))) for key, rows in parts.items()
-        ]
+        parts, self._parts, self.bytes_held = self._parts, {}, 0
+        frames = []
+        for (layer, step), rows in parts.items():
+            sequence, position, ids, logits, totals = (np.concatenate(column) for column in zip(*rows, strict=True))
+            frames.append(
+                store.pack_scores(
+                    layer=layer,
+                    step=step,
+                    sequence=sequence,
+                    position=position,
+                    ids=ids,
+                    logits=logits,
+                    log_partition=totals,
+                )
+            )
         return {"score_chunk": pl.concat(frames)} if frames else {}
-
-
-def _pack(
-    key: LayerKey,
-    sequence: NDArray[np.generic],
-    position: NDArray[np.generic],
-    ids: NDArray[np.generic],
-    values: NDArray[np.generic],
-    partition: NDArray[np.generic],
-) -> pl.DataFrame:
-    order = np.lexsort((position, sequence))
-    sequence, position = sequence[order].astype(np.int64), position[order].astype(np.int64)
-    ids, values, partition = ids[order], np.nan_to_num(values[order]), np.nan_to_num(partition[order])
-    edges = chunk_edges(sequence, position)
-    rows = []
-    for start, end in zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True):
-        part = values[start:end]
-        low, high = float(part.min()), float(part.max())
-        steps = np.rint((part - low) / max(high - low, np.finfo(np.float32).tiny) * STEPS)
-        rows.append(
-            {
-                "sequence": int(sequence[start]),
-                "start": int(position[start]),
-                "width": ids.shape[1],
-                "low": low,
-                "high": high,
-                "experts": ids[start:end].reshape(-1),
-                "scores": steps.astype(np.uint16).reshape(-1),
-                "log_partition": partition[start:end].astype(np.float32),
-            }
-        )
-    return pl.DataFrame(rows).with_columns(layer=pl.lit(key[0]), step=pl.lit(key[1]))

@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from profiler.capture.batch import ExpertRows
+    from profiler.capture.check_rows import CheckRow
 
 
 class Staged:
@@ -17,6 +22,13 @@ class Staged:
     def later(self, take: Callable[[], None]) -> None:
         """Call ``take`` when the forward has ended well."""
         self._waiting.append(take)
+
+    def saw_rows(self, batch: ExpertRows) -> None:
+        """Rows inside the experts; most probes need none."""
+
+    def checks(self) -> list[CheckRow]:
+        """What a probe proves about itself; most have nothing to say."""
+        return []
 
     def commit(self) -> None:
         """The forward has ended well."""

@@ -8,10 +8,12 @@ from typing import Any
 
 import numpy as np
 import polars as pl
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from profiler.capture.batch import Tokens
+from profiler.capture.inputs import MODALITIES
 
 CHUNK_TOKENS = 512
 """Tokens per row of ``sequence_token``."""
@@ -27,25 +29,30 @@ class TextRecorder:
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
         self._special = np.array(sorted(tokenizer.all_special_ids), dtype=np.int64)
+        self.bytes_held = 0
         self._parts: list[tuple[NDArray[np.int64], ...]] = []
         self._written: set[int] = set()
 
     def update(self, tokens: Tokens, input_ids: Tensor) -> None:
         """Add the real tokens of a forward; ``input_ids`` is (batch, length) with padding."""
         ids = tokens.select(input_ids.reshape(-1))
-        parts = (tokens.sequence, tokens.position, ids)
+        modality = torch.zeros_like(ids) if tokens.modality is None else tokens.modality
+        parts = (tokens.sequence, tokens.position, ids, modality)
         self._parts.append(tuple(part.cpu().numpy().astype(np.int64) for part in parts))
+        self.bytes_held += sum(part.nbytes for part in self._parts[-1])
 
     def drain(self) -> dict[str, pl.DataFrame]:
         """Tables ``sequence_token`` and ``vocabulary``; a token id is described once per session."""
         if not self._parts:
             return {}
-        sequence, position, ids = (np.concatenate([part[index] for part in self._parts]) for index in range(3))
+        columns = [np.concatenate([part[index] for part in self._parts]) for index in range(4)]
+        sequence, position, ids, modality = columns
         self._parts.clear()
+        self.bytes_held = 0
         if not len(ids):
             return {}
         order = np.lexsort((position, sequence))
-        sequence, position, ids = sequence[order], position[order], ids[order]
+        sequence, position, ids, modality = (column[order] for column in columns)
         special = np.isin(ids, self._special)
         edges = chunk_edges(sequence, position)
         bounds = list(zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True))
@@ -57,11 +64,18 @@ class TextRecorder:
                 "start": position[edges[:-1]],
                 "token_ids": [ids[a:b].tolist() for a, b in bounds],
                 "special": [special[a:b].tolist() for a, b in bounds],
-            }
+                "modality": [_named(modality[a:b]) for a, b in bounds],
+            },
+            schema_overrides={"modality": pl.List(pl.String)},
         )
         pieces = [token_bytes(self._tokenizer, token) for token in fresh]
         words = pl.DataFrame({"token_id": fresh, "bytes": pl.Series(pieces, dtype=pl.Binary)})
         return {"sequence_token": chunks, "vocabulary": words}
+
+
+def _named(modality: NDArray[np.int64]) -> list[str] | None:
+    """What each token stands for; None where all are text."""
+    return [MODALITIES[kind] for kind in modality] if modality.any() else None
 
 
 def chunk_edges(sequence: NDArray[np.int64], position: NDArray[np.int64]) -> NDArray[np.int64]:

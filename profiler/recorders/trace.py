@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -39,6 +40,7 @@ class TraceRecorder:
         """Table ``route_chunk``: one row per layer and chunk of a sequence."""
         frames = []
         for keys, parts in self._parts.items():
+            width = max(_used_columns(part[2]) for part in parts)
             sequence = np.concatenate([part[0] for part in parts])
             position = np.concatenate([part[1] for part in parts])
             for index, (layer, step) in enumerate(keys):
@@ -48,11 +50,23 @@ class TraceRecorder:
                         step=step,
                         sequence=sequence,
                         position=position,
-                        ids=np.concatenate([part[2][index] for part in parts]),
-                        weights=np.concatenate([part[3][index] for part in parts]),
+                        ids=_joined([part[2][index] for part in parts], width, -1),
+                        weights=_joined([part[3][index] for part in parts], width, 0),
                         num_experts=self.num_experts,
                     )
                 )
         self._parts.clear()
         self.bytes_held = 0
         return {"route_chunk": pl.concat(frames)} if frames else {}
+
+
+def _used_columns(ids: NDArray[Any]) -> int:
+    """Columns up to the last one that holds an expert: a router that may take all experts takes few at a time."""
+    used = np.flatnonzero((ids >= 0).any((0, 1)))
+    return int(used.max(initial=-1)) + 1
+
+
+def _joined(parts: list[NDArray[np.generic]], width: int, none: int) -> NDArray[Any]:
+    """(tokens, width) parts one below the other, where k may have changed between them; at least one column."""
+    wide = [np.pad(part, ((0, 0), (0, max(0, width - part.shape[1]))), constant_values=none) for part in parts]
+    return np.concatenate([part[:, : max(width, 1)] for part in wide])

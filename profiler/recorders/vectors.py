@@ -43,16 +43,24 @@ class VectorRecorder(VectorSums):
 
 def _output_sums(rows: Tensor, part: DomainRows) -> Tensor:
     """(experts, 2, width) sums of the outputs and of the gated outputs, of rows sorted by expert."""
-    sums = torch.zeros(len(part.counts), 2, rows.shape[1], device=rows.device)
     gate = finite(part.gate.float())
     factors = torch.stack([torch.ones_like(gate), gate], 0)
+    sums = _products(rows, factors, part.counts)
+    if not bool(torch.isfinite(sums).all()):  # a look at every row would cost a pass over them
+        sums = finite(_products(finite(rows.float()), factors, part.counts))
+    return sums
+
+
+def _products(rows: Tensor, factors: Tensor, counts: Tensor) -> Tensor:
+    """(experts, factors, width) product of the factors (factors, rows) with each expert's rows."""
+    sums = torch.zeros(len(counts), len(factors), rows.shape[1], device=rows.device)
     start = 0
-    for place, count in enumerate(part.counts.tolist()):
+    for place, count in enumerate(counts.tolist()):
         if count:
             end = start + count
             torch.mm(factors[:, start:end], rows[start:end].float(), out=sums[place])
             start = end
-    return finite(sums)
+    return sums
 
 
 def _membership(part: DomainRows, experts: int, tokens: int) -> Tensor:

@@ -12,7 +12,7 @@ from profiler.capture.batch import LayerKey
 from profiler.capture.discovery import MoELayer
 from profiler.recorders.base import float_lists
 
-_BIASES = ("e_score_correction_bias", "expert_bias", "balancing_biases")
+_SELECTION_BIASES = ("e_score_correction_bias", "expert_bias", "balancing_biases")
 
 
 class WeightRecorder:
@@ -28,7 +28,12 @@ class WeightRecorder:
             return
         self._seen.add(layer.key)
         with torch.no_grad():
-            for table, frame in (("expert_weight", _expert_norms(layer)), ("router_row", _router_rows(layer))):
+            found = (
+                ("expert_weight", _expert_norms(layer)),
+                ("expert_weight", _shared_norms(layer)),
+                ("router_row", _router_rows(layer)),
+            )
+            for table, frame in found:
                 if frame is not None:
                     named = frame.with_columns(layer=pl.lit(layer.layer), step=pl.lit(layer.step))
                     self._frames.setdefault(table, []).append(named)
@@ -55,30 +60,52 @@ def _expert_norms(layer: MoELayer) -> pl.DataFrame | None:
     return pl.DataFrame({"expert": range(layer.layout.num_weighted), **columns}).with_columns(kind=pl.lit("routed"))
 
 
+def _shared_norms(layer: MoELayer) -> pl.DataFrame | None:
+    """The shared experts of a layer, merged in one module as they are, count as its expert 0."""
+    if layer.shared is None:
+        return None
+    weights = {"down_norm": layer.shared.down, **_first_projections(layer.shared.module)}
+    columns = {}
+    for name, module in weights.items():
+        weight = getattr(module, "weight", None)
+        if isinstance(weight, Tensor) and weight.ndim == 2 and not weight.is_meta:
+            norm = torch.linalg.vector_norm(weight.float(), dim=0 if name == "down_norm" else 1)
+            columns[name] = float_lists(norm[None])
+    return pl.DataFrame({"expert": [0], **columns}).with_columns(kind=pl.lit("shared")) if columns else None
+
+
+def _first_projections(module: Any) -> dict[str, Any]:
+    children = dict(module.named_children())
+    return {"gate_norm": children.get("gate_proj"), "up_norm": children.get("up_proj")}
+
+
 def _router_rows(layer: MoELayer) -> pl.DataFrame | None:
     if layer.router is None:
         return None
+    parameters = dict(layer.router.named_parameters())
     wide = [
-        tensor
-        for tensor in layer.router.parameters()
+        name
+        for name, tensor in parameters.items()
         if tensor.ndim == 2 and tensor.shape[0] >= layer.num_experts and not tensor.is_meta
     ]
     if not wide:
         return None
-    columns: dict[str, Any] = {"weights": float_lists(wide[-1][: layer.num_experts])}
-    bias = _vector(dict(layer.router.named_parameters()), ("bias",), layer.num_experts)
-    around = {**dict(layer.experts.named_buffers(recurse=False)), **dict(layer.router.named_parameters())}
-    around |= dict(layer.router.named_buffers())
-    chosen_by = _vector(around, _BIASES, layer.num_experts)
-    for name, values in (("bias", bias), ("selection_bias", chosen_by)):
-        if values is not None:
-            columns[name] = values.double().cpu().numpy()
+    columns: dict[str, Any] = {"weights": float_lists(parameters[wide[-1]][: layer.num_experts])}
+    biases = {
+        "bias": parameters.get(wide[-1].removesuffix("weight") + "bias"),
+        "selection_bias": _selection_bias(layer),
+    }
+    for name, tensor in biases.items():
+        if tensor is not None and tensor.numel() >= layer.num_experts and not tensor.is_meta:
+            columns[name] = tensor.detach().reshape(-1)[: layer.num_experts].double().cpu().numpy()
     return pl.DataFrame({"expert": range(layer.num_experts), **columns})
 
 
-def _vector(tensors: dict[str, Tensor], endings: tuple[str, ...], experts: int) -> Tensor | None:
-    """(experts,) the first tensor of that name and length."""
-    for name, tensor in tensors.items():
-        if name.endswith(endings) and tensor.numel() >= experts and not tensor.is_meta:
-            return tensor.detach().reshape(-1)[:experts]
-    return None
+def _selection_bias(layer: MoELayer) -> Tensor | None:
+    """The bias that counts for choosing only: a parameter or buffer of the router, the experts or the block."""
+    assert layer.router is not None
+    around = [*layer.router.named_parameters(), *layer.router.named_buffers()]
+    for module in (layer.experts, layer.block):
+        if module is not None:
+            around += [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+    return next((tensor for name, tensor in around if name.rpartition(".")[2] in _SELECTION_BIASES), None)
