@@ -12,14 +12,18 @@ import torch
 from torch import Tensor, nn
 
 import store as run_store
-from moescope.errors import CorpusError, ModelError, MoescopeError, RunError
+from moescope.errors import CorpusError, InputError, ModelError, MoescopeError, RunError
+from profiler.capture.backward import forward_backward, forward_loss, loss_tolerance, require_head
 from profiler.capture.levels import RecordingOptions, parse_levels
 from profiler.capture.overhead import measure_overhead as measure
+from profiler.capture.stacks import DECODER
 from profiler.capture.watch import WatchSession
+from profiler.generation import Generation, Sampling
 from profiler.headline import compute_and_store
 
 if TYPE_CHECKING:
     from profiler.corpus import Corpus, TokenBatch
+    from profiler.recorders.gradients import GradientRecorder
 
 ProgressCallback = Callable[[run_store.Progress], None]
 
@@ -37,17 +41,22 @@ def collect(
     measure_overhead: bool = False,
     vectors_per_domain: bool = False,
     router_scores: int = 0,
+    similarity_every: int = 16,
+    generate: int = 0,
+    sampling: Sampling | None = None,
     progress: ProgressCallback | None = None,
     model_name: str = "",
     revision: str = "",
     settings: Mapping[str, Any] | None = None,
     flush_seconds: float = 15.0,
     headline: bool = True,
+    stack: str | None = None,
 ) -> Path:
     """Run a corpus through a model and write the run.
 
     The first batch runs twice, without and with the profiler, and the two outputs are compared; it is recorded once.
-    Only the decoder runs, without the language-model head: routing does not need its logits.
+    Only the decoder runs, without the language-model head: routing does not need its logits. At level ``gradients`` the
+    whole model runs, and a backward behind each batch, from the next-token loss summed over the real tokens.
 
     Args:
         model: the model, as :func:`profiler.load_model` gives it.
@@ -61,13 +70,19 @@ def collect(
         measure_overhead: measure first by how much recording slows this model down; the result stands in the run's
             settings under ``overhead``.
         vectors_per_domain: keep vectors per neuron, channel and pair of experts apart by domain; else they are pooled.
-        router_scores: keep so many of the largest router scores of every token.
+        router_scores: keep so many of the largest router scores of every token; -1 keeps k + 8.
+        similarity_every: level similarity runs all experts on one of so many tokens.
+        generate: answer each text with up to so many tokens of the model's own, and record prompt and decode; 0 for
+            none. The corpus's token budget then counts both, and collecting ends after the batch that reaches it.
+        sampling: how those tokens are chosen; the likeliest ones by default.
         progress: called after every batch.
         model_name: what the run calls the model.
         revision: hub revision of the model.
         settings: further options worth keeping in the run.
         flush_seconds: seconds between shards.
         headline: compute the headline metrics at the end.
+        stack: which layers, where several stacks of the model have experts, see :func:`profiler.watch`. The decoder of
+            an encoder-decoder model is fed the same text as its encoder.
 
     Returns:
         The file of the finished run.
@@ -83,7 +98,7 @@ def collect(
         model,
         name=name,
         directory=Path(store),
-        options=RecordingOptions(parse_levels(level), vectors_per_domain, router_scores),
+        options=RecordingOptions(parse_levels(level), vectors_per_domain, router_scores, similarity_every),
         tokenizer=tokenizer if keep_text else None,
         domain="text",
         token_budget=None,
@@ -93,9 +108,14 @@ def collect(
         revision=revision,
         settings={**described, **(settings or {})},
         origin="collect",
+        stack=stack,
     )
-    _require_fitting(session, corpus)
-    job = _Job(session, corpus, progress)
+    require_fitting(session, corpus, generate)
+    job = Job(session, corpus, progress)
+    if generate:
+        job.answer(generate, sampling or Sampling())
+    if session.gradients is not None:
+        job.go_back(session.gradients, generate)
     with _evaluating(model):
         if measure_overhead:
             job.measure_overhead(level)
@@ -103,11 +123,11 @@ def collect(
     if headline:
         if progress is not None:
             progress(session.state("compacting", "computing metrics"))
-        _compute_metrics(path)
+        compute_metrics(path)
     return path
 
 
-def _compute_metrics(path: Path) -> None:
+def compute_metrics(path: Path) -> None:
     """Metrics beside the run; the run itself is finished by now, whatever becomes of them."""
     try:
         compute_and_store(path)
@@ -116,7 +136,7 @@ def _compute_metrics(path: Path) -> None:
 
 
 @dataclass
-class _Job:
+class Job:
     """One collection: the session, what it is fed, and whom to tell."""
 
     session: WatchSession
@@ -127,25 +147,61 @@ class _Job:
         self.runner = _runner(self.session)
         self.device = _input_device(self.session.model)
         self.session.planned_tokens = self.corpus.num_tokens
+        self._budget: int | None = None
+        self._phases = 1
+        self._run_batch = self._run_bare = self._forward
+        self._compare: Callable[[Tensor, Tensor], None] = self._compare_outputs
+        self._shape: tuple[int, ...] = ()
+
+    def answer(self, new_tokens: int, sampling: Sampling) -> None:
+        """Let the model answer the texts, instead of only reading them."""
+        generation = Generation(self.session.model, new_tokens=new_tokens, sampling=sampling, device=self.device)
+        self.session.add_setting("generation", generation.settings())
+        self._phases = 2
+        self._budget = getattr(getattr(self.corpus, "options", None), "token_budget", None)
+        longest = self.corpus.num_tokens + self.corpus.num_sequences * (new_tokens - 1)
+        self.session.planned_tokens = min(longest, self._budget or longest)
+
+        def bare(batch: TokenBatch) -> Tensor:
+            self._require_vocabulary(batch)
+            return generation.answer(batch)
+
+        def together(batch: TokenBatch) -> Tensor:
+            with self.session.together():
+                return bare(batch)
+
+        self._run_bare, self._run_batch = bare, together
+
+    def go_back(self, recorder: GradientRecorder, new_tokens: int) -> None:
+        """Run the whole model with its head and a backward behind each batch: both count, or neither does."""
+        model = self.session.model
+        require_head(model)
+        if new_tokens:
+            raise InputError("level gradients follows a text backward, not what is generated: leave out one of the two")
+
+        def forward(batch: TokenBatch) -> Tensor:
+            return forward_loss(model, *self._inputs(batch)).values
+
+        def both(batch: TokenBatch) -> Tensor:
+            with self.session.holding():
+                loss = forward_backward(model, *self._inputs(batch))
+                recorder.add_loss(loss.by_domain(batch.domains))
+            return loss.values
+
+        self._run_bare, self._run_batch, self._compare = forward, both, recorder.compare_losses
+        recorder.loss_tolerance = loss_tolerance(model)
+        self.session.checks.not_compared = "not asked for at level gradients, whose loss is compared instead"
 
     def run(self) -> Path:
         """Feed the corpus and finish the run."""
         session = self.session
         session.open()
-        done = session.writer.sequences_done if session.resuming else set()
-        batch = None
         try:
-            batches = self.corpus.batches(skip=done)
-            batch = next(batches, None)
-            bare = self._forward(batch) if batch is not None else None
-            with session:
-                while batch is not None:
-                    self._feed(batch, bare)
-                    bare, batch = None, next(batches, None)
+            self._work()
         except KeyboardInterrupt:
             raise self._stopped("was interrupted") from None
         except torch.OutOfMemoryError as error:
-            shape = "x".join(map(str, batch.input_ids.shape)) if batch is not None else "?"
+            shape = "x".join(map(str, self._shape))
             raise self._stopped(f"ran out of memory on a batch of {shape} (use a smaller --batch-size)") from error
         except MoescopeError:
             raise
@@ -155,33 +211,72 @@ class _Job:
         assert session.path is not None
         return session.path
 
+    def _work(self) -> None:
+        done = self.session.writer.sequences_done if self.session.resuming else set()
+        batches = self.corpus.batches(skip=done)
+        batch = next(batches, None)
+        bare = None
+        if batch is not None:
+            with self.session.memory.bare_forward():
+                bare = self._run_bare(batch)
+            self._state_memory(batch)
+        with self.session:
+            while batch is not None and not self._enough():
+                self._feed(batch, bare)
+                bare, batch = None, next(batches, None)
+
+    def _state_memory(self, batch: TokenBatch) -> None:
+        """Say what recording takes at most beside the model, before it begins."""
+        domains = len(getattr(self.corpus, "domains", ())) or 1
+        stated = self.session.expect_memory(
+            batch=batch.input_ids.size, tokens=self.session.planned_tokens, domains=domains, phases=self._phases
+        )
+        self._tell(detail=f"recording takes at most {stated / (1 << 20):,.0f} MiB beside the model")
+
     def measure_overhead(self, level: str) -> None:
         """Time the first batch with and without the profiler; the result becomes a setting of the run."""
         batch = next(self.corpus.batches(skip=set()), None)
         if batch is not None:
-            result = measure(self.session.model, lambda: self._forward(batch), level=level)
+            model, goes_back = self.session.model, self.session.gradients is not None
+            watched = (lambda: forward_backward(model, *self._inputs(batch))) if goes_back else None
+            stack = self.session.found.name
+            result = measure(model, lambda: self._forward(batch), level=level, watched=watched, stack=stack)
             self.session.add_setting("overhead", result.as_dict())
             self._tell(detail=str(result))
 
     def _feed(self, batch: TokenBatch, bare: Tensor | None) -> None:
+        self._label(batch)
+        output = self._run_batch(batch)
+        if bare is not None:
+            self._compare(bare, output)
+        self._tell()
+
+    def _compare_outputs(self, bare: Tensor, watched: Tensor) -> None:
+        self.session.checks.unchanged = differences(bare, watched)
+
+    def _label(self, batch: TokenBatch) -> None:
         self.session.label(
             domains=batch.domains, sequences=[int(number) for number in batch.sequences], sources=batch.sources
         )
-        output = self._forward(batch)
-        if bare is not None:
-            self.session.checks.unchanged = _differences(bare, output)
-        self._tell()
+
+    def _enough(self) -> bool:
+        return self._budget is not None and self.session.state().tokens >= self._budget
 
     def _forward(self, batch: TokenBatch) -> Tensor:
-        self._require_vocabulary(batch)
-        ids = torch.from_numpy(batch.input_ids).to(self.device)
-        mask = torch.from_numpy(batch.attention_mask).to(self.device)
+        ids, mask = self._inputs(batch)
         with torch.no_grad():
-            output = self.runner(input_ids=ids, attention_mask=mask, use_cache=False)
+            more = _for_decoder(self.session, ids, mask)
+            output = self.runner(input_ids=ids, attention_mask=mask, use_cache=False, **more)
         hidden: Tensor = output[0]
         return hidden
 
+    def _inputs(self, batch: TokenBatch) -> tuple[Tensor, Tensor]:
+        """(batch, length) token ids and attention mask, where the model wants them."""
+        self._require_vocabulary(batch)
+        return torch.from_numpy(batch.input_ids).to(self.device), torch.from_numpy(batch.attention_mask).to(self.device)
+
     def _require_vocabulary(self, batch: TokenBatch) -> None:
+        self._shape = batch.input_ids.shape
         known = int(getattr(_embeddings(self.session.model), "num_embeddings", 0))
         largest = int(batch.input_ids.max(initial=0))
         if known and largest >= known:
@@ -203,22 +298,37 @@ class _Job:
         )
 
 
-def _require_fitting(session: WatchSession, corpus: Corpus) -> None:
+def require_fitting(session: WatchSession, corpus: Corpus, new_tokens: int) -> None:
     if corpus.num_tokens == 0:
         raise CorpusError("the corpus has no tokens: check --data, --domain-column and --text-column")
     length = getattr(getattr(corpus, "options", None), "sequence_length", 0)
     limit = getattr(session.found.config, "max_position_embeddings", None)
-    if isinstance(limit, int) and length > limit > 0:
+    if isinstance(limit, int) and length + new_tokens > limit > 0:
+        answers = f" with {new_tokens} generated tokens" if new_tokens else ""
         raise ModelError(
-            f"sequence length {length} is more than the {limit} positions of the model: use --sequence-length {limit}"
+            f"sequence length {length}{answers} is more than the {limit} positions of the model: use --sequence-length"
+            f" {max(2, limit - new_tokens)}"
         )
 
 
 def _runner(session: WatchSession) -> nn.Module:
     """The part of the model that takes token ids and has no language-model head, if there is one."""
+    if _encodes_apart(session) and session.found.name != DECODER:
+        return session.found.owner
     base = getattr(session.model, "base_model", session.model)
     inside = any(module is session.found.owner for module in base.modules())
     return base if inside and isinstance(base, nn.Module) else session.model
+
+
+def _encodes_apart(session: WatchSession) -> bool:
+    return bool(getattr(getattr(session.model, "config", None), "is_encoder_decoder", False))
+
+
+def _for_decoder(session: WatchSession, ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
+    """What the decoder of an encoder-decoder model is fed, where it is the one that is watched: the same text."""
+    if not _encodes_apart(session) or session.found.name != DECODER:
+        return {}
+    return {"decoder_input_ids": ids, "decoder_attention_mask": mask}
 
 
 def _embeddings(model: Any) -> Any:
@@ -245,8 +355,10 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
         model.train(training)
 
 
-def _differences(first: Tensor, second: Tensor) -> int:
+def differences(first: Tensor, second: Tensor) -> int:
     """Values that differ; NaN equals NaN, because a broken model is broken with and without the profiler."""
+    if first.shape != second.shape:
+        return max(first.numel(), second.numel())
     differ = first != second
     if first.is_floating_point():
         differ &= ~(first.isnan() & second.isnan())

@@ -10,7 +10,8 @@
 --   [row]     the table is a plain union of rows
 --
 -- Common columns. layer: index among the model's decoder layers, dense ones included. step: 0 unless the layer calls
--- its experts several times. kind: routed | shared. domain: label of the text. phase: prompt | decode.
+-- its experts several times. kind: routed | shared. domain: label of the text; its tokens that stand for an image, video
+-- or audio are kept under DOMAIN:image, DOMAIN:video and DOMAIN:audio. phase: prompt | decode.
 -- position: index among the real (not padding) tokens of a sequence, from 0. Means are never stored: divide sums.
 -- Tables of vectors (per neuron, channel or other expert) are pooled over domains: their domain is empty, unless the
 -- collection was asked for vectors per domain. Vectors are summed in 64 bits and stored in 32.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -29,12 +30,13 @@ def merged_layers(table: Table, files: Sequence[Path]) -> Iterator[pl.DataFrame]
     Args:
         files: the shards of the table; a column that a shard lacks is null there.
     """
-    scans = [pl.scan_parquet(file) for file in files]
-    if not scans:
-        return
-    layers = pl.concat([scan.select("layer") for scan in scans]).unique().sort("layer").collect()["layer"]
-    for layer in layers.to_list():
-        parts = [scan.filter(pl.col("layer") == layer).collect() for scan in scans]
+    holders: dict[int, list[pl.LazyFrame]] = defaultdict(list)  # a shard may hold one layer alone
+    for file in files:
+        scan = pl.scan_parquet(file)
+        for layer in scan.select(pl.col("layer").unique()).collect()["layer"]:
+            holders[layer].append(scan)
+    for layer in sorted(holders):
+        parts = [scan.filter(pl.col("layer") == layer).collect() for scan in holders[layer]]
         yield _merge(table, pl.concat(parts, how="diagonal_relaxed"))
 
 

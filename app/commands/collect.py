@@ -6,11 +6,13 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from app.commands.inputs import add_corpus, add_model, open_model, open_text, require_data, require_placement
 from app.commands.options import add_config, add_json, add_store, positive
 
 if TYPE_CHECKING:
+    from profiler.corpus import Corpus
     from store import Progress
 
 NAME = "collect"
@@ -19,55 +21,66 @@ SUMMARY = "profile a model on a corpus and write a run"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the command."""
-    parser.add_argument("model", metavar="MODEL", help="folder of a Hugging Face checkpoint, or a hub id")
+    parser.add_argument("model", metavar="MODEL", help="folder of a Hugging Face checkpoint, a .gguf file, or a hub id")
     add_store(parser)
     parser.add_argument("--name", help="name of the run (default: the model's)")
-    parser.add_argument(
-        "--level", default="routing,activations", help="what to record: routing, activations (default: both)"
-    )
+    parser.add_argument("--level", default="routing,activations", help=_level_help())
     parser.add_argument("--resume", action="store_true", help="continue an interrupted run of this name")
+    parser.add_argument(
+        "--vectors-per-domain", action="store_true",
+        help="keep sums per neuron, channel and pair of experts apart by domain (default: pooled)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--router-scores", nargs="?", type=positive, const=-1, default=0, metavar="M",
+        help="keep the M largest router scores of every token (default M: k + 8)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--similarity-every", type=positive, default=16, metavar="N",
+        help="level similarity runs all experts on one of N tokens (default 16)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--stack", metavar="NAME", help="which layers, where several stacks of the model have experts (encoder, vision)"
+    )
     parser.add_argument("--no-text", action="store_true", help="store no text and no token ids")
     parser.add_argument("--measure-overhead", action="store_true", help="measure what watching costs on this model")
-    _add_corpus(parser)
-    _add_model(parser)
+    add_corpus(parser)
+    _add_generation(parser)
+    add_model(parser)
+    _add_layer_stream(parser)
     add_config(parser)
     add_json(parser)
 
 
-def _add_corpus(parser: argparse.ArgumentParser) -> None:
-    corpus = parser.add_argument_group("corpus")
-    corpus.add_argument(
-        "--data", nargs="+", action="extend", metavar="PATH", default=[],
-        help="text, JSONL, Parquet or folders; LABEL=PATH names the domain; hf:NAME is a hub dataset",
+def _add_generation(parser: argparse.ArgumentParser) -> None:
+    generation = parser.add_argument_group("generation")
+    generation.add_argument(
+        "--generate", type=positive, default=0, metavar="N",
+        help="answer each text with up to N tokens of the model's own, and record both; --tokens counts both too",
     )  # fmt: skip
-    corpus.add_argument("--tokens", type=positive, metavar="N", help="token budget, spread over the domains (100k, 2M)")
-    corpus.add_argument("--sequence-length", type=positive, default=512, metavar="N", help="default 512")
-    corpus.add_argument("--batch-size", type=positive, default=8, metavar="N", help="default 8")
-    corpus.add_argument("--text-column", default="text", metavar="NAME", help="column that holds the text")
-    corpus.add_argument("--domain-column", default="domain", metavar="NAME", help="column that holds the domain")
-    corpus.add_argument("--split", default="train", help="split of a hub dataset")
-    corpus.add_argument("--packing", action="store_true", help="join documents of a domain into full sequences")
-    corpus.add_argument("--bos", action=argparse.BooleanOptionalAction, default=True, help="begin sequences with BOS")
-    corpus.add_argument(
-        "--chat-template", action=argparse.BooleanOptionalAction, default=True,
-        help="put chat messages through the tokenizer's template",
-    )  # fmt: skip
-    corpus.add_argument("--roles", nargs="+", metavar="ROLE", help="keep only chat messages of these roles")
-    corpus.add_argument("--seed", type=int, default=0, help="order of the documents")
+    generation.add_argument(
+        "--temperature", type=float, default=0.0, metavar="T", help="draw tokens; 0 takes the likeliest (default)"
+    )
+    generation.add_argument(
+        "--top-p", type=float, default=1.0, metavar="P", help="draw among the likeliest that add up to P (default 1)"
+    )
 
 
-def _add_model(parser: argparse.ArgumentParser) -> None:
-    model = parser.add_argument_group("model")
-    model.add_argument("--dtype", default="auto", help="auto (as stored), float32, bfloat16 or float16")
-    model.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps ...")
+def _add_layer_stream(parser: argparse.ArgumentParser) -> None:
+    stream = parser.add_argument_group("checkpoints larger than memory")
+    stream.add_argument(
+        "--layer-stream", action="store_true",
+        help="load one decoder layer after the other and push all text through each; --memory-limit then holds for the"
+        " whole process",
+    )  # fmt: skip
+    stream.add_argument(
+        "--scratch", type=Path, metavar="DIR",
+        help="keep hidden states on disk, in this folder (default: in memory, or beside the run if they do not fit)",
+    )  # fmt: skip
 
 
 def run(options: argparse.Namespace) -> int:
     """Collect; the path of the run file is printed last."""
-    from moescope.errors import CorpusError
-
-    if not options.data:
-        raise CorpusError("no corpus: give --data PATH (text, JSONL, Parquet or a folder)")
+    require_data(options)
     path = collect_run(options)
     if options.json:
         import store
@@ -85,35 +98,24 @@ def run(options: argparse.Namespace) -> int:
 def collect_run(options: argparse.Namespace) -> Path:
     """Open the corpus, load the model, collect, and return the run file: what is quick to refuse comes first."""
     from profiler.capture.levels import parse_levels
-    from profiler.corpus import open_corpus
+    from profiler.generation import Sampling
     from store import Catalog
 
     name = options.name or Path(options.model).name
     parse_levels(options.level)
+    sampling = Sampling(options.temperature, options.top_p, options.seed)
+    _require_streamable(options)
     if not options.resume:
         Catalog(options.store).require_free(name)
-    from profiler import load_model, load_tokenizer
+    from profiler import load_tokenizer
     from profiler.collect import collect
 
     tokenizer = load_tokenizer(options.model)
-    paths, domains = _labelled(options.data)
-    corpus = open_corpus(
-        paths,
-        tokenizer=tokenizer,
-        sequence_length=options.sequence_length,
-        batch_size=options.batch_size,
-        token_budget=options.tokens,
-        domains=domains,
-        domain_column=options.domain_column,
-        text_column=options.text_column,
-        bos=options.bos,
-        packing=options.packing,
-        chat_template=options.chat_template,
-        roles=options.roles,
-        seed=options.seed,
-        split=options.split,
-    )
-    model = load_model(options.model, dtype=options.dtype, device=options.device)
+    require_placement(options)
+    corpus = open_text(options, tokenizer, generation_prompt=bool(options.generate))
+    if options.layer_stream:
+        return _stream(options, name, corpus, tokenizer)
+    model = open_model(options)
     path = collect(
         model,
         corpus=corpus,
@@ -124,15 +126,71 @@ def collect_run(options: argparse.Namespace) -> Path:
         resume=options.resume,
         keep_text=not options.no_text,
         measure_overhead=options.measure_overhead,
+        vectors_per_domain=options.vectors_per_domain,
+        router_scores=options.router_scores,
+        similarity_every=options.similarity_every,
+        generate=options.generate,
+        sampling=sampling,
         progress=show_progress,
         model_name=options.model,
+        stack=options.stack,
     )
     print(file=sys.stderr)
     return Path(path)
 
 
+def _require_streamable(options: argparse.Namespace) -> None:
+    """Refuse options that do not go with ``--layer-stream``, or that mean nothing without it."""
+    from moescope.errors import InputError
+
+    if not options.layer_stream:
+        if options.scratch is not None:
+            raise InputError("--scratch keeps hidden states of --layer-stream: give both, or neither")
+        return
+    from profiler.stream.levels import require_levels
+
+    require_levels(options.level)
+    others = {
+        "--generate": options.generate,
+        "--measure-overhead": options.measure_overhead,
+        "--device-map": options.device_map,
+        "--offload-folder": options.offload_folder,
+        "--stack": options.stack,
+    }
+    given = [name for name, value in others.items() if value]
+    if given:
+        raise InputError(f"{given[0]} needs the whole model at once: leave it out, or leave out --layer-stream")
+
+
+def _stream(options: argparse.Namespace, name: str, corpus: Corpus, tokenizer: Any) -> Path:
+    """Collect layer by layer."""
+    from profiler.stream import collect_streamed
+
+    path = collect_streamed(
+        options.model,
+        corpus=corpus,
+        store=options.store,
+        name=name,
+        level=options.level,
+        tokenizer=tokenizer,
+        resume=options.resume,
+        keep_text=not options.no_text,
+        vectors_per_domain=options.vectors_per_domain,
+        router_scores=options.router_scores,
+        similarity_every=options.similarity_every,
+        dtype=options.dtype,
+        device=options.device,
+        memory_limit=options.memory_limit,
+        scratch=options.scratch,
+        progress=show_progress,
+        model_name=options.model,
+    )
+    print(file=sys.stderr)
+    return path
+
+
 def show_progress(progress: Progress) -> None:
-    """One line on stderr, printed over itself."""
+    """One line on stderr, printed over itself; what is said before the first token stays."""
     from app.text import duration, progress_line
 
     share = f"{progress.tokens / progress.token_budget:4.0%}" if progress.token_budget else ""
@@ -140,17 +198,11 @@ def show_progress(progress: Progress) -> None:
         f"{progress.state} {share} {progress.tokens:,} tokens, {progress.tokens_per_second:,.0f} tokens/s,"
         f" {duration(progress.seconds_left)} left {progress.detail}"
     )
-    print("\r" + progress_line(text), end="", file=sys.stderr, flush=True)
+    stays = bool(progress.detail) and not progress.tokens
+    print("\r" + progress_line(text), end="\n" if stays else "", file=sys.stderr, flush=True)
 
 
-def _labelled(data: list[str]) -> tuple[list[str], dict[str, str]]:
-    """Split ``LABEL=PATH`` into paths and a mapping from path to domain; a file of that very name is a path."""
-    paths, domains = [], {}
-    for text in data:
-        label, mark, path = text.partition("=")
-        if mark and label and not Path(text).exists():
-            paths.append(path)
-            domains[path] = label
-        else:
-            paths.append(text)
-    return paths, domains
+def _level_help() -> str:
+    from profiler.capture.levels import LEVELS
+
+    return f"what to record, a comma list of {', '.join(LEVELS)} (default: routing,activations)"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from app.commands.options import add_json, add_store
@@ -28,6 +29,8 @@ VIEWS = {
     "super-experts": ("app.frames.super_experts", "super_experts"),
     "output-maxima": ("app.frames.super_experts", "output_maxima"),
     "residual": ("app.frames.super_experts", "residual"),
+    "attention-sinks": ("app.frames.super_experts", "attention_sinks"),
+    "ablations": ("app.frames.ablation", "ablations"),
     "metrics": ("app.commands.show", "metrics"),
 }
 """Views by name: the module and the function that makes the frame."""
@@ -39,6 +42,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "view", nargs="?", metavar="VIEW", help=f"{', '.join(VIEWS)}, or a table of the run (docs/schema.md)"
     )
+    parser.add_argument(
+        "--super-experts-report", type=Path, metavar="DIR",
+        help="write super experts and the maxima of all experts as the JSON files of the paper's code",
+    )  # fmt: skip
     add_store(parser)
     add_json(parser)
 
@@ -49,7 +56,9 @@ def run(options: argparse.Namespace) -> int:
     from app.text import table
 
     with store.open_run(store.Catalog(options.store).resolve(options.target)) as opened:
-        if options.view is not None:
+        if options.super_experts_report is not None:
+            _write_report(opened, options)
+        elif options.view is not None:
             frame = view(opened, options.view)
             print(json.dumps(frame.to_dicts(), default=str) if options.json else table(frame))
         elif options.json:
@@ -57,6 +66,16 @@ def run(options: argparse.Namespace) -> int:
         else:
             print(summary(opened))
     return 0
+
+
+def _write_report(run: store.Run, options: argparse.Namespace) -> None:
+    from app.super_experts_report import report, write
+
+    paths = write(run, options.super_experts_report)
+    if options.json:
+        print(json.dumps(report(run)))
+    else:
+        print(f"{len(report(run))} super experts by the rule of the paper's code, {len(paths)} files: {paths[0]}")
 
 
 def view(run: store.Run, name: str) -> pl.DataFrame:
@@ -99,8 +118,17 @@ def summary(run: store.Run) -> str:
         table(key_figures(run)),
         table(found) if len(found) else "no alerts",
         table(next_steps(run)),
+        *(f"switched off {names}: {sentence}" for names, sentence in _ablations(run)),
     ]
     return "\n\n".join(parts)
+
+
+def _ablations(run: store.Run) -> list[tuple[str, str]]:
+    """Experts and verdict of every ablation beside the run."""
+    from app.frames import ablation
+
+    found = ablation.documents(run)
+    return [(ablation.names(document["experts"]), ablation.sentences(document)[1]) for document in found]
 
 
 def _summary_json(run: store.Run) -> dict[str, object]:
@@ -115,4 +143,5 @@ def _summary_json(run: store.Run) -> dict[str, object]:
         "info": asdict(run.info),
         "layers": [asdict(layer) for layer in run.layers],
         "alerts": alerts(run).to_dicts(),
+        "ablations": [{"experts": names, "verdict": sentence} for names, sentence in _ablations(run)],
     }

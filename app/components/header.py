@@ -34,9 +34,9 @@ def title(name: str, run: Run, *, what: str) -> None:
 
 
 def badge(verdict: Badge) -> None:
-    """The verdict of the run's self-checks; hover for the reason."""
+    """The verdict of the run's self-checks; hover for the reasons."""
     label, colour, icon = _BADGES[verdict.status]
-    st.badge(label, color=colour, icon=icon, help=plain(verdict.reason, 300))  # type: ignore[arg-type]
+    st.badge(label, color=colour, icon=icon, help=plain("; ".join(verdict.reasons) or verdict.reason, 600))  # type: ignore[arg-type]
 
 
 def progress(run: Run) -> None:

@@ -59,6 +59,15 @@ def residual_curve(frame: pl.DataFrame, *, theme: Theme = "light") -> go.Figure:
             marker={"symbol": "circle-open", "size": 13, "color": colours.alarm, "line": {"width": 2}},
             hoverinfo="skip",
         )
+        forming = frame.filter(pl.col("forming"))
+        figure.add_scatter(
+            x=forming["layer"].cast(pl.String),
+            y=forming["absolute_max"],
+            mode="markers",
+            name="forms here",
+            marker={"symbol": "circle", "size": 9, "color": colours.alarm},
+            hoverinfo="skip",
+        )
     layout(figure, title=title, x="decoder layer", y="|hidden state| (log scale)", theme=theme, height=400, wide=False)
     figure.update_yaxes(**log_ticks([*frame["absolute_max"], *frame["median_there"], *frame["later_max"]]))
     figure.update_xaxes(type="category", showgrid=False, nticks=24)

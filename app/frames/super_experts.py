@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
-from typing import Literal
+from typing import Any, Literal
 
 import polars as pl
 
 import store
 from app.frames.axes import with_label
+from profiler.ablation import Expert
+from profiler.metrics.super_experts import forming_layers, massive_activation_layers
 
 TokenChoice = Literal["all", "first_routed"]
 COLUMN = {"all": "output_max", "first_routed": "first_routed_output_max"}
@@ -58,6 +60,14 @@ def super_experts(run: store.Run) -> pl.DataFrame:
     return frame.select(columns).sort(["rule", "tokens", "value"], descending=[True, False, True])
 
 
+def chosen(run: store.Run, *, rule: str = "paper", tokens: TokenChoice = "all") -> list[Expert]:
+    """The super experts by one rule, by their names."""
+    found = super_experts(run).filter((pl.col("rule") == rule) & (pl.col("tokens") == tokens))
+    return sorted(
+        Expert(layer, 0, kind, expert) for layer, kind, expert in found.select("layer", "kind", "expert").rows()
+    )
+
+
 def thresholds(run: store.Run) -> pl.DataFrame:
     """One row per rule and choice of tokens: rule, tokens, value = what an expert's maximum must exceed."""
     return _verdicts(run).filter(pl.col("layer").is_null()).select("rule", "tokens", "value")
@@ -67,7 +77,8 @@ def residual(run: store.Run, *, domain: str | None = None) -> pl.DataFrame:
     """One row per decoder layer: the residual stream's largest |value| after it, and where it stands.
 
     Columns: layer, absolute_max, median_there = median |value| of that token, ratio of the two, channel, sequence,
-    position, later_max = the largest over positions after the first, massive: above 100 and 1,000 times the median.
+    position, later_max = the largest over positions after the first; massive: above 100 and 1,000 times the median;
+    forming: massive, and grown in this layer, so that super experts may stand here.
     """
     table = run.table("residual")
     if domain is not None:
@@ -78,8 +89,35 @@ def residual(run: store.Run, *, domain: str | None = None) -> pl.DataFrame:
         later, on="layer"
     )
     ratio = pl.when(pl.col("median_there") > 0).then(pl.col("absolute_max") / pl.col("median_there"))
-    massive = (pl.col("absolute_max") > 100) & (ratio >= 1000)
-    return frame.with_columns(ratio.alias("ratio"), massive.fill_null(False).alias("massive")).sort("layer")
+    frame = frame.with_columns(ratio.alias("ratio")).sort("layer")
+    arguments: dict[str, Any] = {
+        "residual_max": frame["absolute_max"].to_numpy(),
+        "residual_median": frame["median_there"].to_numpy(),
+        "layers": frame["layer"].to_list(),
+    }
+    return frame.with_columns(
+        pl.col("layer").is_in(massive_activation_layers(**arguments)).alias("massive"),
+        pl.col("layer").is_in(forming_layers(**arguments)).alias("forming"),
+    )
+
+
+def attention_sinks(run: store.Run, *, domain: str | None = None) -> pl.DataFrame:
+    """One row per decoder layer with softmax attention: how much of it falls on position 0.
+
+    Columns: layer; mean, low, high: mean over heads, the least and the most of any head; queries behind them.
+    """
+    table = run.table("attention")
+    if domain is not None:
+        table = table.filter(pl.col("domain") == domain)
+    heads = table.select("layer", "queries", "sink_sum").with_columns(head=pl.int_ranges(pl.col("sink_sum").list.len()))
+    heads = heads.explode("head", "sink_sum").group_by("layer", "head").agg(pl.col("queries", "sink_sum").sum())
+    heads = heads.with_columns(sink=pl.col("sink_sum") / pl.col("queries"))
+    sink = pl.col("sink")
+    return (
+        heads.group_by("layer")
+        .agg(sink.mean().alias("mean"), sink.min().alias("low"), sink.max().alias("high"), pl.col("queries").first())
+        .sort("layer")
+    )
 
 
 def _verdicts(run: store.Run) -> pl.DataFrame:

@@ -6,9 +6,10 @@ import polars as pl
 import streamlit as st
 
 from app import data, state
-from app.components import chart, header
+from app.components import ablation, chart, header
 from app.components.page import render
 from app.figures import outliers
+from app.figures.ablation import sink_curve
 from app.frames import super_experts as frames
 from store import Run
 
@@ -65,10 +66,31 @@ def page(run: Run) -> None:
             residual,
             key="residual",
             read="A jump by orders of magnitude over the median is a massive activation; rings mark layers above "
-            "100 and 1,000 times the median. They usually sit at the first position, in few channels.",
+            "100 and 1,000 times the median, filled ones those in which it grows: there super experts stand. They "
+            "usually sit at the first position, in few channels.",
+            rests_on=_forming(residual),
             alt="Curves over the layers: largest, later and median absolute hidden state",
         )
+    if "attention" in run.info.levels:
+        sinks = data.frame(frames.attention_sinks, run)
+        chart.show(
+            sink_curve(sinks, theme=theme),
+            sinks,
+            key="sinks",
+            read="How much attention falls on position 0, whatever token stands there. Massive activations make it an "
+            "attention sink: heads that have nothing to say look there.",
+            rests_on="Queries after position 0; layers without softmax attention have no point.",
+            alt="Attention on the first position over the layers, mean and range of the heads",
+        )
+    ablation.section(run, rule=next((rule for rule in ("paper", "code") if maxima[rule].any()), None))
     _table(maxima, tokens)
+
+
+def _forming(residual: pl.DataFrame) -> str:
+    layers = residual.filter(pl.col("forming"))["layer"].to_list()
+    if not layers:
+        return "No massive activation forms in any layer, so by the paper's rule no expert is a super expert."
+    return f"Massive activations form in layer{'s' if len(layers) > 1 else ''} {', '.join(map(str, layers))}."
 
 
 def _verdict(run: Run, maxima: pl.DataFrame, limits: pl.DataFrame, tokens: str) -> None:

@@ -1,4 +1,4 @@
-"""Families whose experts are known but not watched, each with its reason. ``docs/adapters.md`` says how to add one."""
+"""Experts that are known but cannot be watched, or are none of a token, each with its reason."""
 
 from __future__ import annotations
 
@@ -15,31 +15,29 @@ class Refusal:
     remedy: str
 
 
-_ADAPTER = "moescope has no adapter for it (docs/adapters.md)"
 _REASONS: dict[str, tuple[str, str]] = {
     "NllbMoeExperts": (
         "transformers runs the wrong experts here: it reads the one-hot mask of the first choice as expert ids, so that"
         " only experts 0 and 1 ever run",
         "no capture of this family means anything until that is fixed",
     ),
-    "Llama4TextExperts": (
-        "its gate weights multiply the experts' input, and every expert runs on every token",
-        _ADAPTER,
-    ),
-    "JetMoeMoE": ("its experts are two separate projections, and it routes attention heads too", _ADAPTER),
-    "JetMoeMoA": ("its experts are attention heads", _ADAPTER),
-    "LongcatFlashExperts": ("a part of its experts are identities outside the experts interface", _ADAPTER),
-    "SwitchTransformersExperts": ("its experts are separate modules, and tokens are dropped by capacity", _ADAPTER),
-    "DogeCDMoE": ("its experts are single rows found by product keys", _ADAPTER),
-    "Mxfp4GptOssExperts": (
-        "its MXFP4 kernel routes inside and never calls the experts module",
-        "load the model with quantization_config=Mxfp4Config(dequantize=True)",
+    "VitPoseNaiveMoe": (
+        "its experts are chosen by the number of the data set, and no token is routed",
+        "there is no routing to profile",
     ),
     "MegaBlocksMoeMLP": (
         "its kernel routes inside and never calls the experts module",
         "load the model without use_kernels=True",
     ),
 }
+
+_LEFT_OUT = {"JetMoeMoA": "attention heads chosen by a router of their own"}
+"""Experts beside the feed-forward ones that are never recorded, and what they are."""
+
+
+def left_out_reason(module: Any) -> str:
+    """What experts of another kind this module holds, which are not recorded; empty for everything else."""
+    return next((_LEFT_OUT[parent.__name__] for parent in type(module).__mro__ if parent.__name__ in _LEFT_OUT), "")
 
 
 def refusal_of(module: Any) -> Refusal | None:

@@ -18,11 +18,10 @@ ROUTER_NAMES = ("gate", "router")
 _SIGMOID = (
     *("AXK1", "AXK2", "Afmoe", "BailingHybrid", "Beam", "DeepseekV3", "Dots1", "Dots3Note", "ExaoneMoe", "Flint"),
     *("Glm4Moe", "Glm4vMoe", "Glm5Next", "GlmMoeDsa", "HYV3", "HYV4", "Inkling", "KimiLinear", "Kolibri1", "Laguna"),
-    *("Lfm2Moe", "MiMoV2Flash", "MiniMaxM2", "MiniMaxM3VL", "MuseSpark", "NemotronH", "SolarOpen", "Step3p7"),
+    *("Lfm2Moe", "Llama4", "MiMoV2Flash", "MiniMaxM2", "MiniMaxM3VL", "MuseSpark", "NemotronH", "SolarOpen", "Step3p7"),
 )
 _FUNCTION_FIELDS = ("scoring_func", "expert_selection_fn", "score_function", "scoring_function")
 _PROBABILITIES = ("Gemma4TextRouter", "DiffusionGemmaTextRouter")
-_SKIPPING = ("ZayaExperts",)
 
 
 @dataclass(frozen=True)
@@ -32,20 +31,20 @@ class RouterTraits:
     Attributes:
         score: how logits become the router probability.
         holds_probabilities: what stands in the place of the logits are softmax probabilities already.
+        may_skip: a token may have fewer than k experts: ids of -1 are a part of the selection, not an error.
         zero_weight_is_none: a gate weight of exactly 0 means "no expert": the router skipped the token.
     """
 
     score: Score = "softmax"
     holds_probabilities: bool = False
+    may_skip: bool = False
     zero_weight_is_none: bool = False
 
 
 def router_traits(*, router_class: str, experts_class: str, config: Any = None) -> RouterTraits:
     """What is known about a family's router, by class names and, where the score is a setting, by its configuration."""
     return RouterTraits(
-        score=_score(router_class or experts_class, config),
-        holds_probabilities=router_class in _PROBABILITIES,
-        zero_weight_is_none=experts_class in _SKIPPING,
+        score=_score(router_class or experts_class, config), holds_probabilities=router_class in _PROBABILITIES
     )
 
 

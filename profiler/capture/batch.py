@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Literal
 
@@ -31,6 +31,8 @@ class Tokens:
         first_seen: per layer and kind, (batch rows, experts) bool: experts that a sequence has used already; kept
             between the forwards of a generation.
         present: indices of the groups that occur.
+        modality: (tokens,) int64, what each token stands for (:data:`profiler.capture.inputs.MODALITIES`); None where
+            all are text.
     """
 
     sequence: Tensor
@@ -42,9 +44,35 @@ class Tokens:
     batch_row: Tensor
     first_seen: dict[tuple[LayerKey, str], Tensor] = field(default_factory=dict)
     present: list[int] = field(default_factory=list)
+    modality: Tensor | None = None
 
     def __len__(self) -> int:
         return int(self.sequence.shape[0])
+
+    def part(self, places: Tensor) -> Tokens:
+        """The tokens of a call that has only some of the forward's rows.
+
+        Args:
+            places: (rows of the call,) their places among the rows of the forward, ascending.
+        """
+        real = torch.arange(self.rows, device=places.device)
+        if self.keep is not None:
+            real = torch.full_like(real, -1)
+            real[self.keep] = torch.arange(len(self), device=real.device)
+        token = real[places]
+        keep = (token >= 0).nonzero()[:, 0]
+        token = token[keep]
+        return replace(
+            self,
+            sequence=self.sequence[token],
+            position=self.position[token],
+            group=self.group[token],
+            rows=len(places),
+            keep=None if len(keep) == len(places) else keep,
+            batch_row=self.batch_row[token],
+            present=torch.unique(self.group[token]).tolist(),
+            modality=None if self.modality is None else self.modality[token],
+        )
 
     def select(self, values: Tensor, dim: int = 0) -> Tensor:
         """The entries of the real tokens, along the dimension that runs over all rows of the forward."""
@@ -91,7 +119,7 @@ class BlockBatch:
         tokens: the tokens of the forward.
         hidden: (rows, width) the experts' input x.
         ids: (rows, k) int64 selected experts; -1 = none.
-        weights: (rows, k) gate weights, 0 where there is no expert.
+        weights: (rows, k) gate weights, 0 where there is no expert; 1 where they multiply the inputs instead (Llama 4).
         output: (rows, width) the experts' weighted sum y, before what the block does to it.
         residual: (rows, width) the residual stream r before the norm that made x; None where it was not seen.
         slots: (rows, k) place of each selection among the rows inside the experts.
@@ -130,12 +158,14 @@ class ExpertRows:
         tokens: the tokens of the forward.
         expert: (rows,) int64 ascending.
         token: (rows,) int64, index into ``tokens``.
-        gate: (rows,) float32 gate weights.
+        gate: (rows,) float32 gate weights; 1 where they multiply the inputs instead (Llama 4).
         activation: (all rows, I) what enters the second projection; None where it is not shown.
         output: (all rows, hidden) what comes out of it, before the gate weight.
         real: (rows,) places of the rows among all rows, which also hold those of padding; None where all are real.
         block: the call that the rows belong to; None for shared experts.
         inputs: (forward rows, width) what the experts were given; None where it was not seen.
+        live: ``activation`` as part of a graph, to learn its gradient; None where the forward runs without gradients.
+        live_order: (all rows,) place of each row in ``live``; None where rows stand alike.
     """
 
     key: LayerKey
@@ -150,6 +180,8 @@ class ExpertRows:
     real: Tensor | None
     block: BlockBatch | None = None
     inputs: Tensor | None = None
+    live: Tensor | None = None
+    live_order: Tensor | None = None
 
     @cached_property
     def counts(self) -> Tensor:
@@ -192,7 +224,7 @@ class ResidualBatch:
 
 
 def concatenate_tokens(parts: list[Tokens]) -> Tokens:
-    """The tokens of successive forwards as one; ``first_seen`` and ``keep`` make no sense there and are left out."""
+    """The tokens of successive forwards as one; ``first_seen``, ``keep`` and ``modality`` are left out."""
     if len(parts) == 1:
         return parts[0]
     return Tokens(

@@ -2,40 +2,39 @@
 
 from __future__ import annotations
 
-import re
 from collections import defaultdict
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import nn
 
 from compressor.families import (
+    FUSED,
+    Adapter,
     ExpertsLayout,
-    Refusal,
     RouterTraits,
     SharedExperts,
     adapter_of,
-    describe_experts,
     find_shared_experts,
-    is_fused_experts,
-    refusal_of,
     router_traits,
 )
 from compressor.families.routers import ROUTER_NAMES
+from compressor.families.special.packed import packed_width
 from moescope.errors import ModelError
+from profiler.capture.stacks import DECODER, Stack, choose_stack, find_stacks, stack_name
+from profiler.capture.unwatchable import find_unwatchable, holds, left_out, refuse
 
 _COUNT_FIELDS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 _TOP_K_FIELDS = ("num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_topk", "moe_top_k", "moe_k")
-_OTHER_STACKS = ("vision", "visual", "audio", "talker", "code2wav", "mtp")
 
 
 @dataclass(frozen=True, eq=False)
 class MoELayer:
-    """One experts module of a model and what stands around it.
+    """One experts module of a model and what stands around it; of several calls in one forward, one of them.
 
     Attributes:
         layer: index of its decoder layer, dense layers counted.
-        step: 0, or 1, 2, ... for further experts modules in the same decoder layer.
+        step: 0, or 1, 2, ... for further experts modules in the same decoder layer, and for further calls of one.
         name: path of the experts module in the model.
         experts: the experts module itself.
         layout: how its weights are kept; None where they are packed (level routing only).
@@ -47,6 +46,11 @@ class MoELayer:
         top_k: k as configured; a call may show another.
         expert_width: neurons per routed expert, 0 where unknown.
         shared: the shared experts beside them, None where there are none.
+        block: the module that holds the experts; some families keep the selection bias there.
+        adapter: how their calls are read.
+        stack: the stack of layers that they stand in: decoder | encoder | vision | ...
+        routers: all routers, where each call of the experts has one of its own; the first is ``router``.
+        stride: experts modules in its decoder layer; the steps of one of them are so far apart.
     """
 
     layer: int
@@ -62,6 +66,18 @@ class MoELayer:
     top_k: int
     expert_width: int
     shared: SharedExperts | None = field(repr=False)
+    block: nn.Module | None = field(repr=False, default=None)
+    adapter: Adapter = field(default=FUSED, repr=False)
+    stack: str = DECODER
+    routers: tuple[nn.Module, ...] = field(default=(), repr=False)
+    stride: int = 1
+
+    def called(self, times: int) -> MoELayer:
+        """The layer as it is called for the ``times``-th time in a forward, from 0."""
+        if times == 0:
+            return self
+        router = self.routers[min(times, len(self.routers) - 1)] if self.routers else self.router
+        return replace(self, step=self.step + times * self.stride, router=router)
 
     @property
     def num_shared(self) -> int:
@@ -82,72 +98,100 @@ class MoEModel:
         layers: the MoE layers in the order of the decoder layers.
         owner: the sub-model that owns the decoder layers; its inputs are what the layers see.
         stack: the decoder layers, dense ones included.
-        config: the configuration of the text model.
+        config: the configuration of that sub-model.
+        name: what the stack is called.
+        left_out: what else of the model holds experts and is not watched, each in one sentence.
     """
 
     layers: list[MoELayer]
     owner: nn.Module = field(repr=False)
     stack: nn.ModuleList = field(repr=False)
     config: Any = field(repr=False)
+    name: str = DECODER
+    left_out: list[str] = field(default_factory=list)
 
 
-def find_moe_layers(model: nn.Module) -> list[MoELayer]:
+def find_moe_layers(model: nn.Module, stack: str | None = None) -> list[MoELayer]:
     """The MoE layers of a model, in the order of its decoder layers.
+
+    Args:
+        model: the model.
+        stack: which stack of layers, where there are several; see :func:`inspect_model`.
 
     Raises:
         ModelError: the model has none, or one that cannot be watched; the message names layer and class.
+        InputError: no stack of that name.
     """
-    return inspect_model(model).layers
+    return inspect_model(model, stack).layers
 
 
-def inspect_model(model: nn.Module) -> MoEModel:
-    """The MoE layers of a model and the modules around them.
+def inspect_model(model: nn.Module, stack: str | None = None) -> MoEModel:
+    """The MoE layers of one stack of a model and the modules around them.
+
+    Args:
+        model: the model.
+        stack: name or path of the stack, where there are several: encoder, decoder, vision, talker, ...; by default
+            the language decoder.
 
     Raises:
-        ModelError: the model has no MoE layer, one that cannot be watched, or several stacks of them.
+        ModelError: the model has no MoE layer, one that cannot be watched, or several stacks that it may be.
+        InputError: no stack of that name; the message lists those that there are.
     """
     modules = dict(model.named_modules())
-    found = {name: module for name, module in modules.items() if is_fused_experts(module) or adapter_of(module)}
-    _refuse_unwatchable(modules, found)
-    if not found:
+    adapters = {name: adapter for name, module in modules.items() if (adapter := adapter_of(module))}
+    unwatchable = find_unwatchable(modules, adapters)
+    refuse(unwatchable, stack_name(stack or "") if adapters else None)
+    if not adapters:
         raise ModelError(_without_layers(model))
-    stack_name = _choose_stack(found, modules)
-    owner = modules[stack_name.rpartition(".")[0]]
+    stacks = find_stacks(list(adapters), modules)
+    chosen = choose_stack(stacks, stack)
+    refuse(unwatchable, stack_name(chosen.experts[0]))
+    owner = modules[chosen.path.rpartition(".")[0]]
     config = getattr(owner, "config", None) or _text_config(model)
-    declared = _declared_routers(owner)
-    places: dict[int, int] = defaultdict(int)
+    layers = _describe_all(modules, adapters, chosen, _declared_routers(owner), config)
+    whole = modules[chosen.path]
+    assert isinstance(whole, nn.ModuleList)
+    return MoEModel(layers, owner, whole, config, chosen.name, left_out(modules, stacks, chosen, unwatchable))
+
+
+def _describe_all(
+    modules: dict[str, nn.Module],
+    adapters: dict[str, Adapter],
+    stack: Stack,
+    declared: dict[type, int],
+    config: Any,
+) -> list[MoELayer]:
+    by_index: dict[int, list[str]] = defaultdict(list)
+    for name in stack.experts:
+        by_index[int(name.removeprefix(f"{stack.path}.").split(".")[0])].append(name)
     layers = []
-    for name, experts in found.items():
-        if not name.startswith(f"{stack_name}."):
-            continue
-        index = int(name.removeprefix(f"{stack_name}.").split(".")[0])
-        layers.append(_describe(modules, name, experts, index, places[index], stack_name, declared, config))
-        places[index] += 1
-    layers.sort(key=lambda layer: layer.key)
-    stack = modules[stack_name]
-    assert isinstance(stack, nn.ModuleList)
-    return MoEModel(layers, owner, stack, config)
+    for index, names in sorted(by_index.items()):
+        for step, name in enumerate(names):
+            layer = _describe(modules, name, index, step, stack.path, declared, config, adapters[name])
+            layers.append(replace(layer, stack=stack.name, stride=len(names)))
+    return layers
 
 
 def _describe(
     modules: dict[str, nn.Module],
     name: str,
-    experts: nn.Module,
     index: int,
     step: int,
-    stack_name: str,
+    stack_path: str,
     declared: dict[type, int],
     config: Any,
+    adapter: Adapter,
 ) -> MoELayer:
+    experts = modules[name]
     if getattr(experts, "_is_expert_parallel", False):
         raise ModelError(
             f"{name} ({type(experts).__name__}) runs expert-parallel: each process sees only its own experts."
             " Load the model in one process"
         )
-    layer_name = f"{stack_name}.{index}"
-    router_name, router = _find_router(modules, name, layer_name, declared)
-    adapter = adapter_of(experts)
-    layout = adapter(experts) if adapter else describe_experts(experts)
+    layer_name = f"{stack_path}.{index}"
+    router_name, routers = _find_routers(modules, name, layer_name, declared, adapter)
+    router = routers[0] if routers else None
+    layout = adapter.layout(experts)
     num_experts = layout.num_experts if layout else _number(experts, ("num_experts",))
     num_experts = num_experts or _number(config, _COUNT_FIELDS)
     own_config = getattr(experts, "config", config)
@@ -156,6 +200,7 @@ def _describe(
     for block in _ancestors(name, layer_name):
         shared = shared or find_shared_experts(modules[block], own_config)
     router_class = type(router).__name__ if router is not None else ""
+    traits = router_traits(router_class=router_class, experts_class=type(experts).__name__, config=own_config)
     return MoELayer(
         layer=index,
         step=step,
@@ -164,33 +209,42 @@ def _describe(
         layout=layout,
         router=router,
         router_name=router_name,
-        logits_index=_index_of(router, declared),
-        traits=router_traits(router_class=router_class, experts_class=type(experts).__name__, config=own_config),
+        logits_index=adapter.logits_index if adapter.routers else _index_of(router, declared),
+        traits=replace(
+            traits,
+            score=adapter.score or traits.score,
+            may_skip=adapter.may_skip or adapter.zero_weight_is_none,
+            zero_weight_is_none=adapter.zero_weight_is_none,
+        ),
         num_experts=num_experts,
         top_k=top_k or 1,
-        expert_width=layout.width if layout else 0,
+        expert_width=layout.width if layout else packed_width(experts),
         shared=shared,
+        block=modules.get(name.rpartition(".")[0]),
+        adapter=adapter,
+        routers=tuple(routers),
     )
 
 
-def _find_router(
-    modules: dict[str, nn.Module], name: str, layer_name: str, declared: dict[type, int]
-) -> tuple[str, nn.Module | None]:
-    """The router nearest to an experts module: one that the model declares, else one that stands under a usual name."""
-    for block in _ancestors(name, layer_name):
+def _find_routers(
+    modules: dict[str, nn.Module], name: str, layer_name: str, declared: dict[type, int], adapter: Adapter
+) -> tuple[str, list[nn.Module]]:
+    """The router nearest to an experts module: one that the model declares, else one that stands under a usual name.
+
+    Several only where they stand in a list of their own, one for each call of the experts.
+    """
+    for block in [name, *_ancestors(name, layer_name)]:
         inside = {path: module for path, module in modules.items() if path.startswith(f"{block}.")}
         for path, module in inside.items():
-            if isinstance(module, tuple(declared)) and not _holds(path, name):
-                return path, module
-        for router_name in ROUTER_NAMES:
+            if not adapter.routers and isinstance(module, tuple(declared)) and not holds(path, name):
+                return path, [module]
+        for router_name in adapter.routers or ROUTER_NAMES:
             candidate = modules.get(f"{block}.{router_name}")
-            if candidate is not None and type(candidate) is not nn.Linear:
-                return f"{block}.{router_name}", candidate
-    return "", None
-
-
-def _holds(outer: str, inner: str) -> bool:
-    return inner == outer or inner.startswith(f"{outer}.")
+            if isinstance(candidate, nn.ModuleList):
+                return f"{block}.{router_name}", list(candidate)
+            if candidate is not None and (adapter.routers or type(candidate) is not nn.Linear):
+                return f"{block}.{router_name}", [candidate]
+    return "", []
 
 
 def _ancestors(name: str, last: str) -> list[str]:
@@ -216,55 +270,6 @@ def _declared_routers(owner: nn.Module) -> dict[type, int]:
 
 def _index_of(router: nn.Module | None, declared: dict[type, int]) -> int:
     return next((index for target, index in declared.items() if isinstance(router, target)), 0)
-
-
-def _choose_stack(found: dict[str, nn.Module], modules: dict[str, nn.Module]) -> str:
-    """The list of decoder layers that the experts stand in; side stacks (vision, audio, MTP) are left alone."""
-    stacks: dict[str, str] = {}
-    for name in found:
-        match = re.search(r"^(.*?)\.\d+\.", name)
-        while match and not isinstance(modules[match[1]], nn.ModuleList):
-            match = re.search(rf"^({re.escape(match[0])}.*?)\.\d+\.", name)
-        if match is None:
-            raise ModelError(f"{name} ({type(found[name]).__name__}) stands in no list of decoder layers")
-        stacks.setdefault(match[1], name)
-    main = [stack for stack in stacks if not any(word in stack.lower() for word in _OTHER_STACKS)] or list(stacks)
-    if len(main) > 1:
-        raise ModelError(f"the model has several stacks of MoE layers ({', '.join(main)}): pass one sub-model to watch")
-    return main[0]
-
-
-def _refuse_unwatchable(modules: dict[str, nn.Module], found: dict[str, nn.Module]) -> None:
-    for name, module in modules.items():
-        refusal = refusal_of(module)
-        if refusal is None and name not in found and _looks_like_experts(name, module, modules):
-            refusal = Refusal(
-                type(module).__name__,
-                "it holds experts, but not as transformers 5 fuses them",
-                "write an adapter (docs/adapters.md)",
-            )
-        if refusal is not None and not any(_holds(outer, name) for outer in found):
-            raise ModelError(
-                f"{_place(name)} ({refusal.experts_class}) cannot be watched: {refusal.reason}; {refusal.remedy}"
-            )
-
-
-def _looks_like_experts(name: str, module: nn.Module, modules: dict[str, nn.Module]) -> bool:
-    """Several equal feed-forward modules, or stacked 3-D weights, beside something that can choose among them."""
-    if isinstance(module, (nn.ModuleList, nn.ModuleDict)):
-        kinds = {type(child) for child in module.children()}
-        alike = len(module) > 1 and len(kinds) == 1 and next(iter(kinds)) is not nn.Linear
-        return alike and "expert" in name.rpartition(".")[2].lower()
-    stacked = [tensor for tensor in module.parameters(recurse=False) if tensor.ndim == 3 and tensor.shape[0] > 1]
-    if len(stacked) < 2 or len({tensor.shape[0] for tensor in stacked}) != 1:
-        return False
-    siblings = modules[name.rpartition(".")[0]].named_children() if name else ()
-    return any(child in ROUTER_NAMES for child, _ in siblings)
-
-
-def _place(name: str) -> str:
-    match = re.search(r"\.(\d+)\.", f".{name}.")
-    return f"layer {match[1]}, {name}" if match else name or "the model"
 
 
 def _without_layers(model: nn.Module) -> str:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import Counter
 from dataclasses import dataclass, field
 
-from torch import Tensor
+from torch import Tensor, nn
 
+from compressor.families import Routed
 from profiler.capture.batch import LayerKey, Tokens
+from profiler.capture.discovery import MoELayer
 from profiler.capture.inputs import ForwardInputs
 from profiler.capture.routing import LayerRouting
 from profiler.capture.sequences import BatchRows
@@ -23,9 +26,12 @@ class Frame:
         tokens: the real tokens among it.
         rows: the sequences that they belong to.
         sampled: whether the experts are recomputed in this forward, to prove the capture right.
-        chosen: per layer, the logits and ids that its router returned.
+        routed: per layer, what its router was given and returned last.
+        calls: per layer, how often its experts have been called.
+        chosen: per layer and step, the logits and ids that its router returned.
         routing: per layer, what its experts were called with.
-        passed: the last few (output, input) of modules that may stand between the residual stream and the experts.
+        parts: the tokens of calls that have a part of the forward's rows only, by the stack of their layers.
+        passed: the last few (module, output, input) that may stand between the residual stream and the experts.
     """
 
     inputs: ForwardInputs
@@ -34,21 +40,43 @@ class Frame:
     sampled: bool
     began: float = field(default_factory=time.perf_counter)
     thread: int = field(default_factory=threading.get_ident)
+    routed: dict[LayerKey, Routed] = field(default_factory=dict)
+    calls: Counter[LayerKey] = field(default_factory=Counter)
+    parts: dict[str, Tokens] = field(default_factory=dict)
     chosen: dict[LayerKey, tuple[Tensor | None, Tensor | None]] = field(default_factory=dict)
     routing: dict[LayerKey, LayerRouting] = field(default_factory=dict)
-    passed: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    passed: list[tuple[nn.Module, Tensor, Tensor]] = field(default_factory=list)
 
-    def saw_module(self, output: object, entered: object) -> None:
+    def tokens_of(self, layer: MoELayer, rows: int) -> Tokens | None:
+        """The tokens that a call of so many rows has: all, or those of the layer's kind; None where neither fits."""
+        if rows == self.tokens.rows:
+            return self.tokens
+        types = self.inputs.expert_types
+        if types is None or types.numel() != self.tokens.rows:
+            return None
+        seen = (types.reshape(-1) != 0) if layer.stack == "vision" else (types.reshape(-1) == 0)
+        if int(seen.sum()) != rows:
+            return None
+        if layer.stack not in self.parts:
+            self.parts[layer.stack] = self.tokens.part(seen.nonzero()[:, 0])
+        return self.parts[layer.stack]
+
+    def saw_module(self, module: nn.Module, output: object, entered: object) -> None:
         """A module of a decoder layer has run; a norm's output is what the experts are called with."""
         if isinstance(output, Tensor) and isinstance(entered, Tensor) and output.shape == entered.shape:
-            self.passed = [*self.passed[-3:], (output, entered)]
+            self.passed = [*self.passed[-3:], (module, output, entered)]
+
+    def norm_before(self, hidden: Tensor) -> tuple[nn.Module, Tensor] | None:
+        """The norm that gave ``hidden``, and what it was given; None where that was not seen.
+
+        The norm is the module whose output is the very memory that ``hidden`` reads: no name has to be known.
+        """
+        for module, output, entered in reversed(self.passed):
+            if output.data_ptr() == hidden.data_ptr() and output.numel() == hidden.numel():
+                return module, entered.detach()
+        return None
 
     def residual_before(self, hidden: Tensor) -> Tensor | None:
-        """(rows, hidden) the residual stream that the experts' input was normed from; None where that was not seen.
-
-        The norm is the module whose output is the very memory that the experts read: no name has to be known.
-        """
-        for output, entered in reversed(self.passed):
-            if output.data_ptr() == hidden.data_ptr() and output.numel() == hidden.numel():
-                return entered.detach().reshape(hidden.shape)
-        return None
+        """(rows, hidden) the residual stream that the experts' input was normed from; None where that was not seen."""
+        found = self.norm_before(hidden)
+        return None if found is None else found[1].reshape(hidden.shape)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from moescope.errors import CaptureError
+
+MODALITIES = ("text", "image", "video", "audio")
+"""What a token stands for, in the order in which the library's processors number it (``mm_token_type_ids``)."""
+
+OUTER_ARGUMENTS = ("input_ids", "attention_mask", "mm_token_type_ids")
+"""Arguments that modules around the decoder may have been given though the decoder itself was not."""
 
 
 @dataclass
@@ -23,6 +30,8 @@ class ForwardInputs:
         attention_mask: as it was passed; only a 2-D one says which tokens are padding.
         cache: the key-value cache that was passed in, None without one.
         device: where the model's inputs are.
+        expert_types: (batch, length) 0 for tokens of the text experts, else of the vision experts; None without choice.
+        token_types: (batch, length) index into :data:`MODALITIES`, as the processor marked it; None where it did not.
     """
 
     input_ids: Tensor | None
@@ -30,6 +39,8 @@ class ForwardInputs:
     attention_mask: Any
     cache: Any
     device: torch.device
+    token_types: Tensor | None = None
+    expert_types: Tensor | None = None
 
 
 def read_inputs(
@@ -41,7 +52,7 @@ def read_inputs(
         module: that sub-model.
         args: its positional arguments.
         kwargs: its named arguments.
-        outer: ``input_ids`` and ``attention_mask`` of the modules around it, the innermost winning.
+        outer: the :data:`OUTER_ARGUMENTS` of the modules around it, the innermost winning.
 
     Raises:
         CaptureError: it was called without token ids and without embeddings.
@@ -61,7 +72,24 @@ def read_inputs(
     # Wrappers may turn the caller's 2-D mask into a 4-D one on the way in; the caller's own says more.
     if getattr(outer.get("attention_mask"), "ndim", 0) == 2:
         mask = outer["attention_mask"]
-    return ForwardInputs(ids, shape, mask, cache, source.device)
+    types = outer.get("mm_token_type_ids")
+    types = types if types is not None and tuple(types.shape) == shape else None
+    parted = read_argument(module, "moe_mm_token_type_ids", args, kwargs)
+    return ForwardInputs(ids, shape, mask, cache, source.device, types, parted)
+
+
+def takes_text(module: nn.Module) -> bool:
+    """Whether a sub-model is called with token ids or embeddings; others (vision towers) are known by their layers."""
+    return bool({"input_ids", "inputs_embeds"} & set(inspect.signature(module.forward).parameters))
+
+
+def read_hidden(args: tuple[Any, ...], kwargs: Mapping[str, Any], outer: Mapping[str, Any]) -> ForwardInputs:
+    """The inputs of a sub-model that takes no text, by those of its first layer; without batch it is one sequence."""
+    hidden = (*args, *kwargs.values())[0]
+    shape = (1, int(hidden.shape[0])) if hidden.ndim == 2 else (int(hidden.shape[0]), int(hidden.shape[1]))
+    mask = outer.get("attention_mask")
+    fits = getattr(mask, "ndim", 0) == 2 and tuple(mask.shape) == shape  # type: ignore[union-attr]
+    return ForwardInputs(None, shape, mask if fits else None, None, hidden.device)
 
 
 def read_argument(module: nn.Module, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
@@ -89,3 +117,22 @@ def end_tokens(model: nn.Module) -> tuple[list[int], list[int]]:
         listed = value if isinstance(value, (list, tuple)) else [] if value is None else [value]
         found.append([int(entry) for entry in listed])
     return found[0], found[1]
+
+
+def modality_tokens(model: nn.Module) -> dict[int, str]:
+    """Ids of the tokens that stand for an image, video or audio, by the model's configuration and those inside it."""
+    found: dict[int, str] = {}
+    for config in _configurations(getattr(model, "config", None)):
+        for name, value in vars(config).items():
+            match = re.fullmatch(r"(image|video|audio)_token_(id|index)", name)
+            if match is not None and isinstance(value, int) and value >= 0:
+                found[value] = match[1]
+    return found
+
+
+def _configurations(config: Any) -> Iterator[Any]:
+    if config is None:
+        return
+    yield config
+    for name in getattr(config, "sub_configs", None) or ():
+        yield from _configurations(getattr(config, name, None))

@@ -6,23 +6,32 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from compressor.families import find_router_outputs
+from compressor.families import Routed, find_router_outputs
 from moescope.errors import CaptureError
-from profiler.capture.batch import BlockBatch, ExpertRows, ResidualBatch
+from profiler.capture.batch import BlockBatch, ExpertRows, ResidualBatch, Tokens
 from profiler.capture.discovery import MoELayer, MoEModel
+from profiler.capture.engine import capturing_graph
 from profiler.capture.frame import Frame
 from profiler.capture.hooks import Hooks
-from profiler.capture.inputs import modules_around, read_argument, read_inputs
+from profiler.capture.inputs import (
+    OUTER_ARGUMENTS,
+    modules_around,
+    read_argument,
+    read_hidden,
+    read_inputs,
+    takes_text,
+)
 from profiler.capture.recording import Recording
 from profiler.capture.routing import LayerRouting
 from profiler.capture.sequences import SequenceTracker
 from profiler.capture.shared import watch_shared
-from profiler.capture.tap import ExpertsCall, TappedRows, run_with_rows, tapped
+from profiler.capture.tap import ExpertsCall, TappedRows, run_packed, run_with_rows, tapped
 
 
 class Observer:
@@ -39,7 +48,9 @@ class Observer:
         active: False lets forwards pass without a look.
         whole: False while a forward is being added: an interrupt then leaves some recorders with it and some without.
         frame: the forward that is running, None between forwards.
+        holds: whether a forward that ends waits for what comes after it, see :meth:`holding`.
         found: the MoE layers.
+        running: the decoder layer that runs, where they run one at a time; None where all run.
     """
 
     def __init__(
@@ -54,8 +65,11 @@ class Observer:
         self._model, self.found = model, found
         self._recording, self._tracker, self._ended = recording, tracker, ended
         self.frame: Frame | None = None
+        self.running: int | None = None
         self._outer: dict[str, Any] = {}
         self.active = self.whole = True
+        self.holds = False
+        self._held: tuple[Frame, list[Any]] | None = None
 
     @contextmanager
     def attached(self) -> Iterator[None]:
@@ -74,27 +88,45 @@ class Observer:
             stack.close()
             self.frame, self._outer = None, {}
 
+    @contextmanager
+    def holding(self) -> Iterator[None]:
+        """While entered, a forward that ends waits: it counts together with what came after it, or not at all."""
+        self.holds, self._held = True, None
+        try:
+            yield
+        except BaseException:
+            if self._held is not None:
+                self._failed()
+            raise
+        finally:
+            held, self._held, self.holds = self._held, None, False
+        if held is not None:
+            self._count(*held)
+
     def _add_hooks(self, hooks: Hooks) -> None:
-        for module in modules_around(self._model, self.found.owner):
+        # The encoder and the decoder of one model have masks of their own; theirs are in the arguments of the owner.
+        both = getattr(getattr(self._model, "config", None), "is_encoder_decoder", False)
+        for module in [] if both else modules_around(self._model, self.found.owner):
             hooks.before(module, self._saw_outer)
-        hooks.before(self.found.owner, self._open)
+        hooks.before(self.found.owner if takes_text(self.found.owner) else self.found.stack[0], self._open)
         hooks.after(self.found.owner, self._close, always=True)
         for layer in self.found.layers:
-            if layer.router is not None:
-                hooks.after(layer.router, self._router_hook(layer), first=True)
+            for router in layer.routers:
+                hooks.after(router, self._router_hook(layer), first=True)
             if self._recording.sees_rows:
                 watch_shared(layer, hooks, self._take_shared)
-        if self._recording.sees_rows:
+        if self._recording.sees_norms:
             for module in _between(self.found):
                 hooks.after(module, self._saw_module, first=True)
         if self._recording.sees_residual:
             for index, module in enumerate(self.found.stack):
-                hooks.after(module, self._residual_hook(index), first=True)
+                if self.running in (None, index):
+                    hooks.after(module, self._residual_hook(index), first=True)
 
     # The frame of a forward
 
     def _saw_outer(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        for name in ("input_ids", "attention_mask"):
+        for name in OUTER_ARGUMENTS:
             value = read_argument(module, name, args, kwargs)
             if value is not None:
                 self._outer[name] = value
@@ -103,11 +135,15 @@ class Observer:
     def _open(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not self.active:
             return
+        if capturing_graph():
+            self._tracker.findings["graph capture"] += 1
+            return
         if self.frame is not None:
             if self.frame.thread != threading.get_ident():
                 raise CaptureError("two forwards of the watched model run at once: profile with one worker and thread")
             self._failed()  # an interrupt from the keyboard ended it without a word
-        inputs = read_inputs(module, args, kwargs, self._outer)
+        whole = module is self.found.owner
+        inputs = read_inputs(module, args, kwargs, self._outer) if whole else read_hidden(args, kwargs, self._outer)
         self._outer = {}
         tokens, rows = self._tracker.begin(inputs)
         sampled = self._recording.checks.wants_sample()
@@ -122,8 +158,16 @@ class Observer:
         if output is None:
             self._failed()
             return
-        seconds = time.perf_counter() - forward.began
         caches = [forward.inputs.cache, getattr(output, "past_key_values", None)]
+        if self.holds:
+            self._held = (forward, caches)
+        else:
+            self._count(forward, caches)
+
+    @torch.no_grad()
+    def _count(self, forward: Frame, caches: list[Any]) -> None:
+        """Take a forward that has ended well into the sums."""
+        seconds = time.perf_counter() - forward.began
         self.whole = False
         self._tracker.commit(forward.tokens, forward.rows, forward.inputs, caches)
         self._recording.commit(forward.tokens, forward.routing, forward.inputs.input_ids)
@@ -140,49 +184,57 @@ class Observer:
     def _router_hook(self, layer: MoELayer) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
         def see(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             if self.frame is not None:
-                found = find_router_outputs(output, logits_index=layer.logits_index, top_k=layer.top_k)
-                self.frame.chosen[layer.key] = found
+                self.frame.routed[layer.key] = Routed(module, args[0] if args else None, output)
 
         return see
 
     def _saw_module(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if self.frame is not None and args:
-            self.frame.saw_module(output, args[0])
+            self.frame.saw_module(module, output, args[0])
 
-    def _watcher(self, layer: MoELayer) -> Callable[[ExpertsCall], Tensor]:
-        def run(call: ExpertsCall) -> Tensor:
-            forward = self.frame
+    def _watcher(self, layer: MoELayer) -> Callable[[ExpertsCall], Any]:
+        def run(call: ExpertsCall) -> Any:
+            forward, call.adapter = self.frame, layer.adapter
             if forward is None:
                 self._tracker.findings["outside a forward"] += int(self.active)
                 return call.run()
-            output, rows = _run(call, layer) if self._recording.sees_rows else (call.run(), None)
+            call.last_routed = lambda: forward.routed.get(layer.key)
+            rows = _run(call, layer) if self._recording.sees_rows else call.run()
             with torch.no_grad():
-                self._take(forward, layer, call, output, rows)
-            return output
+                self._take(forward, layer, call, rows if self._recording.sees_rows else None)
+            return call.result
 
         return run
 
-    def _take(
-        self, forward: Frame, layer: MoELayer, call: ExpertsCall, output: Tensor, rows: TappedRows | None
-    ) -> None:
-        if layer.key in forward.routing:
-            raise CaptureError(f"{layer.name} was called twice in one forward: such a model needs an adapter")
+    def _take(self, forward: Frame, layer: MoELayer, call: ExpertsCall, rows: TappedRows | None) -> None:
         ids, weights = call.ids.detach(), call.weights.detach()
-        if ids.shape[0] != forward.tokens.rows:
+        tokens = forward.tokens_of(layer, ids.shape[0])
+        if tokens is None:
             self._tracker.findings["rows unlike tokens"] += 1
             return
-        logits, chosen = forward.chosen.get(layer.key, (None, None))
-        logits = _fitting(logits, ids.shape[0], layer.num_experts)
-        forward.routing[layer.key] = LayerRouting(layer, ids, weights, logits)
+        times, base = forward.calls[layer.key], layer.key
+        forward.calls[base] += 1
+        layer = layer.called(times)
+        logits = None
+        routed = forward.routed.pop(base, None)  # a later call that asks no router has no logits of its own
+        if routed is None and layer.adapter.method != "forward" and layer.router is not None:
+            # The block asked a kernel instead of its router, which is asked now: past its hooks, for the scores alone.
+            answer = layer.router.forward(call.hidden)
+            logits, _ = find_router_outputs(answer, logits_index=layer.logits_index, top_k=layer.top_k)
+        if routed is not None:
+            found = find_router_outputs(routed.output, logits_index=layer.logits_index, top_k=layer.top_k)
+            forward.chosen[layer.key], logits = found, found[0]
+        logits = _fitting(logits, ids.shape[0], layer)
+        part = None if tokens is forward.tokens else tokens
+        forward.routing[layer.key] = LayerRouting(layer, ids, weights, logits, part)
         if forward.sampled:
-            self._recording.checks.compare(layer, call, output, rows)
-            if chosen is not None and chosen.numel() == ids.numel():
-                self._recording.checks.compare_selection(layer, chosen, ids)
-        if rows is not None:
-            block = _block(forward, layer, call, output, rows)
-            self._recording.add_block(layer, block, _real_rows(block, layer, rows))
-            for probe in self._recording.probes:
-                probe.saw_experts(layer, call, rows, block)
+            seen = forward if part is None else replace(forward, tokens=part)
+            self._recording.checks.compare(seen, layer, call, call.output, rows)
+        block = None if rows is None else _block(forward, tokens, layer, call, rows)
+        if rows is not None and block is not None:
+            self._recording.add_block(layer, block, _real_rows(block, layer, call, rows))
+        for probe in self._recording.probes:
+            probe.saw_experts(layer, call, rows, block)
 
     def _take_shared(
         self, layer: MoELayer, inputs: Tensor | None, gate: Tensor | None, activation: Tensor | None, output: Tensor
@@ -196,8 +248,10 @@ class Observer:
         weight = torch.ones(output.shape[0], device=device) if gate is None else gate.float()
         weight = weight if keep is None else weight[keep]
         expert = torch.zeros_like(token)
+        live = activation if activation is not None and activation.requires_grad else None
+        flat = None if activation is None else activation.detach().reshape(-1, activation.shape[-1])
         self._recording.add_rows(
-            ExpertRows(layer.key, "shared", 1, tokens, expert, token, weight, activation, output, keep, inputs=inputs)
+            ExpertRows(layer.key, "shared", 1, tokens, expert, token, weight, flat, output, keep, None, inputs, live)
         )
 
     def _residual_hook(self, index: int) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
@@ -216,49 +270,55 @@ class Observer:
         return see
 
 
-def _run(call: ExpertsCall, layer: MoELayer) -> tuple[Tensor, TappedRows]:
-    assert layer.layout is not None, "refused before the run began"
-    return run_with_rows(call, layer.layout)
+def _run(call: ExpertsCall, layer: MoELayer) -> TappedRows:
+    if layer.layout is not None:
+        return run_with_rows(call, layer.layout)
+    assert layer.adapter.packed, "refused before the run began"
+    return run_packed(call)
 
 
-def _fitting(logits: Tensor | None, rows: int, num_experts: int) -> Tensor | None:
+def _fitting(logits: Tensor | None, rows: int, layer: MoELayer) -> Tensor | None:
     """(rows, classes) the logits, if there is one row per token and at least one class per expert."""
-    if logits is None:
+    if logits is None or logits.shape[-1] < layer.num_experts:
         return None
     flat = logits.detach().reshape(-1, logits.shape[-1])
-    return flat if flat.shape[0] == rows and flat.shape[1] >= num_experts else None
+    if layer.adapter.granularity == "sequence" and rows % max(1, len(flat)) == 0:
+        flat = flat.repeat_interleave(rows // max(1, len(flat)), 0)
+    return flat if len(flat) == rows else None
 
 
-def _block(frame: Frame, layer: MoELayer, call: ExpertsCall, output: Tensor, rows: TappedRows) -> BlockBatch:
-    ids, weights = call.ids.detach(), call.weights.detach().float()
+def _block(frame: Frame, tokens: Tokens, layer: MoELayer, call: ExpertsCall, rows: TappedRows) -> BlockBatch:
+    ids, weights = call.ids.detach(), call.output_weights.detach().float()
     none = (ids < 0) | (ids >= layer.num_experts)
     if layer.traits.zero_weight_is_none:
         none |= weights == 0
-    hidden = call.hidden.detach()
+    hidden, output = call.hidden.detach(), call.output.detach()
     return BlockBatch(
         key=layer.key,
         num_experts=layer.num_experts,
-        tokens=frame.tokens,
+        tokens=tokens,
         hidden=hidden,
         ids=torch.where(none, -1, ids),
         weights=torch.where(none, 0, weights),
-        output=output.detach().reshape(-1, output.shape[-1]),
+        output=output.reshape(-1, output.shape[-1]),
         residual=frame.residual_before(hidden),
         slots=rows.slots(ids.shape[-1]),
         outputs=rows.output,
     )
 
 
-def _real_rows(block: BlockBatch, layer: MoELayer, rows: TappedRows) -> ExpertRows:
+def _real_rows(block: BlockBatch, layer: MoELayer, call: ExpertsCall, rows: TappedRows) -> ExpertRows:
     """The rows of a layer without those of padding, and without those that mean "no expert"."""
     tokens, expert, token, gate, real = block.tokens, rows.expert, rows.token, rows.gate.float(), None
+    strange = bool(((expert[:1] < 0) | (expert[-1:] >= layer.num_experts)).any())  # they are sorted
     skips = layer.traits.zero_weight_is_none
     if tokens.keep is not None:
         place = torch.full((tokens.rows,), -1, device=token.device)
         place[tokens.keep.to(token.device)] = torch.arange(len(tokens), device=token.device)
         token = place[token]
-    if tokens.keep is not None or skips:
-        wanted = (token >= 0) & (gate != 0) if skips else token >= 0
+    if tokens.keep is not None or skips or strange:
+        wanted = (token >= 0) & (expert >= 0) & (expert < layer.num_experts)
+        wanted = wanted & (gate != 0) if skips else wanted
         real = wanted.nonzero()[:, 0]
         expert, token, gate = expert[real], token[real], gate[real]
     return ExpertRows(
@@ -273,16 +333,35 @@ def _real_rows(block: BlockBatch, layer: MoELayer, rows: TappedRows) -> ExpertRo
         rows.output,
         real,
         block,
-        block.hidden,
+        _expert_inputs(call),
+        rows.live,
+        rows.live_order,
     )
 
 
+def _expert_inputs(call: ExpertsCall) -> Tensor | None:
+    """(tokens, width) what the experts of each token were given; None where it differs by expert."""
+    if not call.adapter.weights_input:
+        return call.hidden.detach()
+    if call.weights.shape[1] > 1:
+        return None
+    return call.hidden.detach() * call.weights.detach()
+
+
 def _between(found: MoEModel) -> list[nn.Module]:
-    """The modules directly in the decoder layers of MoE layers that do not hold experts or routers: norms are there."""
-    between = []
-    for index in sorted({layer.layer for layer in found.layers}):
-        inside = {id(layer.experts) for layer in found.layers} | {id(layer.router) for layer in found.layers}
-        for child in found.stack[index].children():
-            if not any(id(module) in inside for module in child.modules()):
-                between.append(child)
-    return between
+    """The modules beside the MoE blocks of decoder layers that hold neither experts nor routers: norms are there."""
+    inside = {id(module) for layer in found.layers for module in (layer.experts, *layer.routers)}
+    indices = sorted({layer.layer for layer in found.layers})
+    return [module for index in indices for module in _beside(found.stack[index], inside)]
+
+
+def _beside(module: nn.Module, inside: set[int]) -> Iterator[nn.Module]:
+    for name, child in module.named_children():
+        if any(id(inner) in inside for inner in child.modules()):
+            # T5's layers keep their parts in a list.
+            yield from _beside(child, inside) if nn.ModuleList in (type(child), type(module)) else ()
+        elif isinstance(child, nn.ModuleList):
+            yield from child.children()  # LongCat's norms stand in lists
+        else:
+            yield child
+            yield from child.children() if "norm" in name else ()  # DBRX's in one module with the attention

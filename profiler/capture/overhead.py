@@ -66,7 +66,13 @@ class Overhead:
 
 
 def measure_overhead(
-    model: nn.Module, forward: Callable[[], object], *, level: str = "routing", rounds: int = 9
+    model: nn.Module,
+    forward: Callable[[], object],
+    *,
+    level: str = "routing",
+    rounds: int = 9,
+    watched: Callable[[], object] | None = None,
+    stack: str | None = None,
 ) -> Overhead:
     """Slow-down of ``forward`` by the profiler, writing of shards included.
 
@@ -75,14 +81,24 @@ def measure_overhead(
         forward: runs one batch.
         level: what to record, a comma list.
         rounds: pairs of forwards.
+        watched: what runs in its place with the profiler, where a level asks for more than a forward.
+        stack: which layers are watched, see :func:`profiler.watch`.
     """
-    timings = time_levels(model, forward, levels=[level], rounds=rounds)
+    timings = time_levels(model, forward, levels=[level], rounds=rounds, watched=watched, stack=stack)
     # A GPU works while the processor waits, so only elapsed time counts there.
     clock = "wall" if next(model.parameters()).device.type == "cuda" else "process"
     return compare(timings[0], timings[1], level=level, clock=clock)
 
 
-def time_levels(model: nn.Module, forward: Callable[[], object], *, levels: Sequence[str], rounds: int) -> list[Timing]:
+def time_levels(
+    model: nn.Module,
+    forward: Callable[[], object],
+    *,
+    levels: Sequence[str],
+    rounds: int,
+    watched: Callable[[], object] | None = None,
+    stack: str | None = None,
+) -> list[Timing]:
     """Times of the bare forward and of one variant per level, in interleaved rounds.
 
     Each round runs every variant once, in an order that rotates. What the rounds of a level recorded is written as one
@@ -90,21 +106,22 @@ def time_levels(model: nn.Module, forward: Callable[[], object], *, levels: Sequ
     """
     from profiler.capture.watch import watch
 
-    names = ["bare", *levels]
+    names, watched = ["bare", *levels], watched or forward
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
     with tempfile.TemporaryDirectory(prefix="moescope-overhead-") as folder:
         sessions = {
-            level: watch(model, store=folder, name=f"level{place}", level=level, flush_seconds=math.inf)
+            level: watch(model, store=folder, name=f"level{place}", level=level, flush_seconds=math.inf, stack=stack)
             for place, level in enumerate(levels)
         }
         for session in sessions.values():
-            _time(forward, session.attached)  # sampled and recomputed, as the first forward of every run
+            _time(watched, session.attached)  # sampled and recomputed, as the first forward of every run
             session.flush()
         _time(forward)
         for turn in range(rounds):
             for place in range(len(names)):
                 name = names[(place + turn) % len(names)]
-                times[name].append(_time(forward, sessions[name].attached if name in sessions else nullcontext))
+                run, around = (watched, sessions[name].attached) if name in sessions else (forward, nullcontext)
+                times[name].append(_time(run, around))
         shares = {level: np.array(_time(session.flush)) / rounds for level, session in sessions.items()}
     return [Timing(name, *(np.array(measured) + shares.get(name, 0.0)).T) for name, measured in times.items()]
 

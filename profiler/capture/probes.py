@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Protocol
 
 import polars as pl
 
-from profiler.capture.batch import BlockBatch
+from profiler.capture.batch import BlockBatch, ExpertRows
+from profiler.capture.check_rows import CheckRow
 from profiler.capture.discovery import MoELayer
 from profiler.capture.hooks import Hooks
 from profiler.capture.tap import ExpertsCall, TappedRows
@@ -24,7 +25,7 @@ class Probe(Protocol):
     """
 
     needs_rows: bool
-    """Whether :meth:`saw_experts` is to be called; it costs what level activations costs before any sum is made."""
+    """Whether rows inside the experts are to be seen; it costs what level activations costs before any sum is made."""
 
     def attach(self, observer: Observer, hooks: Hooks, stack: ExitStack) -> None:
         """Put hooks on, through ``hooks``, and enter what else is needed on ``stack``; both end with the watching.
@@ -32,8 +33,13 @@ class Probe(Protocol):
         ``observer.frame`` is the forward that is running (None: do nothing), ``observer.found`` the model's layers.
         """
 
-    def saw_experts(self, layer: MoELayer, call: ExpertsCall, rows: TappedRows, block: BlockBatch) -> None:
-        """The routed experts of a layer have run."""
+    def saw_experts(
+        self, layer: MoELayer, call: ExpertsCall, rows: TappedRows | None, block: BlockBatch | None
+    ) -> None:
+        """The routed experts of a layer have run; rows and block are None where no recorder asked for rows."""
+
+    def saw_rows(self, batch: ExpertRows) -> None:
+        """The real tokens' rows inside the experts of a layer, routed or shared; where a recorder asked for rows."""
 
     def commit(self) -> None:
         """The forward has ended well."""
@@ -43,3 +49,6 @@ class Probe(Protocol):
 
     def drain(self) -> dict[str, pl.DataFrame]:
         """The sums since the last drain, by table; they start again from nothing."""
+
+    def checks(self) -> list[CheckRow]:
+        """What the probe proves about itself, at the end of the session."""

@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import polars as pl
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import store
 from profiler.capture.discovery import MoELayer, MoEModel
@@ -17,21 +18,40 @@ SAMPLES = 64
 """Values per parameter that enter the fingerprint, at equal distances."""
 
 
-def fingerprint(model: nn.Module) -> str:
+def fingerprint(model: nn.Module, samples: Mapping[str, Tensor] | None = None) -> str:
     """SHA-256 over names, shapes, types and sampled values of the weights, in the order of their names.
 
     Two checkpoints with equal fingerprints are the same weights for all that a profile is concerned; weights that are
     not in memory (offloaded to disk) enter by name, shape and type alone.
+
+    Args:
+        model: the model.
+        samples: what :func:`sample` gave of weights that were in memory before, by name.
     """
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict(keep_vars=True).items()):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
-        if tensor.is_meta or not tensor.numel():
-            continue
-        flat = tensor.detach().reshape(-1)
-        step = max(1, flat.numel() // SAMPLES)
-        digest.update(flat[::step][:SAMPLES].cpu().to(torch.float64).numpy().tobytes())
+        values = (samples or {}).get(name) if tensor.is_meta else sample(tensor)
+        if values is not None and values.numel():
+            digest.update(values.to(torch.float64).numpy().tobytes())
     return digest.hexdigest()
+
+
+def sample(tensor: Tensor) -> Tensor:
+    """(at most SAMPLES,) values of a weight that tell it from others."""
+    places = sample_places(tensor.numel())
+    plain = tensor.detach()
+    try:
+        flat = plain.reshape(-1)
+    except NotImplementedError:  # quantized tensors (torchao's) know few operations
+        flat = plain.dequantize().reshape(-1)
+    return flat[places.start : places.stop : places.step].cpu().clone()
+
+
+def sample_places(values: int) -> range:
+    """Where they stand in a weight of so many values."""
+    step = max(1, values // SAMPLES)
+    return range(0, min(values, step * SAMPLES), step)
 
 
 def describe_run(
@@ -84,7 +104,23 @@ def describe_layer(layer: MoELayer, top_k: int) -> store.LayerInfo:
         top_k=top_k,
         num_shared=layer.num_shared,
         expert_width=layer.expert_width,
+        stack=layer.stack,
+        granularity=layer.adapter.granularity,
     )
+
+
+def describe_experts(layer: MoELayer) -> pl.DataFrame:
+    """Rows of table ``expert``: the kind of each expert, and whose weights it runs."""
+    kinds = list(layer.layout.kinds) if layer.layout is not None else ["routed"] * layer.num_experts
+    owners = layer.adapter.owners
+    owned = list(owners(layer.experts)) if owners else [(layer.layer, expert) for expert in range(layer.num_experts)]
+    columns = {
+        "kind": kinds,
+        "owner_layer": [owner[0] for owner in owned],
+        "owner_expert": [owner[1] for owner in owned],
+    }
+    frame = pl.DataFrame({"expert": range(layer.num_experts), **columns})
+    return frame.with_columns(layer=pl.lit(layer.layer), step=pl.lit(layer.step))
 
 
 def _jsonable(config: Any) -> dict[str, Any]:

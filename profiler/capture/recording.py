@@ -13,7 +13,7 @@ from profiler.capture.batch import BlockBatch, ExpertRows, LayerKey, ResidualBat
 from profiler.capture.checks import Checks
 from profiler.capture.discovery import MoELayer
 from profiler.capture.levels import RecordingOptions
-from profiler.capture.provenance import describe_layer
+from profiler.capture.provenance import describe_experts, describe_layer
 from profiler.capture.routing import LayerRouting, RoutingBuffer
 from profiler.recorders.expert_output import ExpertOutputRecorder
 from profiler.recorders.levels import level_probes
@@ -43,7 +43,9 @@ class Recording:
         checks: the proofs that are gathered while recording.
         probes: recorders that put their own hooks on.
         sees_rows: whether what happens inside the experts is wanted.
+        sees_norms: whether the norms before the experts are wanted.
         sees_residual: whether the residual stream is wanted.
+        keeps_text: False where the text has been kept already.
     """
 
     def __init__(self, layers: Sequence[MoELayer], *, options: RecordingOptions, tokenizer: Any) -> None:
@@ -51,9 +53,12 @@ class Recording:
         self.sees_residual = "activations" in options.levels
         self.probes = level_probes(options)
         self.sees_rows = self.sees_residual or any(probe.needs_rows for probe in self.probes)
+        self.sees_norms = self.sees_rows or "lookahead" in options.levels
         self._by_key = {layer.key: layer for layer in layers}
         self._top_k: dict[LayerKey, int] = {}
+        self._described: set[LayerKey] = set()
         self._text = TextRecorder(tokenizer) if tokenizer is not None else None
+        self.keeps_text = self._text is not None
         self._trace = TraceRecorder(max(layer.num_experts for layer in layers))
         by_domain = options.vectors_per_domain
         self._routing: list[Any] = [
@@ -73,8 +78,8 @@ class Recording:
 
     @property
     def bytes_held(self) -> int:
-        """What the trace holds in memory until the next drain."""
-        return self._trace.bytes_held
+        """What grows with every token until the next drain: the trace, scores of tokens, and text."""
+        return sum(getattr(recorder, "bytes_held", 0) for recorder in (*self._routing, self._text))
 
     def add_block(self, layer: MoELayer, block: BlockBatch, rows: ExpertRows) -> None:
         """Add what the routed experts of one layer did."""
@@ -88,6 +93,8 @@ class Recording:
         """Add what happened inside the experts of one layer, routed or shared."""
         for recorder in self._inside:
             recorder.update(batch)
+        for probe in self.probes:
+            probe.saw_rows(batch)
 
     def add_residual(self, batch: ResidualBatch) -> None:
         """Add the residual stream after one layer."""
@@ -96,13 +103,14 @@ class Recording:
 
     def commit(self, tokens: Tokens, routing: Mapping[LayerKey, LayerRouting], input_ids: Tensor | None) -> None:
         """The forward has ended well."""
-        self.checks.saw_layers(routing)
+        self.checks.saw_forward(tokens, routing)
         for key, entry in routing.items():
-            self._top_k[key] = max(self._top_k.get(key, 0), entry.ids.shape[-1])
+            self._by_key[key] = entry.layer
+            self._top_k[key] = max(self._top_k.get(key, 0), _largest_k(tokens, entry))
         self._buffer.add(tokens, routing)
         for recorder in self._staged:
             recorder.commit()
-        if self._text is not None and input_ids is not None:
+        if self._text is not None and self.keeps_text and input_ids is not None:
             self._text.update(tokens, input_ids)
 
     def discard(self) -> None:
@@ -118,10 +126,23 @@ class Recording:
         for recorder in (*self._routing, *self._staged, *others):
             for table, frame in recorder.drain().items():
                 frames[table].append(frame)
+        self.checks.saw_sums(frames)
         if self._top_k:
             known = [describe_layer(self._by_key[key], top_k) for key, top_k in self._top_k.items()]
             frames["layer"] = [pl.DataFrame([layer.__dict__ for layer in known])]
+        new = [key for key in self._top_k if key not in self._described]
+        if new:
+            self._described.update(new)
+            frames["expert"] = [describe_experts(self._by_key[key]) for key in new]
         return frames
+
+
+def _largest_k(tokens: Tokens, entry: LayerRouting) -> int:
+    """The most experts that a token took; all take k unless their router may skip some."""
+    if not entry.layer.traits.may_skip:
+        return entry.ids.shape[-1]
+    ids = (entry.tokens or tokens).select(entry.ids)
+    return int((ids >= 0).sum(1).max()) if ids.numel() else 0
 
 
 def _activation_recorders(by_domain: bool) -> tuple[list[Any], list[Any], list[Any]]:

@@ -25,12 +25,16 @@ WAITING_FORWARDS = 64
 
 @dataclass
 class LayerRouting:
-    """What one experts module was called with: ids and weights (rows, k), logits (rows, classes) or None."""
+    """What one experts module was called with: ids and weights (rows, k), logits (rows, classes) or None.
+
+    ``tokens`` are those of the rows, where the call has only a part of the forward's.
+    """
 
     layer: MoELayer
     ids: Tensor
     weights: Tensor
     logits: Tensor | None
+    tokens: Tokens | None = None
 
 
 _Part = tuple[Tokens, Tensor, Tensor, Tensor | None]
@@ -50,7 +54,9 @@ class RoutingBuffer:
         alike: dict[Any, list[LayerRouting]] = defaultdict(list)
         for entry in routing.values():
             alike[_likeness(entry)].append(entry)
+        whole = tokens
         for likeness, entries in alike.items():
+            tokens = entries[0].tokens or whole
             key = (likeness, tuple(entry.layer.key for entry in entries))
             self._layers[key] = [entry.layer for entry in entries]
             ids = tokens.select(torch.stack([entry.ids for entry in entries]), 1)
@@ -58,7 +64,7 @@ class RoutingBuffer:
             shown = [entry.logits.float() for entry in entries if entry.logits is not None]
             logits = tokens.select(torch.stack(shown), 1) if shown else None
             self._parts[key].append((tokens, ids, weights, logits))
-        self._tokens += len(tokens)
+        self._tokens += len(whole)
         self._forwards += 1
         if self._tokens >= WAITING_TOKENS or self._forwards >= WAITING_FORWARDS:
             self.flush()
@@ -86,8 +92,8 @@ class RoutingBuffer:
 
 def _likeness(entry: LayerRouting) -> Any:
     classes = entry.logits.shape[-1] if entry.logits is not None else 0
-    layer = entry.layer
-    return layer.num_experts, layer.traits, entry.ids.shape[-1], classes, entry.ids.device, entry.weights.dtype
+    layer, part = entry.layer, None if entry.tokens is None else id(entry.tokens)
+    return part, layer.num_experts, layer.traits, entry.ids.shape[-1], classes, entry.ids.device, entry.weights.dtype
 
 
 def _assemble(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from moescope.errors import InputError
 from profiler.capture.batch import Group, LayerKey, Tokens
-from profiler.capture.inputs import ForwardInputs
+from profiler.capture.inputs import MODALITIES, ForwardInputs
 
 
 @dataclass
@@ -58,18 +58,30 @@ class SequenceTracker:
         domain: label of rows that nobody labels otherwise.
         end_ids: ids of end tokens.
         pad_ids: ids of padding tokens.
+        modality_ids: ids of the tokens that stand for something else than text, with what it is. Statistics of such
+            tokens are kept under the label ``DOMAIN:image`` and the like.
 
     Attributes:
         next_sequence: number of the next sequence; a resumed run goes on after its last.
         groups: the (domain, phase) pairs that occurred; what :class:`Tokens` has indices into.
         findings: what could not be known or was left out, with how often.
+        again: the text has been run before, through other layers: its sequences are known.
     """
 
-    def __init__(self, *, domain: str, end_ids: Sequence[int], pad_ids: Sequence[int]) -> None:
+    def __init__(
+        self,
+        *,
+        domain: str,
+        end_ids: Sequence[int],
+        pad_ids: Sequence[int],
+        modality_ids: Mapping[int, str] | None = None,
+    ) -> None:
         self.domain = domain
+        self._modality_ids = dict(modality_ids or {})
         self.next_sequence = 0
         self.groups: list[Group] = []
         self.findings: Counter[str] = Counter()
+        self.again = False
         self._end_ids, self._stop_ids = sorted(set(end_ids)), sorted({*end_ids, *pad_ids})
         self._label = Label()
         self._caches: WeakKeyDictionary[Any, BatchRows] = WeakKeyDictionary()
@@ -113,7 +125,8 @@ class SequenceTracker:
         if tokens.present and all(tokens.groups[group][1] == "prompt" for group in tokens.present):
             rows.prompt_lengths = rows.prompt_lengths + added
         rows.columns += inputs.shape[1]
-        self._touched[id(rows)] = rows
+        if not self.again:
+            self._touched[id(rows)] = rows
         for cache in caches:
             if cache is not None:
                 self._caches[cache] = rows
@@ -213,20 +226,45 @@ class SequenceTracker:
             position = rows.lengths[:, None] + valid.cumsum(1) - 1
         batch_row = torch.arange(batch, device=device).repeat_interleave(length)
         keep = None if valid is None else valid.reshape(-1).nonzero()[:, 0]
-        flat = position.reshape(-1)
+        flat, modality = position.reshape(-1), self._modality(inputs)
         if keep is not None:
             batch_row, flat = batch_row[keep], flat[keep]
+            modality = None if modality is None else modality[keep]
+        group = torch.tensor(groups, device=device)[batch_row]
+        if modality is not None:
+            group = self._group_by_modality(group, modality)
+            groups = group.tolist()
         return Tokens(
             sequence=numbers[batch_row],
             position=flat,
-            group=torch.tensor(groups, device=device)[batch_row],
+            group=group,
             groups=self.groups,
             rows=batch * length,
             keep=keep,
             batch_row=batch_row,
             first_seen=rows.first_seen,
             present=sorted(set(groups)),
+            modality=modality,
         )
+
+    def _modality(self, inputs: ForwardInputs) -> Tensor | None:
+        """(batch x length,) index into ``MODALITIES``, by the processor's mask or else the ids; None if all is text."""
+        types = None if inputs.token_types is None else inputs.token_types.to(inputs.device)
+        if types is None and self._modality_ids and inputs.input_ids is not None:
+            types = torch.zeros_like(inputs.input_ids)
+            for token, name in self._modality_ids.items():
+                types[inputs.input_ids == token] = MODALITIES.index(name)
+        return types.reshape(-1).clamp(0, len(MODALITIES) - 1) if types is not None and bool(types.any()) else None
+
+    def _group_by_modality(self, group: Tensor, modality: Tensor) -> Tensor:
+        """(tokens,) the groups of tokens that are no text get a label of their own."""
+        apart = group.clone()
+        for entry, kind in torch.stack([group, modality], 1).unique(dim=0).tolist():
+            if kind:
+                domain, phase = self.groups[entry]
+                label = self._group((f"{domain}:{MODALITIES[kind]}", phase))
+                apart[(group == entry) & (modality == kind)] = label
+        return apart
 
     def _group(self, group: Group) -> int:
         if group not in self.groups:

@@ -12,7 +12,10 @@ from profiler.capture.discovery import MoELayer
 from profiler.capture.hooks import Hooks
 
 Take = Callable[[MoELayer, "Tensor | None", "Tensor | None", "Tensor | None", Tensor], None]
-"""``take(layer, inputs (rows, hidden) or None, gate (rows,) or None, activation (rows, width) or None, output)``"""
+"""``take(layer, inputs (rows, hidden) or None, gate (rows,) or None, activation (..., width) or None, output)``
+
+The activation is the tensor that the model goes on with, graph included.
+"""
 
 
 def watch_shared(layer: MoELayer, hooks: Hooks, take: Take) -> None:
@@ -24,7 +27,7 @@ def watch_shared(layer: MoELayer, hooks: Hooks, take: Take) -> None:
 
     def before_down(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         inputs = args[0] if args else next(iter(kwargs.values()))
-        held[:] = [inputs.detach().reshape(-1, inputs.shape[-1])]
+        held[:] = [inputs]
 
     def after_all(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         activation = held.pop() if held else None
@@ -43,7 +46,8 @@ def watch_shared(layer: MoELayer, hooks: Hooks, take: Take) -> None:
 
 def _gate(gate: Any, args: tuple[Any, ...]) -> Tensor | None:
     """(rows,) the weight by which the block multiplies the shared output; computed again, past the gate's hooks."""
-    if gate is None or not args or gate.weight.is_meta:
+    if gate is None or not args:
         return None
+    # Where accelerate keeps the weight on disk, its forward fetches it.
     inputs = args[0].detach()
     return torch.sigmoid(gate.forward(inputs.reshape(-1, inputs.shape[-1]))).reshape(-1)

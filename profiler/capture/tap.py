@@ -11,13 +11,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from compressor.families import ExpertsLayout, is_fused_experts
+from compressor.families import FUSED, Adapter, ExpertsLayout, Routed, Selection, adapter_of, is_fused_experts
 from moescope.errors import CaptureError
 
 ExpertsFunction = Callable[..., Tensor]
@@ -25,7 +25,7 @@ ExpertsFunction = Callable[..., Tensor]
 
 @dataclass
 class ExpertsCall:
-    """One call of one experts module, before it has run.
+    """One call of one experts module. What was selected is known once it has run: some modules hold their router.
 
     Attributes:
         module: the experts module.
@@ -33,6 +33,9 @@ class ExpertsCall:
         function: that function; ``function(module, *args, **kwargs)`` is what the model would have done.
         args: positional arguments of the call.
         kwargs: named arguments of the call.
+        adapter: how the call is to be read.
+        last_routed: gives what the router said last; None where no router was seen.
+        result: what the module returned, once it has run.
     """
 
     module: nn.Module
@@ -40,18 +43,82 @@ class ExpertsCall:
     function: ExpertsFunction
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+    adapter: Adapter = FUSED
+    last_routed: Callable[[], Routed | None] = lambda: None
+    result: Any = None
 
-    def __post_init__(self) -> None:
-        # Some families call by position, GPT-OSS by its own names; the order is the same everywhere.
-        hidden, self.ids, self.weights = (*self.args, *self.kwargs.values())[:3]
-        self.hidden: Tensor = hidden.reshape(-1, hidden.shape[-1])
-
-    def run(self, module: Any = None) -> Tensor:
+    def run(self, module: Any = None) -> Any:
         """Run the experts, on a stand-in for the module where one is given."""
-        return self.function(self.module if module is None else module, *self.args, **self.kwargs)
+        self.result = self.function(self.module if module is None else module, *self.args, **self.kwargs)
+        return self.result
+
+    @property
+    def routed(self) -> Routed | None:
+        """What the router said last; some routers run inside the module that is called."""
+        return self.last_routed()
+
+    @cached_property
+    def selection(self) -> Selection:
+        """Whom the tokens went to; read after the run.
+
+        Raises:
+            CaptureError: the adapter cannot read the call, or reads something that is no selection.
+        """
+        return _read(self)
+
+    @property
+    def hidden(self) -> Tensor:
+        """(tokens, width) the experts' inputs x, before any gate weight."""
+        return self.selection.hidden
+
+    @property
+    def ids(self) -> Tensor:
+        """(tokens, k) selected experts."""
+        return self.selection.ids
+
+    @property
+    def weights(self) -> Tensor:
+        """(tokens, k) gate weights, wherever the model applies them."""
+        return self.selection.weights
+
+    @property
+    def output_weights(self) -> Tensor:
+        """(tokens, k) by what the experts' outputs are multiplied in their sum: 1 where the inputs were weighted."""
+        weights = self.weights
+        return torch.ones_like(weights) * (self.ids >= 0) if self.adapter.weights_input else weights
+
+    def inputs_of(self, token: Tensor, gate: Tensor) -> Tensor:
+        """(rows, width) what an expert is given, row by row: tokens, and their gate weights for it."""
+        inputs = self.hidden.detach()[token]
+        return inputs * gate.detach()[:, None].to(inputs.dtype) if self.adapter.weights_input else inputs
+
+    @cached_property
+    def output(self) -> Tensor:
+        """(tokens, hidden) the experts' weighted sum; read after the run."""
+        return self.adapter.output(self)
 
 
-Watcher = Callable[[ExpertsCall], Tensor]
+def _read(call: ExpertsCall) -> Selection:
+    """Adapters are written by users: what goes wrong in one is said in one line."""
+    if call.adapter is FUSED:
+        return call.adapter.read(call)
+    name = type(call.module).__name__
+    try:
+        selection = call.adapter.read(call)
+        hidden, ids, weights = (tuple(part.shape) for part in (selection.hidden, selection.ids, selection.weights))
+    except CaptureError:
+        raise
+    except Exception as error:
+        raise CaptureError(f"the adapter of {name} cannot read a call: {type(error).__name__}: {error}") from error
+    if len(hidden) != 2 or len(ids) != 2 or ids != weights or ids[0] != hidden[0]:
+        raise CaptureError(
+            f"the adapter of {name} reads hidden {hidden}, ids {ids} and weights {weights}: (tokens, width) and twice"
+            " (tokens, k) are wanted"
+        )
+    return selection
+
+
+Watcher = Callable[[ExpertsCall], Any]
 
 _watchers: dict[int, Watcher] = {}
 _running: set[int] = set()
@@ -118,8 +185,8 @@ def _registries() -> list[Any]:
 
 def _wrap(backend: str, function: ExpertsFunction | None) -> ExpertsFunction:
     @torch.compiler.disable
-    def watched(module: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
-        run = function if function is not None else type(module).forward.__wrapped__  # type: ignore[attr-defined]
+    def watched(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        run = function if function is not None else _own_forward(module)
         # A backend may hand on to another one of the registry: the call is one and the same.
         watcher = None if id(module) in _running else _watchers.get(id(module))
         if watcher is None:
@@ -133,17 +200,28 @@ def _wrap(backend: str, function: ExpertsFunction | None) -> ExpertsFunction:
     return cast(ExpertsFunction, watched)
 
 
+def _own_forward(module: nn.Module) -> ExpertsFunction:
+    """The forward that the library decorated; FP8 experts are decorated once more for every layer."""
+    forward: Any = type(module).forward
+    dispatcher = forward.__code__
+    while forward.__code__ is dispatcher:
+        forward = forward.__wrapped__
+    return cast(ExpertsFunction, forward)
+
+
 def _shadow(module: nn.Module) -> Callable[[], None]:
     """Put the tap before the forward of a module outside the interface; returns what takes it off again."""
-    before = module.__dict__.get("forward", _ABSENT)
-    own = module.forward
-    module.__dict__["forward"] = partial(_wrap("own", lambda _, *args, **kwargs: own(*args, **kwargs)), module)
+    adapter = adapter_of(module)
+    name = adapter.method if adapter is not None else "forward"
+    before = module.__dict__.get(name, _ABSENT)
+    own = getattr(module, name)
+    module.__dict__[name] = partial(_wrap("own", lambda _, *args, **kwargs: own(*args, **kwargs)), module)
 
     def restore() -> None:
         if before is _ABSENT:
-            del module.__dict__["forward"]
+            del module.__dict__[name]
         else:
-            module.__dict__["forward"] = before
+            module.__dict__[name] = before
 
     return restore
 
@@ -155,20 +233,22 @@ class TappedRows:
     Attributes:
         expert: (rows,) expert of each row, ascending.
         token: (rows,) index of its token in the call.
-        gate: (rows,) gate weight.
-        activation: (rows, I) what entered the second projection.
+        gate: (rows,) weight of the row in the experts' sum.
+        activation: (rows, I) what entered the second projection; None where a kernel keeps it to itself.
         output: (rows, hidden) what came out of it, before the gate weight.
         order: (rows,) place of each row among the selections, token by token.
-        live: ``activation`` with its graph, where the forward runs with gradients, in the backend's own order of rows.
+        live: ``activation`` as part of a graph, where the forward runs with gradients.
+        live_order: (rows,) place of each row in ``live``; None where rows stand alike.
     """
 
     expert: Tensor
     token: Tensor
     gate: Tensor
-    activation: Tensor
+    activation: Tensor | None
     output: Tensor
     order: Tensor
     live: Tensor | None = None
+    live_order: Tensor | None = None
 
     def slots(self, k: int) -> Tensor:
         """(tokens, k) the row of each selection."""
@@ -204,19 +284,38 @@ class _StandIn:
         return output
 
 
-def run_with_rows(call: ExpertsCall, layout: ExpertsLayout) -> tuple[Tensor, TappedRows]:
-    """Run the experts and see inside; the output is the one that the model would have had, bit for bit.
+def run_with_rows(call: ExpertsCall, layout: ExpertsLayout) -> TappedRows:
+    """Run the experts and see inside; what they return is what the model would have had, bit for bit.
 
     Where the backend does not let the rows be seen (the eager loop, fused kernels, another version of the library), the
     experts run as they are and the rows are computed again, expert by expert.
     """
     stand_in = _StandIn(call.module)
     seen = call.backend in ("grouped_mm", "batched_mm")
-    output = call.run(stand_in if seen else None)
+    call.run(stand_in if seen else None)
     with torch.no_grad():
         if stand_in.output is None or stand_in.activation is None:
-            return output, _computed_rows(call, layout)
-        return output, _seen_rows(call, stand_in)
+            return _computed_rows(call, layout)
+        return _seen_rows(call, stand_in)
+
+
+def run_packed(call: ExpertsCall) -> TappedRows:
+    """Run experts with packed weights, and once more with every (token, expert) as a token of its own.
+
+    With one expert per token and weight 1, what the module returns is what single experts put out. The model gets the
+    first answer. What enters the second projection is seen where the backend asks the module for its gate (FP8).
+    """
+    stand_in = _StandIn(call.module)
+    call.run(stand_in if call.backend in ("grouped_mm", "batched_mm") else None)
+    with torch.no_grad():
+        ids, weights, hidden = call.ids, call.weights.detach(), call.hidden.detach()
+        k, ones = ids.shape[-1], torch.ones_like(weights).reshape(-1, 1)
+        output = call.module.forward(hidden.repeat_interleave(k, 0), ids.reshape(-1, 1), ones)
+        expert, order = torch.sort(ids.reshape(-1))
+        activation = stand_in.activation
+        if activation is not None and call.backend == "batched_mm":
+            activation = activation[order]
+        return TappedRows(expert, order // k, weights.reshape(-1)[order], activation, output[order], order)
 
 
 def _seen_rows(call: ExpertsCall, stand_in: _StandIn) -> TappedRows:
@@ -224,35 +323,39 @@ def _seen_rows(call: ExpertsCall, stand_in: _StandIn) -> TappedRows:
     expert, order = torch.sort(call.ids.reshape(-1))
     gate = call.weights.detach().reshape(-1)[order]
     activation, output = stand_in.activation.detach(), stand_in.output.detach()
-    if call.backend == "batched_mm":  # rows come token by token
-        activation, output = activation[order], output[order]
     live = stand_in.activation if stand_in.activation.requires_grad else None
-    return TappedRows(expert, order // call.ids.shape[-1], gate, activation, output, order, live)
+    token, live_order = order // call.ids.shape[-1], None
+    if call.backend == "batched_mm":  # rows come token by token
+        activation, output, live_order = activation[order], output[order], order
+    return TappedRows(expert, token, gate, activation, output, order, live, live_order)
 
 
 def _computed_rows(call: ExpertsCall, layout: ExpertsLayout) -> TappedRows:
     expert, order = torch.sort(call.ids.reshape(-1))
     token = order // call.ids.shape[-1]
-    hidden = call.hidden.detach()
-    activation = hidden.new_zeros(len(token), layout.width)
-    output = hidden.new_zeros(len(token), layout.hidden_size)
+    weight = call.weights.detach().reshape(-1)[order]
+    activation = call.hidden.new_zeros(len(token), layout.width)
+    output = call.hidden.new_zeros(len(token), layout.hidden_size)
     numbers, counts = torch.unique_consecutive(expert, return_counts=True)
     start = 0
     for number, count in zip(numbers.tolist(), counts.tolist(), strict=True):
         rows = slice(start, start := start + count)
         if 0 <= number < layout.num_experts:
-            activation[rows], output[rows] = layout.run_expert(call.module, number, hidden[token[rows]])
-    return TappedRows(expert, token, call.weights.detach().reshape(-1)[order], activation, output, order)
+            inputs = call.inputs_of(token[rows], weight[rows])
+            activation[rows], output[rows] = layout.run_expert(call.module, number, inputs)
+    gate = call.output_weights.detach().reshape(-1)[order]
+    return TappedRows(expert, token, gate, activation, output, order)
 
 
-def recompute(call: ExpertsCall, layout: ExpertsLayout, tokens: int) -> Tensor:
-    """(tokens, hidden) output for the first tokens by plain per-expert products in float32, to check the model's."""
-    hidden, ids, weights = call.hidden[:tokens].detach().float(), call.ids[:tokens], call.weights[:tokens]
-    total = torch.zeros_like(hidden)
+def recompute(call: ExpertsCall, layout: ExpertsLayout, chosen: Tensor) -> Tensor:
+    """(chosen, hidden) output for some tokens by plain per-expert products in float32, to check the model's."""
+    ids, weights, gates = call.ids[chosen], call.weights[chosen], call.output_weights[chosen]
+    total = call.hidden.new_zeros(len(ids), layout.hidden_size, dtype=torch.float32)
     for expert in torch.unique(ids).tolist():
         if not 0 <= expert < layout.num_experts:
             continue
         token, slot = torch.where(ids == expert)
-        _, output = layout.run_expert(call.module, expert, hidden[token])
-        total.index_add_(0, token, output * weights[token, slot, None].float())
+        inputs = call.inputs_of(chosen[token], weights[token, slot]).float()
+        _, output = layout.run_expert(call.module, expert, inputs)
+        total.index_add_(0, token, output * gates[token, slot, None].float())
     return total

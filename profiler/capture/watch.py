@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -15,16 +15,24 @@ from torch import Tensor, nn
 
 import store as run_store
 from moescope.errors import CaptureError, InputError, ModelError, MoescopeError
+from profiler.capture.backward import require_gradients
 from profiler.capture.discovery import MoELayer, inspect_model
-from profiler.capture.inputs import end_tokens
+from profiler.capture.engine import engine_rows
+from profiler.capture.inputs import end_tokens, modality_tokens
 from profiler.capture.levels import RecordingOptions, parse_levels
+from profiler.capture.memory import MemoryWatch
 from profiler.capture.observer import Observer
+from profiler.capture.precision import precision_checks, precision_of
 from profiler.capture.provenance import describe_run
 from profiler.capture.recording import Recording
+from profiler.capture.score_checks import steering
 from profiler.capture.sequences import Label, SequenceTracker
+from profiler.capture.stacks import DECODER
+from profiler.inspect.memory import FLUSH_BYTES, extra_memory
+from profiler.recorders.gradients import GradientRecorder
 
-FLUSH_BYTES = 128 << 20
-"""Trace held in memory before it is written, whatever the time."""
+WRITING_SHARE = 0.1
+"""Largest part of the time that shards may take: the vectors of a large model are hundreds of megabytes each time."""
 
 PROGRESS_SECONDS = 1.0
 """Readers of a live run learn so often how far it is."""
@@ -42,11 +50,13 @@ def watch(
     keep_text: bool = True,
     vectors_per_domain: bool = False,
     router_scores: int = 0,
+    similarity_every: int = 16,
     flush_seconds: float = 15.0,
     resume: bool = False,
     model_name: str = "",
     revision: str = "",
     settings: Mapping[str, Any] | None = None,
+    stack: str | None = None,
 ) -> WatchSession:
     """Record what a model's MoE layers do while the context is entered, in any loop or server.
 
@@ -57,9 +67,14 @@ def watch(
                 model(**batch)
 
     ``model(**batch)`` and ``model.generate(...)`` both work, with or without padding and cache. Real tokens are told by
-    the 2-D attention mask; without mask, all are real. The model's outputs stay what they are, bit for bit. Several
-    sequences packed into one row count as one sequence. Under gradient checkpointing the first pass alone is counted.
+    the 2-D attention mask; without mask, all are real. The model's outputs stay what they are, bit for bit. Tokens that
+    stand for an image, video or audio are kept apart under the label ``DOMAIN:image`` and so on. Several sequences
+    packed into one row count as one sequence. Under gradient checkpointing the first pass alone is counted.
     Beam search exchanges rows unseen: statistics hold, but its sequences are mixtures of beams.
+
+    Level ``gradients`` records the backwards that the loop itself runs, whatever its loss: a mean over N tokens gives
+    gradients N times smaller than the sum that ``collect`` takes. Two backwards of one forward count twice, and table
+    ``loss`` stays empty. Put forward and backward into ``with session.holding():``, else a shard may end between them.
 
     Args:
         model: a model of transformers 5 with fused experts, or anything that contains one.
@@ -71,22 +86,25 @@ def watch(
         token_budget: stop recording (not the model) after the forward that reaches so many real tokens.
         keep_text: False keeps no token ids even if there is a tokenizer.
         vectors_per_domain: keep vectors per neuron, channel and pair of experts apart by domain; else they are pooled.
-        router_scores: keep so many of the largest router scores of every token.
-        flush_seconds: write a shard at the end of the first forward after so many seconds.
+        router_scores: keep so many of the largest router scores of every token; -1 keeps k + 8.
+        similarity_every: level similarity runs all experts on one of so many tokens.
+        flush_seconds: write a shard at the end of the first forward after so many seconds; more where writing is slow.
         resume: go on with an interrupted run of that name.
         model_name: what the run calls the model; its folder or hub id if empty.
         revision: hub revision of the model, if known.
         settings: anything worth keeping about this collection; becomes JSON in table ``run``.
+        stack: which layers, where several stacks of the model have experts: encoder, decoder, vision, talker, ..., or
+            the path of the list of layers; by default the language decoder.
 
     Raises:
-        ModelError: the model has no MoE layer, or one that cannot be watched.
-        InputError: an unknown level, or (from the store) a name that is taken.
+        ModelError: the model has no MoE layer, one that cannot be watched, or several stacks that it may be.
+        InputError: an unknown level or stack, or (from the store) a name that is taken.
     """
     return WatchSession(
         model,
         name=name,
         directory=Path(store),
-        options=RecordingOptions(parse_levels(level), vectors_per_domain, router_scores),
+        options=RecordingOptions(parse_levels(level), vectors_per_domain, router_scores, similarity_every),
         tokenizer=tokenizer if keep_text else None,
         domain=domain,
         token_budget=token_budget,
@@ -95,6 +113,7 @@ def watch(
         model_name=model_name,
         revision=revision,
         settings=settings or {},
+        stack=stack,
     )
 
 
@@ -106,6 +125,7 @@ class WatchSession:
         tokens: real tokens recorded so far in this session.
         tokens_before: real tokens that the interrupted run had, when it was resumed.
         planned_tokens: real tokens that are to come in all, 0 where nobody knows.
+        memory: compares what recording takes with what was said before.
     """
 
     def __init__(
@@ -124,13 +144,16 @@ class WatchSession:
         revision: str = "",
         settings: Mapping[str, Any] | None = None,
         origin: str = "watch",
+        stack: str | None = None,
     ) -> None:
         self.model: nn.Module = getattr(model, "_orig_mod", model)
-        self.found = inspect_model(self.model)
+        self.found = inspect_model(self.model, stack)
         levels = options.levels
-        if set(levels) & {"activations", "similarity", "gradients"}:
-            _require_rows(self.found.layers)
+        _require_rows(self.found.layers, levels)
+        if "gradients" in levels:
+            require_gradients(self.found.layers)
         self.name, self.resuming = name, resume
+        self._options, self.memory = options, MemoryWatch()
         self.path: Path | None = None
         self.tokens = self.tokens_before = 0
         self.planned_tokens = token_budget or 0
@@ -142,17 +165,29 @@ class WatchSession:
             revision=revision,
             origin=origin,
             levels=levels,
-            settings=settings or {},
+            settings={**(settings or {}), "recording": options.settings()},
             text_kept=tokenizer is not None,
         )
+        precision = precision_of(self.model)
+        if precision is not None:
+            self._info.settings["weights"] = {"stored": precision.stored, "dequantized": precision.dequantized}
+        if self.found.name != DECODER:
+            self._info.settings["stack"] = self.found.name
         ends, pads = end_tokens(self.model)
-        self._tracker = SequenceTracker(domain=domain, end_ids=ends, pad_ids=pads)
+        self._tracker = SequenceTracker(
+            domain=domain, end_ids=ends, pad_ids=pads, modality_ids=modality_tokens(self.model)
+        )
         self._recording = Recording(self.found.layers, options=options, tokenizer=tokenizer)
         self.checks = self._recording.checks
+        self.checks.left_out = self.found.left_out
+        self.checks.steered_by = {layer.key: steering(layer, self.model) for layer in self.found.layers}
+        self._stated = precision_checks(self.model, self.found.layers, levels)
         self._observer = Observer(
             self.model, self.found, recording=self._recording, tracker=self._tracker, ended=self._forward_ended
         )
         self._seconds = self._seconds_before = 0.0
+        self._pause = flush_seconds
+        self._open_ended, self._tokens_written = False, 0
         self._writer: run_store.RunWriter | None = None
 
     @property
@@ -218,6 +253,15 @@ class WatchSession:
         self._seconds = self._seconds_before = self._writer.info.seconds
         self._flushed = self._told = time.monotonic()
 
+    @property
+    def gradients(self) -> GradientRecorder | None:
+        """The recorder of level ``gradients``; None at other levels."""
+        return next((probe for probe in self._recording.probes if isinstance(probe, GradientRecorder)), None)
+
+    def holding(self) -> AbstractContextManager[None]:
+        """While entered, a forward that ends waits for its backward: both come into one shard, or neither counts."""
+        return self._observer.holding()
+
     @contextmanager
     def attached(self) -> Iterator[None]:
         """While entered, the model is watched, but the run goes on afterwards."""
@@ -253,8 +297,20 @@ class WatchSession:
         self._write_progress("compacting")
         self.path = self.writer.finish(seconds=self._seconds)
 
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Forwards inside make one piece of work, such as an answer: it is in the run as a whole or not at all.
+
+        No shard is written among them. An interrupt among them leaves what no shard holds yet to the resumed run.
+        """
+        self._open_ended = True
+        yield
+        self._open_ended = False
+        self._flush_when_due()
+
     def flush(self, *, final: bool = False) -> None:
         """Write what was recorded since the last shard; ``final`` adds the verdict of the checks."""
+        began = time.monotonic()
         self._observer.whole = False
         frames = self._recording.drain()
         sequences = self._tracker.drain()
@@ -263,11 +319,18 @@ class WatchSession:
             frames["sequence"] = [pl.DataFrame(sequences)]
         if final:
             self.checks.findings = self._tracker.findings
-            frames["check"] = [self.checks.table()]
+            frames["check"] = [self._check_table()]
         self.writer.write_shard({table: pl.concat(parts, how="diagonal_relaxed") for table, parts in frames.items()})
         self._observer.whole = True
-        self._flushed = time.monotonic()
+        self._flushed, self._tokens_written = time.monotonic(), self.tokens
+        self._pause = max(self._flush_seconds, (self._flushed - began) / WRITING_SHARE)
         self._write_progress("collecting")
+
+    def _check_table(self) -> pl.DataFrame:
+        levels = self._info.levels.split(",")
+        proofs = [row for probe in self._recording.probes for row in probe.checks()]
+        proofs += [*engine_rows(self.model, self.found.layers, levels), *self.memory.rows()]
+        return self.checks.table(self._stated + proofs)
 
     def state(self, state: Any = "collecting", detail: str = "") -> run_store.Progress:
         """How far the collection is."""
@@ -284,6 +347,20 @@ class WatchSession:
             detail=detail,
         )
 
+    def expect_memory(self, *, batch: int, tokens: int, domains: int = 1, phases: int = 1) -> int:
+        """Say how many bytes recording takes at most beside the bare forward; a check holds the collection to it.
+
+        Args:
+            batch: tokens of one batch, padding included.
+            tokens: tokens of the whole collection.
+            domains: labels of the text.
+            phases: 2 where decoding is recorded as well.
+        """
+        expected = extra_memory(self.found, self._options, batch=batch, tokens=tokens, domains=domains, phases=phases)
+        self.memory.stated = expected.total
+        self.add_setting("extra_memory_bytes", expected.total)
+        return expected.total
+
     def add_setting(self, name: str, value: Any) -> None:
         """Keep one more setting in the run."""
         self._info.settings[name] = value
@@ -295,8 +372,14 @@ class WatchSession:
         self.tokens += tokens
         self._seconds += seconds
         self._observer.active = not self.budget_reached
+        self._flush_when_due()
+
+    def _flush_when_due(self) -> None:
         now = time.monotonic()
-        if now - self._flushed >= self._flush_seconds or self._recording.bytes_held > FLUSH_BYTES:
+        if self._writer is None:
+            return
+        due = now - self._flushed >= self._pause or self._recording.bytes_held > FLUSH_BYTES
+        if due and not self._open_ended:
             self.flush()
         elif now - self._told >= PROGRESS_SECONDS:
             self._write_progress("collecting")
@@ -304,8 +387,10 @@ class WatchSession:
     def _interrupt(self, error: BaseException) -> None:
         """Keep the shards, so that the run can be resumed; never hide the error that is under way."""
         try:
-            if self._observer.whole:
+            if self._observer.whole and not self._open_ended:
                 self.flush(final=True)
+            else:
+                self.tokens = self._tokens_written
             # Else the interrupt came between two recorders: what no shard holds yet is left to the resumed run.
             self.writer.info.seconds = self._seconds
             self.writer.write_info()
@@ -323,21 +408,41 @@ class WatchSession:
             shutil.rmtree(self.writer.folder, ignore_errors=True)
 
 
-def _require_rows(layers: Sequence[MoELayer]) -> None:
+def _require_rows(layers: Sequence[MoELayer], levels: Sequence[str]) -> None:
+    """Refuse levels that look into experts whose weights nobody can read; packed ones still show what they put out."""
     for layer in layers:
-        if layer.layout is None:
+        if layer.adapter.method != "forward" and "lookahead" in levels:
             raise ModelError(
-                f"{layer.name} ({type(layer.experts).__name__}) keeps its weights packed, so that its experts' outputs"
-                " cannot be watched: use level routing, or load the model dequantized"
+                f"level lookahead needs routers that run, but {layer.name} ({type(layer.experts).__name__}) is routed"
+                " by a kernel: leave lookahead out, or load the model dequantized"
+            )
+        wanted = {"similarity", "gradients"} | (set() if layer.adapter.packed else {"activations"})
+        refused = [level for level in levels if level in wanted]
+        if layer.layout is None and refused:
+            raise ModelError(
+                f"level {refused[0]} needs plain weights, but {layer.name} ({type(layer.experts).__name__}) keeps them"
+                f" packed: leave {refused[0]} out, or load the model dequantized"
             )
 
 
 def _require_same(name: str, before: run_store.RunInfo, now: run_store.RunInfo) -> None:
     """Refuse to mix what two collections saw in one run."""
+    if ("layer_stream" in before.settings) != ("layer_stream" in now.settings):
+        how = "with" if "layer_stream" in before.settings else "without"
+        raise InputError(f"run {name!r} was begun {how} --layer-stream: resume it so")
     if before.model_fingerprint and before.model_fingerprint != now.model_fingerprint:
         raise InputError(f"run {name!r} was begun with another model ({before.model}): resume it with that one")
     if before.levels != now.levels:
         raise InputError(f"run {name!r} was begun with level {before.levels!r}: resume it with that level")
+    stacks = [str(info.settings.get("stack", DECODER)) for info in (before, now)]
+    if stacks[0] != stacks[1]:
+        raise InputError(f"run {name!r} was begun with stack {stacks[0]!r}: resume it with that stack")
     corpora = [info.settings.get("corpus_sha256") for info in (before, now)]
     if all(corpora) and corpora[0] != corpora[1]:
         raise InputError(f"run {name!r} was begun with another corpus: resume it with the same data and options")
+    kept = [info.settings.get("recording", {}) for info in (before, now)]
+    if kept[0] != kept[1]:
+        raise InputError(f"run {name!r} was begun with other options ({kept[0]}, not {kept[1]}): resume it with those")
+    answers = [info.settings.get("generation") for info in (before, now)]
+    if answers[0] != answers[1]:
+        raise InputError(f"run {name!r} was begun with generation {answers[0]}, not {answers[1]}: resume it with that")

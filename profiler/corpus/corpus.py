@@ -51,6 +51,7 @@ class CorpusOptions:
     roles: list[str] | None
     seed: int
     split: str
+    generation_prompt: bool = False
 
 
 class Corpus:
@@ -182,6 +183,7 @@ def open_corpus(
     roles: Collection[str] | None = None,
     seed: int = 0,
     split: str = "train",
+    generation_prompt: bool = False,
 ) -> Corpus:
     """Read text, JSON Lines (``.gz`` too), Parquet, folders, globs or ``hf:NAME[:CONFIG]`` as sequences of tokens.
 
@@ -189,7 +191,8 @@ def open_corpus(
     else the first subfolder beneath a folder that was given, else the file's stem. A list of chat messages in
     ``text_column`` (or in a column ``messages``) goes through the tokenizer's chat template; ``roles`` keeps only the
     messages of these roles. ``token_budget`` counts every token that is fed, is met to the token and is spread evenly
-    over the domains; without it everything is read. ``split`` is that of a hub dataset.
+    over the domains; without it everything is read. ``split`` is that of a hub dataset. ``generation_prompt`` puts
+    chats that end with the user's turn into the form in which the model is asked for an answer.
 
     The same arguments and files give the same sequences with the same ids, wherever the files lie; ``batch_size``
     only groups them. Raises CorpusError, one line, for input that cannot be read or options that cannot be met.
@@ -197,7 +200,13 @@ def open_corpus(
     if batch_size < 1:
         raise CorpusError(f"batch_size is {batch_size}: give 1 or more")
     cutter = Cutter(
-        tokenizer, sequence_length=sequence_length, bos=bos, packing=packing, chat_template=chat_template, roles=roles
+        tokenizer,
+        sequence_length=sequence_length,
+        bos=bos,
+        packing=packing,
+        chat_template=chat_template,
+        roles=roles,
+        generation_prompt=generation_prompt,
     )
     if token_budget is not None and token_budget < sequence_length:
         raise CorpusError(f"token_budget is {token_budget}, less than one sequence of {sequence_length}: raise it")
@@ -216,5 +225,6 @@ def open_corpus(
         roles=None if roles is None else sorted(roles),
         seed=seed,
         split=split,
+        generation_prompt=generation_prompt,
     )
     return Corpus(sources, skipped, schedule, cutter, options)

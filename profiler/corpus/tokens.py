@@ -42,7 +42,8 @@ class Cutter:
 
     With ``bos`` each piece begins with the tokenizer's BOS, if it has one; a BOS that a chat template wrote is not
     doubled. With ``packing`` the documents of a domain follow one another, an EOS between them, without it each
-    document begins a piece. Pieces that hold nothing but special tokens are dropped and counted.
+    document begins a piece. With ``generation_prompt`` a chat that ends with the user's turn is followed by what the
+    template puts before an answer. Pieces that hold nothing but special tokens are dropped and counted.
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class Cutter:
         packing: bool,
         chat_template: bool,
         roles: Collection[str] | None,
+        generation_prompt: bool = False,
     ) -> None:
         longest = tokenizer.model_max_length
         if sequence_length < 2:
@@ -67,6 +69,7 @@ class Cutter:
         self.packing = packing
         self.chat_template = chat_template
         self.roles = roles
+        self.generation_prompt = generation_prompt
         self.special_ids = special_ids(tokenizer)
         self.dropped: Counter[str] = Counter(documents_without_text=0, sequences_without_text=0)
         self.plain_texts = 0
@@ -126,7 +129,9 @@ class Cutter:
                 " use the instruct model's tokenizer, or turn chat_template off to feed the bare contents"
             )
         try:
-            return str(self.tokenizer.apply_chat_template(messages, tokenize=False)), roles
+            asks = self.generation_prompt and roles[-1] == "user"
+            text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=asks)
+            return str(text), roles
         except Exception as error:  # templates are programs: they raise what they like
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise CorpusError(

@@ -23,7 +23,7 @@ def super_expert_rows(subject: Subject) -> Rows:
     if output.is_empty():
         return []
     layers = sorted({layer.layer for layer in subject.run.layers})
-    massive = _massive_layers(subject.run)
+    massive = _forming_layers(subject.run)
     rows: Rows = []
     for tokens, column in (("all", "output_max"), ("first_routed", "first_routed_output_max")):
         routed, shared = _maxima(output, layers, column, "routed"), _maxima(output, layers, column, "shared")
@@ -56,13 +56,13 @@ def _maxima(output: pl.DataFrame, layers: Sequence[int], column: str, kind: str)
     return maxima
 
 
-def _massive_layers(run: store.Run) -> list[int] | None:
-    """Decoder layers with massive activations; None where the residual stream was not watched."""
+def _forming_layers(run: store.Run) -> list[int] | None:
+    """Decoder layers in which massive activations form; None where the residual stream was not watched."""
     frame = run.table("residual").filter(pl.col("absolute_max").is_not_null())
     if frame.is_empty():
         return None
     peaks = frame.sort("absolute_max").group_by("layer", maintain_order=True).last().sort("layer")
-    return super_experts.massive_activation_layers(
+    return super_experts.forming_layers(
         residual_max=peaks["absolute_max"].to_numpy(),
         residual_median=peaks["median_there"].to_numpy(),
         layers=peaks["layer"].to_list(),

@@ -22,8 +22,8 @@ from profiler.inspect.estimate import (
     flops_per_token,
     forward_bytes,
     measure_gflops,
-    statistics_bytes,
 )
+from profiler.inspect.memory import extra_memory
 from profiler.inspect.report import Inspection, LayerInspection, ranges
 
 if TYPE_CHECKING:
@@ -44,6 +44,7 @@ def inspect_model(
     dtype: str = "auto",
     domains: int = 1,
     gflops: float | None = None,
+    stack: str | None = None,
 ) -> Inspection:
     """Inspect a checkpoint folder or hub id.
 
@@ -53,6 +54,7 @@ def inspect_model(
         dtype: type of the weights while watching, ``auto`` as the configuration says.
         domains: number of domains that the corpus has; statistics are kept for each.
         gflops: speed of the device in GFLOP/s; measured in about half a second if None.
+        stack: which layers, where several stacks of the model have experts, see :func:`profiler.watch`.
 
     Raises:
         ModelError: no such model, a configuration that builds no model, a model without MoE layers or with one that
@@ -60,11 +62,11 @@ def inspect_model(
         InputError: an unknown level.
     """
     from profiler.capture.discovery import inspect_model as find
-    from profiler.capture.levels import parse_levels
+    from profiler.capture.levels import RecordingOptions, parse_levels
 
     levels = parse_levels(level)
     model, config = _build(str(path_or_id))
-    found = find(model)
+    found = find(model, stack=stack)
     dtype = _dtype_name(dtype, config)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     of_experts = [sum(p.numel() for p in layer.experts.parameters()) for layer in found.layers]
@@ -76,11 +78,13 @@ def inspect_model(
     measured = gflops is None
     speed = gflops if gflops is not None else measure_gflops(dtype)
     flops = flops_per_token(model, found, parameters - idle, sequence_length)
-    statistics = {name: size / GIB for name, size in statistics_bytes(found, domains).items() if name in levels}
-    forward = forward_bytes(found, batch_size * sequence_length, WEIGHT_BYTES[weight], levels) / GIB
+    batch = batch_size * sequence_length
+    extra = extra_memory(found, RecordingOptions(levels), batch=batch, tokens=token_budget, domains=domains)
+    statistics = {name: size / GIB for name, size in extra.statistics.items()}
+    forward = forward_bytes(found, batch, WEIGHT_BYTES[weight]) / GIB
     selections = sum(layer.top_k for layer in found.layers) * token_budget
     weights = {name: parameters * size / GIB for name, size in WEIGHT_BYTES.items()}
-    memory = weights[weight] + forward + sum(statistics.values())
+    memory = weights[weight] + forward + extra.total / GIB
     moe = {layer.layer for layer in found.layers}
     return Inspection(
         model=str(path_or_id),
@@ -103,6 +107,7 @@ def inspect_model(
         batch_size=batch_size,
         statistics_gib=statistics,
         forward_gib=forward,
+        recording_gib=extra.total / GIB,
         memory_gib=memory,
         disk_gib={
             "trace": TRACE_BYTES * selections / GIB,
@@ -113,7 +118,7 @@ def inspect_model(
         gflops=speed,
         gflops_measured=measured,
         hours=flops * token_budget / (speed * 1e9 * EFFICIENCY) / 3600,
-        warnings=_warnings(config, found, levels, memory, sequence_length),
+        warnings=_warnings(str(path_or_id), config, found, levels, memory, sequence_length),
     )
 
 
@@ -122,9 +127,12 @@ def _build(name: str) -> tuple[nn.Module, Any]:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    from profiler.capture.loading import load_config
+    from profiler.capture.precision import is_gguf
+
     _check_folder(name)
     try:
-        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+        config = load_config(name) if is_gguf(name) else AutoConfig.from_pretrained(name, trust_remote_code=False)
     except Exception as error:  # OSError, ValueError, KeyError, hub errors: whatever a bad file or name leads to
         raise ModelError(f"{name}: its configuration cannot be read ({_one_line(error)}); check config.json") from None
     from_config: Any = AutoModelForCausalLM.from_config
@@ -139,9 +147,13 @@ def _build(name: str) -> tuple[nn.Module, Any]:
 
 
 def _check_folder(name: str) -> None:
+    from profiler.capture.precision import is_gguf
+
     path = Path(name)
+    if is_gguf(name):
+        return
     if path.is_file():
-        raise ModelError(f"{name} is a file: give the folder that holds the model's config.json")
+        raise ModelError(f"{name} is a file: give the folder that holds the model's config.json, or a .gguf file")
     if path.is_dir():
         if not (path / "config.json").exists():
             raise ModelError(f"{name} has no config.json: give the folder of a Hugging Face checkpoint")
@@ -180,17 +192,20 @@ def _dtype_name(asked: str, config: Any) -> str:
     return name
 
 
-def _warnings(config: Any, found: MoEModel, levels: tuple[str, ...], memory: float, sequence_length: int) -> list[str]:
+def _warnings(
+    name: str, config: Any, found: MoEModel, levels: tuple[str, ...], memory: float, sequence_length: int
+) -> list[str]:
+    from profiler.capture.precision import gguf_precision, is_gguf, stored_precision
+
     warnings = []
     packed = [layer.layer for layer in found.layers if layer.layout is None]
     if packed and levels != ("routing",):
-        warnings.append(f"layers {ranges(packed)} keep packed weights: only level routing can be recorded there")
-    quantization = getattr(config, "quantization_config", None)
-    if quantization is not None:
-        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization.quant_method
+        warnings.append(f"layers {ranges(packed)} keep packed weights: levels that need plain ones are refused there")
+    precision = gguf_precision(Path(name)) if is_gguf(name) else stored_precision(config)
+    if precision is not None:
         warnings.append(
-            f"the checkpoint is quantised ({getattr(method, 'value', method)}): sizes are those of the dequantised"
-            " weights, and kernels for packed weights may hide the experts"
+            f"the checkpoint is quantised ({precision.stored}): sizes are those of plain weights, as it loads where the"
+            " machine has no kernels for packed ones (docs/checkpoints.md)"
         )
     available = available_gib()
     if available is not None and memory > available:

@@ -16,27 +16,13 @@ WEIGHT_BYTES = {"float32": 4.0, "16 bit": 2.0, "8 bit": 1.0, "4 bit": 0.5}
 TRACE_BYTES = 1.9  # per selection in a run file: expert id and 8-bit gate weight (14 to 17 bytes for top-8, measured)
 TEXT_BYTES = 5  # per token: its id and whether it is special
 EFFICIENCY = 0.5  # share of a plain matrix product's speed that a forward reaches; an assumption
-LOAD_COLUMNS, ROUTER_COLUMNS, OUTPUT_COLUMNS, RESIDUAL_COLUMNS = 9, 12 + 5 * 32, 14, 7  # float64 sums per row
 
 
-def statistics_bytes(found: MoEModel, domains: int) -> dict[str, int]:
-    """Float64 sums by level: per expert and domain, and for neurons per expert pooled over domains."""
-    experts = sum(layer.num_experts + layer.num_shared for layer in found.layers)
-    neurons = sum((layer.num_experts + layer.num_shared) * layer.expert_width for layer in found.layers)
-    per_layer = len(found.layers) * ROUTER_COLUMNS * domains
-    residual = len(found.stack) * RESIDUAL_COLUMNS * domains
-    return {
-        "routing": 8 * (experts * LOAD_COLUMNS * domains + per_layer),
-        "activations": 8 * (experts * OUTPUT_COLUMNS * domains + neurons + residual),
-    }
-
-
-def forward_bytes(found: MoEModel, tokens: int, width: float, levels: tuple[str, ...]) -> float:
-    """Logits, residual stream and the rows of the largest MoE layer; at level activations those in float32 as well."""
+def forward_bytes(found: MoEModel, tokens: int, width: float) -> float:
+    """Logits, residual stream and the rows of the largest MoE layer of one batch, without any recording."""
     hidden, vocabulary = (int(getattr(found.config, name, 0)) for name in ("hidden_size", "vocab_size"))
     rows = max(layer.top_k * (2 * hidden + 3 * layer.expert_width) for layer in found.layers)
-    captured = max(layer.top_k * (hidden + layer.expert_width) for layer in found.layers) * 4
-    return tokens * ((vocabulary + 6 * hidden + rows) * width + ("activations" in levels) * captured)
+    return tokens * (vocabulary + 6 * hidden + rows) * width
 
 
 def flops_per_token(model: nn.Module, found: MoEModel, active: int, sequence_length: int) -> float:
@@ -65,7 +51,8 @@ def measure_gflops(dtype: str = "float32", *, seconds: float = 0.4) -> float:
 
 
 def checkpoint_gib(path: Path) -> float | None:
-    sizes = [file.stat().st_size for file in path.glob("*.safetensors")] if path.is_dir() else []
+    files = list(path.glob("*.safetensors")) if path.is_dir() else [path] if path.is_file() else []
+    sizes = [file.stat().st_size for file in files]
     return sum(sizes) / GIB if sizes else None
 
 

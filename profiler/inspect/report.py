@@ -46,9 +46,10 @@ class Inspection:
     token_budget: int
     sequence_length: int
     batch_size: int
-    statistics_gib: dict[str, float]  # by level: host memory for the sums, and about their size on disk
+    statistics_gib: dict[str, float]  # by level: memory for the sums, and about their size on disk
     forward_gib: float  # working memory of one batch beside the weights
-    memory_gib: float  # weights, one batch, statistics
+    recording_gib: float  # peak of what recording takes beside weights and forward: statistics, copies, shards
+    memory_gib: float  # weights, one batch, recording
     disk_gib: dict[str, float]  # trace, statistics, text
     flops_per_token: float  # of a forward at this sequence length
     gflops: float  # GFLOP/s of the device
@@ -76,8 +77,8 @@ class Inspection:
             f" {_billions(self.expert_parameters)} in routed experts",
             f"weights     {weights}",
             f"statistics  {statistics}",
-            f"memory      about {_size(self.memory_gib)} as {self.dtype}: weights, statistics and"
-            f" {_size(self.forward_gib)} for a batch of {self.batch_size} x {self.sequence_length}",
+            f"memory      about {_size(self.memory_gib)} as {self.dtype}: weights, {_size(self.forward_gib)} for a"
+            f" batch of {self.batch_size} x {self.sequence_length}, at most {_size(self.recording_gib)} for recording",
             f"disk        about {_size(sum(self.disk_gib.values()))} for {self.token_budget:,} tokens"
             f" (trace {_size(self.disk_gib['trace'])}), twice that while the run is finished",
             f"time        about {_duration(self.hours)} (estimate: {self.flops_per_token / 1e9:.3g} GFLOP per token at"

@@ -13,7 +13,17 @@ from __future__ import annotations
 import importlib
 from types import ModuleType
 
-__all__ = ["confidence", "controls", "load", "local_consistency", "published", "registry", "super_experts", "temporal"]
+__all__ = [
+    "confidence",
+    "controls",
+    "load",
+    "local_consistency",
+    "perplexity",
+    "published",
+    "registry",
+    "super_experts",
+    "temporal",
+]
 
 
 def __getattr__(name: str) -> ModuleType:

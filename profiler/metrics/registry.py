@@ -118,14 +118,22 @@ METRICS: tuple[Metric, ...] = (
         True,
     ),
     Metric(
-        "super_experts", "Super experts", "experts", "0..L*E", "more experts drive massive activations", _SUPER, 1, True
+        "super_experts", "Super experts", "experts", "0..L*E", "more experts drive massive activations", _SUPER, 2, True
     ),
     Metric(
         "massive_layers", "Massive-activation layers", "layers", "0..L", "more layers hold them", "arXiv 2402.17762"
     ),
+    Metric("forming_layers", "Forming layers", "layers", "0..L", "they build up over more layers", _SUPER, 1, True),
     Metric(
         "output_max_kurtosis", "Output maximum kurtosis", "ratio", "-2..inf", "few experts stand out further", _SUPER
     ),
+    # perplexity.py
+    Metric("perplexity", "Perplexity", "ratio", "1..inf", "the text surprises the model more", "standard"),
+    Metric("perplexity_ratio", "Perplexity ratio", "ratio", "0..inf", "the change did more harm", "standard"),
+    Metric(
+        "sink_mass", "Sink mass", "probability", "0..1", "the first position draws more attention", "arXiv 2309.17453"
+    ),
+    Metric("sink_decay", "Sink decay", "ratio", "-inf..1", "less is left of the attention sink", _SUPER),
     # temporal.py
     Metric("first_choice_repeat", "First-choice repeat", "share", "0..1", "neighbours agree more often", _MIXTRAL),
     Metric("overlap_repeat", "Overlap repeat", "share", "0..1", "neighbours agree more often", _MIXTRAL),

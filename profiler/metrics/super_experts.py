@@ -66,15 +66,15 @@ def super_experts(
     percentile: float = 99.5,
     fraction: float = 0.1,
 ) -> SuperExperts:
-    """The paper's rule: a > P99.5(A), a > max(A) / 10, and the layer is one of those with massive activations.
+    """The paper's rule: a > P99.5(A), a > max(A) / 10, and massive activations form in the layer.
 
     Args:
         output_max: (layers, experts), NaN = the expert was never used. NaN is not a 0: it is left out of A, as where
             the published code does not call an expert without tokens; ``fill_never_used`` gives the other reading.
         layers: decoder layer of each row.
         shared_output_max: (layers, shared experts), NaN = the layer has none; they are members of A as well.
-        massive_layers: decoder layers from ``massive_activation_layers``. None: the third condition is not applied, and
-            a note says so.
+        massive_layers: decoder layers from ``forming_layers`` (or ``massive_activation_layers``, a wider reading of
+            the paper). Empty: nothing is found. None: the third condition is not applied, and a note says so.
         percentile, fraction: of A and of its maximum.
 
     Raises:
@@ -92,7 +92,7 @@ def super_experts(
     else:
         allowed = np.isin(np.asarray(layers), list(massive_layers))
         if not allowed.any():
-            notes.append("No MoE layer has massive activations, so no expert can be a super expert.")
+            notes.append("In no MoE layer do massive activations form, so no expert can be a super expert.")
     named = _Naming(values, list(layers), output_max.shape[1])
     found, others = named.experts(above & allowed[:, None]), named.experts(above & ~allowed[:, None])
     return SuperExperts("paper", found, others, *thresholds, considered, *_kurtoses(values, considered), notes)
@@ -154,6 +154,34 @@ def massive_activation_layers(
         raise MetricError(f"residual_max {largest.shape}, residual_median {median.shape} take one value per layer")
     massive = (largest > absolute) & (largest >= ratio * median)
     return [layer for layer, is_massive in zip(layers, massive, strict=True) if is_massive]
+
+
+def forming_layers(
+    *,
+    residual_max: ArrayLike,
+    residual_median: ArrayLike,
+    layers: Sequence[int],
+    absolute: float = 100.0,
+    ratio: float = 1000.0,
+    growth: float = 0.01,
+) -> list[int]:
+    """Decoder layers in which massive activations form: massive after the layer, and grown in it.
+
+    Once there, massive activations stay in the residual stream to the last layers; the paper's set of layers is where
+    they form, without saying how that is told. Here: the largest |hidden state| grew in the layer by at least
+    ``growth`` times the largest of all layers. The first massive layer always counts.
+
+    Args:
+        residual_max, residual_median, layers, absolute, ratio: as in :func:`massive_activation_layers`; all decoder
+            layers in ascending order.
+        growth: 0 counts every layer that adds anything.
+    """
+    common: dict[str, Any] = {"residual_max": residual_max, "residual_median": residual_median, "layers": layers}
+    massive = massive_activation_layers(**common, absolute=absolute, ratio=ratio)
+    largest = np.nan_to_num(np.asarray(residual_max, dtype=np.float64), nan=0.0)
+    grown = np.diff(largest, prepend=0.0) >= growth * largest.max(initial=0.0)
+    forming = {layer for layer, has_grown in zip(layers, grown, strict=True) if has_grown} | set(massive[:1])
+    return [layer for layer in massive if layer in forming]
 
 
 def fill_never_used(*, output_max: NDArray[Any]) -> FloatArray:

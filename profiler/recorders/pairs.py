@@ -22,6 +22,9 @@ CACHE_VALUES = 1 << 18
 DEVICE_VALUES = 1 << 26
 """... and elsewhere, where what counts is how often work is handed out."""
 
+MAX_EXPERTS = 1024
+"""Layers with more experts (Doge has 16,384 of one neuron each) get no pairs: they would fill the memory."""
+
 PairKey = tuple[LayerKey, str, str]
 """((layer, step), domain, phase); the domain is empty where vectors are pooled."""
 
@@ -40,7 +43,7 @@ class PairRecorder:
 
     def update(self, batch: RoutingBatch) -> None:
         """Add the selections of a batch."""
-        if not len(batch.tokens):
+        if not len(batch.tokens) or batch.num_experts > MAX_EXPERTS:
             return
         layers, tokens, _ = batch.ids.shape
         experts = batch.num_experts
@@ -89,7 +92,7 @@ class OutputPairRecorder(Staged):
 
     def update(self, batch: BlockBatch) -> None:
         """Add the products of the outputs that each token had."""
-        if not len(batch.tokens):
+        if not len(batch.tokens) or batch.num_experts > MAX_EXPERTS:
             return
         ids, weights, slots = (batch.tokens.select(part) for part in (batch.ids, batch.weights, batch.slots))
         experts = batch.num_experts

@@ -106,6 +106,7 @@ def test_a_shared_expert_can_be_a_super_expert(tmp_path: Path) -> None:
 def test_residual_marks_massive_layers(run: store.Run) -> None:
     frame = super_experts.residual(run)
     assert frame.filter(pl.col("massive"))["layer"].to_list() == [2, 3, 4]
+    assert frame.filter(pl.col("forming"))["layer"].to_list() == [2]  # in 3 and 4 it only stays
     assert frame["later_max"].to_list() == [8.0 + layer for layer in range(6)]
 
 

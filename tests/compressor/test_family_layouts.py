@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,16 @@ import torch
 from torch import nn
 
 from compressor.families import (
+    ADAPTERS,
+    FUSED,
+    ExpertsLayout,
     adapter_of,
     describe_experts,
     find_shared_experts,
     is_fused_experts,
     refusal_of,
     router_traits,
+    separate_layout,
 )
 from tests.profiler.capture.tiny import CONFIGS, build
 
@@ -82,10 +87,10 @@ def test_merged_shared_experts_are_counted_by_the_configuration() -> None:
 
 def test_traits_of_special_routers() -> None:
     assert router_traits(router_class="Gemma4TextRouter", experts_class="Gemma4TextExperts").holds_probabilities
-    assert router_traits(router_class="ZayaRouter", experts_class="ZayaExperts").zero_weight_is_none
     assert router_traits(router_class="DeepseekV3TopkRouter", experts_class="DeepseekV3Experts").score == "sigmoid"
     assert router_traits(router_class="DeepseekV2TopkRouter", experts_class="DeepseekV2Experts").score == "softmax"
     assert router_traits(router_class="", experts_class="MiniMaxExperts").score == "softmax"
+    assert router_traits(router_class="Llama4Router", experts_class="Llama4TextExperts").score == "sigmoid"
 
 
 def test_refusals_say_why_and_what_to_do() -> None:
@@ -96,15 +101,73 @@ def test_refusals_say_why_and_what_to_do() -> None:
     assert found["olmoe"] == [None] * len(found["olmoe"])
 
 
-def test_dbrx_is_read_through_its_adapter() -> None:
-    experts = next(module for module in build("dbrx").modules() if adapter_of(module))
+def adapted(family: str) -> tuple[Any, ExpertsLayout]:
+    experts = next(module for module in build(family).modules() if adapter_of(module))
     adapter = adapter_of(experts)
     assert adapter is not None
-    layout = adapter(experts)
+    layout = adapter.layout(experts)
+    assert layout is not None
+    return experts, layout
+
+
+def test_dbrx_is_read_through_its_adapter() -> None:
+    experts, layout = adapted("dbrx")
     assert layout.num_experts == CONFIGS["dbrx"]["config"]["ffn_config"]["moe_num_experts"]
     assert layout.down_weight(experts, 1).shape == (layout.hidden_size, layout.width)
     packed = experts.mlp.w2.reshape(layout.num_experts, layout.width, layout.hidden_size)
     assert torch.equal(layout.down_weight(experts, 1), packed[1].T)
+
+
+def test_adapters_say_what_is_special() -> None:
+    assert ADAPTERS["ZayaExperts"].zero_weight_is_none
+    assert ADAPTERS["Llama4TextExperts"].weights_input
+    assert ADAPTERS["SwitchTransformersExperts"].may_skip
+    for family, adapter in (("zaya", ADAPTERS["ZayaExperts"]), ("olmoe", FUSED)):
+        assert adapter_of(experts_of(family)) is adapter
+    assert adapter_of(nn.Linear(2, 2)) is None
+
+
+@pytest.mark.parametrize("family", ["doge", "jetmoe", "llama4_text", "longcat_flash", "switch_transformers"])
+def test_layouts_of_adapters_have_the_usual_orientation(family: str) -> None:
+    experts, layout = adapted(family)
+    rows = 2 * layout.width if layout.gated else layout.width
+    last = layout.num_weighted - 1
+    assert layout.up_weight(experts, last).shape == (rows, layout.hidden_size)
+    assert layout.down_weight(experts, last).shape == (layout.hidden_size, layout.width)
+    assert len(layout.kinds) == layout.num_experts
+
+
+def test_experts_without_weights_come_last() -> None:
+    experts, layout = adapted("longcat_flash")
+    assert (layout.num_weighted, layout.num_experts) == (8, 12)
+    inputs = torch.randn(3, layout.hidden_size)
+    activation, output = layout.run_expert(experts, 9, inputs)
+    assert torch.equal(output, inputs)
+    assert not activation.any()
+    zero = replace(layout, weightless=("zero",) * 4)
+    assert not zero.run_expert(experts, 9, inputs)[1].any()
+    with pytest.raises(NotImplementedError, match="expert 9 is a constant one"):
+        replace(layout, weightless=("constant",) * 4).run_expert(experts, 9, inputs)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_experts_that_are_modules_of_their_own(bias: bool) -> None:
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.num_experts, self.experts = 2, nn.ModuleList(nn.Module() for _ in range(2))
+            for expert in self.experts:
+                expert.w1, expert.w3 = nn.Linear(4, 6, bias=bias), nn.Linear(4, 6, bias=bias)
+                expert.w2, expert.act = nn.Linear(6, 4, bias=bias), nn.SiLU()
+
+    block, inputs = Block(), torch.randn(3, 4)
+    layout = separate_layout("w3", "w2", "w1", expert="experts.{}", activation="act")(block)
+    assert (layout.num_experts, layout.hidden_size, layout.width, layout.biased) == (2, 4, 6, bias)
+    expert = block.experts[1]
+    inner = expert.act(expert.w1(inputs)) * expert.w3(inputs)
+    activation, output = layout.run_expert(block, 1, inputs)
+    torch.testing.assert_close(activation, inner)
+    torch.testing.assert_close(output, expert.w2(inner))
 
 
 def test_families_load_no_torch() -> None:

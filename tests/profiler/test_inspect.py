@@ -120,10 +120,17 @@ def test_levels_add_up(tmp_path):
     assert list(both.statistics_gib) == ["routing", "activations"]
     assert both.level == "routing,activations"
     assert both.memory_gib > routing.memory_gib > routing.weights_gib["float32"]
-    neurons = 3 * 8 * 24 * 8
-    assert neurons < both.statistics_gib["activations"] * 2**30 < 3 * neurons
+    # by hand, per layer: 36 bytes per neuron, 24 per channel of an expert, the Gram matrix, scalars, weights' norms
+    experts, neurons, channels = 8, 8 * 24, 8 * 32
+    layer = 36 * neurons + 24 * channels + 8 * experts**2 + 8 * (14 * experts + 7) + 4 * (3 * neurons + channels)
+    assert both.statistics_gib["activations"] * 2**30 == 3 * (layer + 8 * 9)
+    assert both.recording_gib > routing.recording_gib > sum(routing.statistics_gib.values())
     more = inspect_model(path, gflops=1.0, domains=7)
-    assert more.statistics_gib["routing"] == pytest.approx(7 * routing.statistics_gib["routing"])
+    pairs = 3 * 8 * 2 * experts**2 / 2**30  # pooled over domains
+    assert more.statistics_gib["routing"] - pairs == pytest.approx(7 * (routing.statistics_gib["routing"] - pairs))
+    every = inspect_model(path, level="similarity,moments,lookahead,attention,gradients", gflops=1.0)
+    assert list(every.statistics_gib) == every.level.split(",")
+    assert every.statistics_gib["moments"] * 2**30 == 3 * 8 * 32**2
     with pytest.raises(InputError, match="level 'all' is not known"):
         inspect_model(path, level="all", gflops=1.0)
 
@@ -160,7 +167,7 @@ def test_too_little_memory_and_quantisation_are_warned_of(tmp_path, monkeypatch)
     config = Qwen2MoeConfig(quantization_config={"quant_method": "gptq", "bits": 4})
     warnings = inspect_model(saved(config, tmp_path), gflops=1.0).warnings
     assert any("GiB are needed, 16 GiB are free" in warning for warning in warnings)
-    assert any("quantised (gptq)" in warning for warning in warnings)
+    assert any("quantised (gptq 4 bit)" in warning for warning in warnings)
 
 
 def test_models_that_cannot_be_watched(tmp_path):

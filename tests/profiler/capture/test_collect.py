@@ -105,7 +105,8 @@ def test_interrupted_and_resumed_equals_uninterrupted(texts: Path, tmp_path: Pat
         collect(model, texts, tmp_path, "parts", level="activations", progress=interrupt_after(1), resume=True)
     parts = store.open_run(collect(model, texts, tmp_path, "parts", level="activations", resume=True))
     for table in STATISTICS:
-        assert_frame_equal(parts.table(table), whole.table(table), check_row_order=False)
+        # Batches are summed in 32 bits before they are added in 64; sums that cancel show it.
+        assert_frame_equal(parts.table(table), whole.table(table), check_row_order=False, rel_tol=1e-5, abs_tol=1e-4)
     assert parts.badge.status == "valid"
     assert parts.info.complete
     assert parts.info.seconds > 0

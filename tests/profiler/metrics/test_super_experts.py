@@ -13,6 +13,7 @@ from moescope.errors import MetricError
 from profiler.metrics.super_experts import (
     SuperExpert,
     fill_never_used,
+    forming_layers,
     massive_activation_layers,
     super_experts,
     super_experts_code,
@@ -142,6 +143,21 @@ def test_massive_activation_layers() -> None:
     }
     assert massive_activation_layers(**arguments, layers=range(5)) == [2]
     assert massive_activation_layers(**arguments, layers=range(5), absolute=50, ratio=900) == [0, 1, 2, 3]
+
+
+def test_forming_layers_are_those_that_add() -> None:
+    # Grows in layers 1 to 3, stays, grows a little in 6, and is cancelled in the last layer.
+    arguments: dict[str, Any] = {
+        "residual_max": [5, 400, 900, 2000, 1990, 1995, 2025, 30],
+        "residual_median": [0.3] * 8,
+        "layers": range(8),
+    }
+    assert massive_activation_layers(**arguments) == [1, 2, 3, 4, 5, 6]
+    assert forming_layers(**arguments) == [1, 2, 3, 6]
+    assert forming_layers(**arguments, growth=0.02) == [1, 2, 3]
+    assert forming_layers(**arguments, growth=0.0) == [1, 2, 3, 5, 6]
+    assert forming_layers(**arguments, growth=0.3) == [1, 3]  # the first massive layer counts whatever it adds
+    assert forming_layers(**arguments, absolute=3000) == []
 
 
 @pytest.mark.parametrize(

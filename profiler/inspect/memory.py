@@ -1,0 +1,199 @@
+"""What recording takes beside the model: sums that are kept, work on one batch, and shards on their way to the disk.
+
+Everything follows from shapes, so that it can be said before a weight is read. Sums are what recorders hold between two
+shards; a test compares them with what the recorders hold indeed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from profiler.capture.levels import RecordingOptions
+
+if TYPE_CHECKING:
+    from profiler.capture.discovery import MoELayer, MoEModel
+
+DOUBLE = 8
+SHARDS = 1.5
+"""Sums on their way to the disk: lists of 32 bits, and the Parquet writer's copy of the largest of them."""
+
+TRACE_COPIES = 3
+"""The trace as it is held, in order, and packed in lists."""
+
+FLUSH_BYTES = 128 << 20
+"""Trace held in memory before it is written."""
+
+PARTS = 1 << 24
+"""Values that recorders of routing and of similarity work on at once."""
+
+LIBRARIES = 256 << 20
+"""Buffers of the libraries (allocators, threads, Parquet) that grow once, whatever the model: 45 to 95 MiB with two
+threads, and more with more of them."""
+
+
+@dataclass(frozen=True)
+class ExtraMemory:
+    """Bytes that recording takes at most beside the bare forward.
+
+    Attributes:
+        statistics: sums by level.
+        working: copies that recorders make of one batch.
+        trace: selections that wait to be written.
+    """
+
+    statistics: dict[str, int]
+    working: int
+    trace: int
+
+    @property
+    def total(self) -> int:
+        """All of it, at the moment when a shard is written."""
+        return round(SHARDS * sum(self.statistics.values())) + max(self.working, self.trace) + LIBRARIES
+
+
+def extra_memory(
+    found: MoEModel, options: RecordingOptions, *, batch: int, tokens: int, domains: int = 1, phases: int = 1
+) -> ExtraMemory:
+    """The peak of what a collection takes beside the model and its forward.
+
+    Args:
+        found: the model.
+        options: what is recorded.
+        batch: tokens of one batch, padding included.
+        tokens: tokens of the whole collection.
+        domains: labels of the text.
+        phases: 2 where decoding is recorded as well.
+    """
+    chosen = sum(layer.top_k for layer in found.layers) * 6
+    if options.router_scores:
+        width = max(layer.top_k for layer in found.layers) + 8 if options.router_scores < 0 else options.router_scores
+        chosen += len(found.layers) * (6 * width + 4)
+    return ExtraMemory(
+        statistics=statistics_bytes(found, options, domains=domains, phases=phases),
+        working=working_bytes(found, options, batch),
+        trace=TRACE_COPIES * min(FLUSH_BYTES, tokens * chosen),
+    )
+
+
+def statistics_bytes(
+    found: MoEModel, options: RecordingOptions, *, domains: int = 1, phases: int = 1
+) -> dict[str, int]:
+    """Bytes of the sums by level, as recorders hold them; the levels that are not recorded are left out."""
+    groups, vectors = domains * phases, (domains if options.vectors_per_domain else 1) * phases
+    shapes = [_Shape(found, layer) for layer in found.layers]
+    # Of every decoder layer, and not of its experts: the residual stream, and attention per head.
+    beside = {"activations": 9, "attention": _number(found, "num_attention_heads") + 1}
+    return {
+        level: sum(_SUMS[level](shape, groups, vectors) for shape in shapes if level in _SUMS)
+        + DOUBLE * groups * len(found.stack) * beside.get(level, 0)
+        for level in options.levels
+    }
+
+
+class _Shape:
+    """The sizes of one MoE layer."""
+
+    def __init__(self, found: MoEModel, layer: MoELayer) -> None:
+        self.experts, self.top_k, self.width = layer.num_experts, layer.top_k, layer.expert_width
+        hidden = _number(found, "hidden_size")
+        self.hidden = layer.layout.hidden_size if layer.layout is not None else hidden
+        down: Any = layer.shared.down if layer.shared is not None else None
+        self.shared = int(layer.shared is not None)
+        self.shared_width = int(down.weight.shape[1]) if getattr(down, "weight", None) is not None else 0
+        self.shared_hidden = hidden * self.shared
+        self.neurons = self.experts * self.width + self.shared_width
+
+
+def _routing(shape: _Shape, groups: int, vectors: int) -> int:
+    """Load, scores, histograms, ranks and pairs."""
+    each = 6 + 3 + 3 * shape.top_k + 2 * 8
+    return DOUBLE * (groups * (shape.experts * each + 5 * 32 + 12) + vectors * 2 * shape.experts**2)
+
+
+def _activations(shape: _Shape, groups: int, vectors: int) -> int:
+    """Outputs, neurons (of which one maximum in 32 bits), channels, pairs, and the norms of the weights."""
+    scalars = (shape.experts + shape.shared) * 14 + 7
+    channels = 3 * shape.experts * shape.hidden + 3 * shape.shared_hidden
+    weights = 3 * shape.neurons + shape.experts * shape.hidden
+    lists = vectors * (DOUBLE * (4 * shape.neurons + channels + shape.experts**2) + 4 * shape.neurons)
+    return DOUBLE * groups * scalars + lists + 4 * weights
+
+
+def _similarity(shape: _Shape, groups: int, vectors: int) -> int:
+    return DOUBLE * vectors * (shape.experts * shape.hidden + 2 * shape.experts**2)
+
+
+def _moments(shape: _Shape, groups: int, vectors: int) -> int:
+    return DOUBLE * vectors * shape.hidden**2
+
+
+def _lookahead(shape: _Shape, groups: int, vectors: int) -> int:
+    """Three distances, two inputs, position 0 apart."""
+    return DOUBLE * groups * 3 * 2 * 2 * (4 + 2 * 9)
+
+
+def _gradients(shape: _Shape, groups: int, vectors: int) -> int:
+    return DOUBLE * (vectors * 4 * shape.neurons + groups * 3 * (shape.experts + shape.shared))
+
+
+_SUMS: dict[str, Callable[[_Shape, int, int], int]] = {
+    "routing": _routing,
+    "activations": _activations,
+    "similarity": _similarity,
+    "moments": _moments,
+    "lookahead": _lookahead,
+    "gradients": _gradients,
+}
+"""Bytes of one layer by level; from its shape, the (domain, phase) groups, and the groups that vectors are apart by."""
+
+
+def working_bytes(found: MoEModel, options: RecordingOptions, tokens: int, width: float = 4.0) -> int:
+    """Copies that recorders make of one batch beside what its forward needs anyway.
+
+    Selections and router scores of all layers wait for the end of the forward; what happens inside the experts is added
+    up layer by layer. ``width`` is the bytes of a value in the model's type.
+    """
+    shapes = [_Shape(found, layer) for layer in found.layers]
+    waiting = sum(tokens * (8 * shape.experts + 28 * shape.top_k) for shape in shapes)
+    scores = sum(tokens * shape.experts for shape in shapes)
+    size: float = waiting + 10 * 4 * min(scores, max(PARTS, tokens * max(shape.experts for shape in shapes)))
+    if "activations" in options.levels:
+        size += max(_inside(shape, tokens, width) for shape in shapes)
+    if "similarity" in options.levels:
+        sampled = -(-tokens // options.similarity_every)
+        size += max(3 * 4 * min(PARTS, sampled * shape.experts * shape.hidden) for shape in shapes)
+    if "moments" in options.levels:
+        # The matrices of all layers wait for the end of the forward.
+        size += sum(4 * shape.hidden**2 for shape in shapes) + max(2 * 4 * tokens * shape.hidden for shape in shapes)
+    if "lookahead" in options.levels:
+        hidden = _number(found, "hidden_size")
+        size += round(tokens * hidden * width * 12) + tokens * 6 * 8 * max(shape.top_k + 8 for shape in shapes)
+    if "attention" in options.levels:
+        size += 2 * 4 * min(1 << 25, tokens * tokens * _number(found, "num_attention_heads"))
+    if "gradients" in options.levels:
+        size += _graph(found, shapes, tokens, width)
+    return round(size)
+
+
+def _inside(shape: _Shape, tokens: int, width: float) -> float:
+    """The rows inside the experts, kept until they are added up, sorted and in 32 bits; and the residual stream."""
+    rows = shape.top_k * (shape.hidden + shape.width)
+    stream = 6 * 4 * max(shape.hidden, shape.shared_hidden)
+    return tokens * (rows * (width + 4) + stream + 4 * shape.experts + 4 * shape.top_k**2)
+
+
+def _graph(found: MoEModel, shapes: list[_Shape], tokens: int, width: float) -> float:
+    """What a backward needs of every layer, the logits with their gradient, and the gradients that are under way."""
+    hidden, heads = _number(found, "hidden_size"), _number(found, "num_attention_heads")
+    inside = sum(shape.top_k * (2 * shape.hidden + 4 * shape.width) for shape in shapes)
+    attention = len(found.stack) * (12 * hidden + 4 * heads)
+    return 1.25 * tokens * (inside + attention + 3 * _number(found, "vocab_size")) * width
+
+
+def _number(found: MoEModel, name: str) -> int:
+    try:
+        return int(getattr(found.config, name, 0) or 0)
+    except (AttributeError, TypeError, ValueError, RuntimeError):
+        return 0  # a configuration whose layers differ in it
