@@ -170,7 +170,7 @@ create table expert_rank (
     confidence_logit_sum  double[]  -- [sum] per eighth: router logits
 );
 
--- table expert_pair: sums over pairs of experts of one layer, a row per expert, an entry per other expert.
+-- table expert_pair: sums over pairs of experts of one layer, a row per expert, an entry per other expert; none above 1024 experts.
 create table expert_pair (
     layer            integer,  -- [key]
     step             integer,  -- [key]

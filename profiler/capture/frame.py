@@ -5,13 +5,14 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
 from compressor.families import Routed
 from profiler.capture.batch import LayerKey, Tokens
-from profiler.capture.discovery import MoELayer
+from profiler.capture.discovery import MoELayer, MoEModel
 from profiler.capture.inputs import ForwardInputs
 from profiler.capture.routing import LayerRouting
 from profiler.capture.sequences import BatchRows
@@ -80,3 +81,22 @@ class Frame:
         """(rows, hidden) the residual stream that the experts' input was normed from; None where that was not seen."""
         found = self.norm_before(hidden)
         return None if found is None else found[1].reshape(hidden.shape)
+
+
+def modules_beside(found: MoEModel) -> list[nn.Module]:
+    """The modules beside the MoE blocks of decoder layers that hold neither experts nor routers: norms are there."""
+    inside = {id(module) for layer in found.layers for module in (layer.experts, *layer.routers)}
+    indices = sorted({layer.layer for layer in found.layers})
+    return [module for index in indices for module in _beside(found.stack[index], inside)]
+
+
+def _beside(module: nn.Module, inside: set[int]) -> Iterator[nn.Module]:
+    for name, child in module.named_children():
+        if any(id(inner) in inside for inner in child.modules()):
+            # T5's layers keep their parts in a list.
+            yield from _beside(child, inside) if nn.ModuleList in (type(child), type(module)) else ()
+        elif isinstance(child, nn.ModuleList):
+            yield from child.children()  # LongCat's norms stand in lists
+        else:
+            yield child
+            yield from child.children() if "norm" in name else ()  # DBRX's in one module with the attention

@@ -14,10 +14,11 @@ from torch import Tensor, nn
 
 from compressor.families import Routed, find_router_outputs
 from moescope.errors import CaptureError
-from profiler.capture.batch import BlockBatch, ExpertRows, ResidualBatch, Tokens
+from profiler.capture.batch import ExpertRows, ResidualBatch
+from profiler.capture.blocks import block_of, fitting_logits, real_rows, run_inside
 from profiler.capture.discovery import MoELayer, MoEModel
 from profiler.capture.engine import capturing_graph
-from profiler.capture.frame import Frame
+from profiler.capture.frame import Frame, modules_beside
 from profiler.capture.hooks import Hooks
 from profiler.capture.inputs import (
     OUTER_ARGUMENTS,
@@ -31,7 +32,7 @@ from profiler.capture.recording import Recording
 from profiler.capture.routing import LayerRouting
 from profiler.capture.sequences import SequenceTracker
 from profiler.capture.shared import watch_shared
-from profiler.capture.tap import ExpertsCall, TappedRows, run_packed, run_with_rows, tapped
+from profiler.capture.tap import ExpertsCall, TappedRows, tapped
 
 
 class Observer:
@@ -116,7 +117,7 @@ class Observer:
             if self._recording.sees_rows:
                 watch_shared(layer, hooks, self._take_shared)
         if self._recording.sees_norms:
-            for module in _between(self.found):
+            for module in modules_beside(self.found):
                 hooks.after(module, self._saw_module, first=True)
         if self._recording.sees_residual:
             for index, module in enumerate(self.found.stack):
@@ -199,7 +200,7 @@ class Observer:
                 self._tracker.findings["outside a forward"] += int(self.active)
                 return call.run()
             call.last_routed = lambda: forward.routed.get(layer.key)
-            rows = _run(call, layer) if self._recording.sees_rows else call.run()
+            rows = run_inside(call, layer) if self._recording.sees_rows else call.run()
             with torch.no_grad():
                 self._take(forward, layer, call, rows if self._recording.sees_rows else None)
             return call.result
@@ -224,15 +225,15 @@ class Observer:
         if routed is not None:
             found = find_router_outputs(routed.output, logits_index=layer.logits_index, top_k=layer.top_k)
             forward.chosen[layer.key], logits = found, found[0]
-        logits = _fitting(logits, ids.shape[0], layer)
+        logits = fitting_logits(logits, ids.shape[0], layer)
         part = None if tokens is forward.tokens else tokens
         forward.routing[layer.key] = LayerRouting(layer, ids, weights, logits, part)
         if forward.sampled:
             seen = forward if part is None else replace(forward, tokens=part)
             self._recording.checks.compare(seen, layer, call, call.output, rows)
-        block = None if rows is None else _block(forward, tokens, layer, call, rows)
+        block = None if rows is None else block_of(forward, tokens, layer, call, rows)
         if rows is not None and block is not None:
-            self._recording.add_block(layer, block, _real_rows(block, layer, call, rows))
+            self._recording.add_block(layer, block, real_rows(block, layer, call, rows))
         for probe in self._recording.probes:
             probe.saw_experts(layer, call, rows, block)
 
@@ -268,100 +269,3 @@ class Observer:
                 self._recording.add_residual(batch)
 
         return see
-
-
-def _run(call: ExpertsCall, layer: MoELayer) -> TappedRows:
-    if layer.layout is not None:
-        return run_with_rows(call, layer.layout)
-    assert layer.adapter.packed, "refused before the run began"
-    return run_packed(call)
-
-
-def _fitting(logits: Tensor | None, rows: int, layer: MoELayer) -> Tensor | None:
-    """(rows, classes) the logits, if there is one row per token and at least one class per expert."""
-    if logits is None or logits.shape[-1] < layer.num_experts:
-        return None
-    flat = logits.detach().reshape(-1, logits.shape[-1])
-    if layer.adapter.granularity == "sequence" and rows % max(1, len(flat)) == 0:
-        flat = flat.repeat_interleave(rows // max(1, len(flat)), 0)
-    return flat if len(flat) == rows else None
-
-
-def _block(frame: Frame, tokens: Tokens, layer: MoELayer, call: ExpertsCall, rows: TappedRows) -> BlockBatch:
-    ids, weights = call.ids.detach(), call.output_weights.detach().float()
-    none = (ids < 0) | (ids >= layer.num_experts)
-    if layer.traits.zero_weight_is_none:
-        none |= weights == 0
-    hidden, output = call.hidden.detach(), call.output.detach()
-    return BlockBatch(
-        key=layer.key,
-        num_experts=layer.num_experts,
-        tokens=tokens,
-        hidden=hidden,
-        ids=torch.where(none, -1, ids),
-        weights=torch.where(none, 0, weights),
-        output=output.reshape(-1, output.shape[-1]),
-        residual=frame.residual_before(hidden),
-        slots=rows.slots(ids.shape[-1]),
-        outputs=rows.output,
-    )
-
-
-def _real_rows(block: BlockBatch, layer: MoELayer, call: ExpertsCall, rows: TappedRows) -> ExpertRows:
-    """The rows of a layer without those of padding, and without those that mean "no expert"."""
-    tokens, expert, token, gate, real = block.tokens, rows.expert, rows.token, rows.gate.float(), None
-    strange = bool(((expert[:1] < 0) | (expert[-1:] >= layer.num_experts)).any())  # they are sorted
-    skips = layer.traits.zero_weight_is_none
-    if tokens.keep is not None:
-        place = torch.full((tokens.rows,), -1, device=token.device)
-        place[tokens.keep.to(token.device)] = torch.arange(len(tokens), device=token.device)
-        token = place[token]
-    if tokens.keep is not None or skips or strange:
-        wanted = (token >= 0) & (expert >= 0) & (expert < layer.num_experts)
-        wanted = wanted & (gate != 0) if skips else wanted
-        real = wanted.nonzero()[:, 0]
-        expert, token, gate = expert[real], token[real], gate[real]
-    return ExpertRows(
-        layer.key,
-        "routed",
-        layer.num_experts,
-        tokens,
-        expert,
-        token,
-        gate,
-        rows.activation,
-        rows.output,
-        real,
-        block,
-        _expert_inputs(call),
-        rows.live,
-        rows.live_order,
-    )
-
-
-def _expert_inputs(call: ExpertsCall) -> Tensor | None:
-    """(tokens, width) what the experts of each token were given; None where it differs by expert."""
-    if not call.adapter.weights_input:
-        return call.hidden.detach()
-    if call.weights.shape[1] > 1:
-        return None
-    return call.hidden.detach() * call.weights.detach()
-
-
-def _between(found: MoEModel) -> list[nn.Module]:
-    """The modules beside the MoE blocks of decoder layers that hold neither experts nor routers: norms are there."""
-    inside = {id(module) for layer in found.layers for module in (layer.experts, *layer.routers)}
-    indices = sorted({layer.layer for layer in found.layers})
-    return [module for index in indices for module in _beside(found.stack[index], inside)]
-
-
-def _beside(module: nn.Module, inside: set[int]) -> Iterator[nn.Module]:
-    for name, child in module.named_children():
-        if any(id(inner) in inside for inner in child.modules()):
-            # T5's layers keep their parts in a list.
-            yield from _beside(child, inside) if nn.ModuleList in (type(child), type(module)) else ()
-        elif isinstance(child, nn.ModuleList):
-            yield from child.children()  # LongCat's norms stand in lists
-        else:
-            yield child
-            yield from child.children() if "norm" in name else ()  # DBRX's in one module with the attention

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import profiler
 import store
-from profiler.capture import observer, tap
+from profiler.capture import blocks, tap
 from profiler.capture.check_rows import FINDINGS
 from profiler.capture.provenance import fingerprint
 from profiler.capture.score_checks import TIES, steering
@@ -111,7 +111,7 @@ def test_rows_that_do_not_rebuild_the_output_fail(tmp_path: Path, monkeypatch: p
         rows.token = rows.token.flip(0)
         return rows
 
-    monkeypatch.setattr(observer, "run_with_rows", shuffled)
+    monkeypatch.setattr(blocks, "run_with_rows", shuffled)
     assert failed(build("olmoe"), tmp_path, level="activations") == {"rows rebuild output": [0, 1, 2, 3]}
 
 
