@@ -193,7 +193,7 @@ def show_progress(progress: Progress) -> None:
     """One line on stderr, printed over itself; what is said before the first token stays."""
     from app.text import duration, progress_line
 
-    share = f"{progress.tokens / progress.token_budget:4.0%}" if progress.token_budget else ""
+    share = f"{min(1.0, progress.tokens / progress.token_budget):4.0%}" if progress.token_budget else ""
     text = (
         f"{progress.state} {share} {progress.tokens:,} tokens, {progress.tokens_per_second:,.0f} tokens/s,"
         f" {duration(progress.seconds_left)} left {progress.detail}"

@@ -130,6 +130,8 @@ def _source(path_or_id: str | Path, revision: str | None) -> tuple[str, dict[str
     if is_gguf(path):
         return str(path.parent), {**options, "local_files_only": True, "gguf_file": path.name}
     local = path.is_dir()
+    if not local and path.suffix == ".gguf":
+        raise ModelError(f"{path_or_id} is no file: give the path of a .gguf file that is there")
     if not local and (path.exists() or str(path_or_id).startswith((".", "/", "~"))):
         raise ModelError(
             f"{path_or_id} is no folder with a checkpoint: give the folder that holds config.json, or a .gguf file"

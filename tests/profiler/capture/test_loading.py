@@ -180,6 +180,8 @@ def test_files_that_are_no_checkpoint_are_one_line(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("x")
     with pytest.raises(ModelError, match=r"or a \.gguf file"):
         profiler.load_model(tmp_path / "notes.txt")
+    with pytest.raises(ModelError, match=r"nowhere\.gguf is no file"):
+        profiler.load_model("folder/nowhere.gguf")  # not asked of the hub
     (tmp_path / "broken.gguf").write_bytes(b"GGUF" + bytes(40))
     with pytest.raises(ModelError, match=r"broken\.gguf cannot be (loaded|read)") as caught:
         profiler.load_model(tmp_path / "broken.gguf")
