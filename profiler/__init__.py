@@ -17,11 +17,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from profiler.capture.discovery import MoELayer, find_moe_layers
     from profiler.capture.loading import load_model, load_tokenizer
-    from profiler.capture.watch import WatchSession, watch
+    from profiler.capture.session import WatchSession
+    from profiler.capture.watch import watch
 
 _LAZY = {
     "MoELayer": "profiler.capture.discovery",
-    "WatchSession": "profiler.capture.watch",
+    "WatchSession": "profiler.capture.session",
     "find_moe_layers": "profiler.capture.discovery",
     "load_model": "profiler.capture.loading",
     "load_tokenizer": "profiler.capture.loading",

@@ -16,8 +16,8 @@ from moescope.errors import CorpusError, InputError, ModelError, MoescopeError, 
 from profiler.capture.backward import forward_backward, forward_loss, loss_tolerance, require_head
 from profiler.capture.levels import RecordingOptions, parse_levels
 from profiler.capture.overhead import measure_overhead as measure
+from profiler.capture.session import WatchSession
 from profiler.capture.stacks import DECODER
-from profiler.capture.watch import WatchSession
 from profiler.generation import Generation, Sampling
 from profiler.headline import compute_and_store
 

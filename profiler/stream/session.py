@@ -19,7 +19,7 @@ from moescope.errors import InputError, MoescopeError
 from profiler.capture.check_rows import measured
 from profiler.capture.memory import peak_bytes, reset_peaks
 from profiler.capture.provenance import fingerprint
-from profiler.capture.watch import WatchSession
+from profiler.capture.session import WatchSession
 from store import live
 
 GIB = 1 << 30

@@ -150,7 +150,7 @@ def test_rows_that_finish_early_are_not_counted_on(texts: Path, tmp_path: Path) 
 def test_an_answer_that_was_interrupted_is_given_again(
     forward: int, level: str, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("profiler.capture.watch.WRITING_SHARE", float("inf"))  # a shard after every batch
+    monkeypatch.setattr("profiler.capture.session.WRITING_SHARE", float("inf"))  # a shard after every batch
     model, sampling = speaking("qwen2_moe"), Sampling(temperature=1.5, top_p=0.9, seed=7)
     options: dict[str, Any] = {"sampling": sampling, "level": level, "flush_seconds": 0.0}
     whole = collect(model, texts, tmp_path, "whole", **options)

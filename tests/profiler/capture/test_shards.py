@@ -14,7 +14,7 @@ from polars.testing import assert_frame_equal
 
 import profiler
 import store
-from profiler.capture.watch import WatchSession
+from profiler.capture.session import WatchSession
 from store.schema import Column, Table, tables
 from tests.profiler.capture.tiny import batch, build, tokenizer
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 import store
 from profiler.capture.levels import RecordingOptions
-from profiler.capture.watch import WatchSession
+from profiler.capture.session import WatchSession
 from profiler.recorders import similarity
 from profiler.recorders.similarity import in_sample
 from tests.profiler.capture.tiny import _Double, batch, build, output_of, recorded_calls

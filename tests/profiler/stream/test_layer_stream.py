@@ -128,7 +128,7 @@ def test_16_bits_domains_apart_and_further_levels(folder: Path, tmp_path: Path) 
 def test_interrupted_and_resumed_equals_uninterrupted(
     on_disk: bool, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("profiler.capture.watch.FLUSH_BYTES", 1)  # shards of unfinished layers, too
+    monkeypatch.setattr("profiler.capture.session.FLUSH_BYTES", 1)  # shards of unfinished layers, too
     monkeypatch.setattr("profiler.capture.routing.WAITING_TOKENS", 1)
     path = checkpoint(folder, "olmoe")
     expected = whole(folder, path, tmp_path)

@@ -1,0 +1,50 @@
+"""What a session refuses before it begins: levels that the experts do not show, and runs that it cannot go on with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import store as run_store
+from moescope.errors import InputError, ModelError
+from profiler.capture.discovery import MoELayer
+from profiler.capture.stacks import DECODER
+
+
+def require_rows(layers: Sequence[MoELayer], levels: Sequence[str]) -> None:
+    """Refuse levels that look into experts whose weights nobody can read; packed ones still show what they put out."""
+    for layer in layers:
+        if layer.adapter.method != "forward" and "lookahead" in levels:
+            raise ModelError(
+                f"level lookahead needs routers that run, but {layer.name} ({type(layer.experts).__name__}) is routed"
+                " by a kernel: leave lookahead out, or load the model dequantized"
+            )
+        wanted = {"similarity", "gradients"} | (set() if layer.adapter.packed else {"activations"})
+        refused = [level for level in levels if level in wanted]
+        if layer.layout is None and refused:
+            raise ModelError(
+                f"level {refused[0]} needs plain weights, but {layer.name} ({type(layer.experts).__name__}) keeps them"
+                f" packed: leave {refused[0]} out, or load the model dequantized"
+            )
+
+
+def require_same(name: str, before: run_store.RunInfo, now: run_store.RunInfo) -> None:
+    """Refuse to mix what two collections saw in one run."""
+    if ("layer_stream" in before.settings) != ("layer_stream" in now.settings):
+        how = "with" if "layer_stream" in before.settings else "without"
+        raise InputError(f"run {name!r} was begun {how} --layer-stream: resume it so")
+    if before.model_fingerprint and before.model_fingerprint != now.model_fingerprint:
+        raise InputError(f"run {name!r} was begun with another model ({before.model}): resume it with that one")
+    if before.levels != now.levels:
+        raise InputError(f"run {name!r} was begun with level {before.levels!r}: resume it with that level")
+    stacks = [str(info.settings.get("stack", DECODER)) for info in (before, now)]
+    if stacks[0] != stacks[1]:
+        raise InputError(f"run {name!r} was begun with stack {stacks[0]!r}: resume it with that stack")
+    corpora = [info.settings.get("corpus_sha256") for info in (before, now)]
+    if all(corpora) and corpora[0] != corpora[1]:
+        raise InputError(f"run {name!r} was begun with another corpus: resume it with the same data and options")
+    kept = [info.settings.get("recording", {}) for info in (before, now)]
+    if kept[0] != kept[1]:
+        raise InputError(f"run {name!r} was begun with other options ({kept[0]}, not {kept[1]}): resume it with those")
+    answers = [info.settings.get("generation") for info in (before, now)]
+    if answers[0] != answers[1]:
+        raise InputError(f"run {name!r} was begun with generation {answers[0]}, not {answers[1]}: resume it with that")
