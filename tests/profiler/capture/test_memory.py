@@ -13,7 +13,7 @@ import torch
 
 import profiler
 import store
-from profiler.capture import memory, watch
+from profiler.capture import memory
 from profiler.capture.levels import RecordingOptions, parse_levels
 from profiler.capture.recording import Recording
 from profiler.collect import collect
@@ -63,7 +63,7 @@ def test_stated_sums_are_what_recorders_hold(level: str, family: str, tmp_path: 
 
 
 def test_a_long_collection_holds_no_more_than_a_short_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(watch, "FLUSH_BYTES", 20_000)
+    monkeypatch.setattr("profiler.capture.session.FLUSH_BYTES", 20_000)
     levels = "activations,moments,lookahead,attention"
     options: dict[str, Any] = {"level": levels, "flush_seconds": 1e9, "router_scores": 4, "tokenizer": tokenizer()}
     largest, held = 0, []
