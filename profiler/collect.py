@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +19,7 @@ from profiler.capture.session import WatchSession
 from profiler.capture.stacks import DECODER
 from profiler.generation import Generation, Sampling
 from profiler.headline import compute_and_store
+from profiler.running import embeddings_of, evaluating, input_device
 
 if TYPE_CHECKING:
     from profiler.corpus import Corpus, TokenBatch
@@ -116,7 +116,7 @@ def collect(
         job.answer(generate, sampling or Sampling())
     if session.gradients is not None:
         job.go_back(session.gradients, generate)
-    with _evaluating(model):
+    with evaluating(model):
         if measure_overhead:
             job.measure_overhead(level)
         path = job.run()
@@ -145,7 +145,7 @@ class Job:
 
     def __post_init__(self) -> None:
         self.runner = _runner(self.session)
-        self.device = _input_device(self.session.model)
+        self.device = input_device(self.session.model)
         self.session.planned_tokens = self.corpus.num_tokens
         self._budget: int | None = None
         self._phases = 1
@@ -277,7 +277,7 @@ class Job:
 
     def _require_vocabulary(self, batch: TokenBatch) -> None:
         self._shape = batch.input_ids.shape
-        known = int(getattr(_embeddings(self.session.model), "num_embeddings", 0))
+        known = int(getattr(embeddings_of(self.session.model), "num_embeddings", 0))
         largest = int(batch.input_ids.max(initial=0))
         if known and largest >= known:
             raise ModelError(
@@ -329,30 +329,6 @@ def _for_decoder(session: WatchSession, ids: Tensor, mask: Tensor) -> dict[str, 
     if not _encodes_apart(session) or session.found.name != DECODER:
         return {}
     return {"decoder_input_ids": ids, "decoder_attention_mask": mask}
-
-
-def _embeddings(model: Any) -> Any:
-    return model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
-
-
-def _input_device(model: nn.Module) -> torch.device:
-    embeddings = _embeddings(model)
-    weight = getattr(embeddings, "weight", None)
-    if isinstance(weight, Tensor) and not weight.is_meta:
-        return weight.device
-    devices = [parameter.device for parameter in model.parameters() if not parameter.is_meta]
-    hook_device = getattr(getattr(embeddings, "_hf_hook", None), "execution_device", None)
-    return torch.device(hook_device) if hook_device is not None else devices[0] if devices else torch.device("cpu")
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
 
 
 def differences(first: Tensor, second: Tensor) -> int:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from moescope.errors import CorpusError, ModelError, RunError
 from profiler.metrics import perplexity as formulas
+from profiler.running import evaluating, input_device
 
 if TYPE_CHECKING:
     from profiler.corpus import TokenBatch
@@ -78,10 +79,10 @@ def sequence_losses(
 
     Raises: as :func:`perplexity`.
     """
-    device = _input_device(model)
+    device = input_device(model)
     rows: list[pl.DataFrame] = []
     done = 0
-    with _evaluating(model):
+    with evaluating(model):
         for batch in batches:
             _require_positions(model, batch.input_ids.shape[1])
             ids = torch.from_numpy(batch.input_ids).to(device)
@@ -236,22 +237,3 @@ def _checked(rows: list[pl.DataFrame]) -> pl.DataFrame:
             f" {broken['sequence'][0]}: load it with --dtype float32, or check its weights"
         )
     return table
-
-
-def _input_device(model: Any) -> torch.device:
-    embeddings = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
-    weight = getattr(embeddings, "weight", None)
-    if isinstance(weight, Tensor) and not weight.is_meta:
-        return weight.device
-    hook_device = getattr(getattr(embeddings, "_hf_hook", None), "execution_device", None)
-    return torch.device(hook_device) if hook_device is not None else next(model.parameters()).device
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)

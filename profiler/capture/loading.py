@@ -34,7 +34,7 @@ def load_tokenizer(path_or_id: str | Path, *, revision: str | None = None) -> An
     from transformers import AutoTokenizer
 
     place, options = _source(path_or_id, revision)
-    with _as_model_error(f"the tokenizer of {path_or_id}"):
+    with as_model_error(f"the tokenizer of {path_or_id}"):
         return AutoTokenizer.from_pretrained(place, **options)
 
 
@@ -47,7 +47,7 @@ def load_config(path_or_id: str | Path, *, revision: str | None = None) -> Any:
     from transformers import AutoConfig
 
     place, options = _source(path_or_id, revision)
-    with _as_model_error(f"{path_or_id}"):
+    with as_model_error(f"{path_or_id}"):
         config = AutoConfig.from_pretrained(place, **options)
         if "gguf_file" in options:
             _complete_gguf_config(config, Path(path_or_id))
@@ -85,18 +85,18 @@ def load_model(
             line.
         InputError: an unknown dtype, device map or size, or weights that cannot fit, with numbers.
     """
-    weights = _dtype(dtype)
+    weights = weight_dtype(dtype)
     placement = plan_placement(device, device_map, memory_limit, offload_folder)
     place, options = _source(path_or_id, revision)
     config = load_config(path_or_id, revision=revision)
     precision = gguf_precision(Path(path_or_id)) if is_gguf(path_or_id) else stored_precision(config)
     if precision is not None:
         placement = placement.at_once()
-    with _as_model_error(f"{path_or_id}"):
+    with as_model_error(f"{path_or_id}"):
         compressed = precision is not None and precision.method == "compressed-tensors"
         width = experts_width(config) if compressed else None
         options |= {"config": config, "dtype": weights, **_dequantizing(config, precision, dequantize)}
-        kind = _auto_class(config)
+        kind = auto_class(config)
         _require_fitting(kind, config, weights, precision, placement)
         if compressed and Path(place).is_dir():
             require_one_scheme(Path(place), width)
@@ -216,7 +216,7 @@ def _snapshot(name: str, revision: str | None) -> Path:
     return Path(str(cached_file(name, "config.json", revision=revision or "main", local_files_only=True))).parent
 
 
-def _auto_class(config: Any) -> Any:
+def auto_class(config: Any) -> Any:
     """Language models, and those that read images too, which another class loads."""
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
@@ -229,7 +229,12 @@ def _auto_class(config: Any) -> Any:
     )
 
 
-def _dtype(name: str) -> Any:
+def weight_dtype(name: str) -> Any:
+    """The type that a name on the command line means, ``auto`` as it is.
+
+    Raises:
+        InputError: no floating-point type of torch.
+    """
     if name == "auto":
         return "auto"
     dtype = getattr(torch, name, None)
@@ -239,7 +244,8 @@ def _dtype(name: str) -> Any:
 
 
 @contextmanager
-def _as_model_error(what: str) -> Iterator[None]:
+def as_model_error(what: str) -> Iterator[None]:
+    """Whatever fails inside becomes a ModelError of one line that begins with ``what``."""
     try:
         yield
     except MoescopeError:

@@ -98,7 +98,7 @@ class OutputPairRecorder(Staged):
         experts = batch.num_experts
         # <g_i f_i, g_j f_j> = g_i g_j <f_i, f_j>: the weights multiply k x k values instead of k x hidden ones
         products = _products(batch.outputs, slots) * weights[:, :, None] * weights[:, None, :]
-        products = torch.nan_to_num_(products, nan=0.0)
+        products = torch.nan_to_num_(products, nan=0.0, posinf=0.0, neginf=0.0)
         place = torch.where(ids >= 0, ids, experts)
         keys = place[:, :, None] * (experts + 1) + place[:, None, :]
         size = (experts + 1) ** 2

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from moescope.errors import ModelError
-from profiler.capture.loading import _as_model_error, _auto_class, _dtype, load_config
+from profiler.capture.loading import as_model_error, auto_class, load_config, weight_dtype
 from profiler.capture.precision import stored_precision
 from profiler.stream.files import stored_tensors
 
@@ -28,7 +28,7 @@ def build_skeleton(folder: Path, *, dtype: str = "auto", device: torch.device | 
         ModelError: no such folder, no model that can be built, or quantized weights.
         InputError: an unknown dtype.
     """
-    wanted = _dtype(dtype)
+    wanted = weight_dtype(dtype)
     if not folder.is_dir():
         raise ModelError(
             f"{folder} is no folder: layers are streamed from a checkpoint on disk (hf download ID --local-dir DIR)"
@@ -40,11 +40,11 @@ def build_skeleton(folder: Path, *, dtype: str = "auto", device: torch.device | 
             f"{folder} is quantized ({precision.stored}): layers are streamed with plain weights alone; dequantize the"
             " checkpoint first, or leave out --layer-stream"
         )
-    with _as_model_error(str(folder)):
+    with as_model_error(str(folder)):
         if wanted == "auto":
             wanted = config.dtype if getattr(config, "dtype", None) is not None else _stored_dtype(folder)
         with torch.device("meta"):
-            model: Any = _auto_class(config).from_config(config, dtype=wanted, trust_remote_code=False)
+            model: Any = auto_class(config).from_config(config, dtype=wanted, trust_remote_code=False)
         _widen(model, wanted)
         _fill_buffers(model, device or torch.device("cpu"))
     return model.eval()

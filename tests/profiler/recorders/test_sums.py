@@ -16,6 +16,7 @@ from scipy.special import logsumexp, softmax
 
 import profiler
 import store
+from profiler.recorders.base import finite, row_maximum, row_norm
 from tests.profiler.capture.tiny import batch, build
 from tests.profiler.recorders.tokenwise import Array, LayerTokens, Tokenwise, cosine, observe, watched
 
@@ -316,6 +317,15 @@ def test_a_broken_token_leaves_the_sums_of_the_others(tmp_path: Path) -> None:
     assert np.isnan(scores["broken"].log_partition[3, 0, 11])
     assert_array_equal(ids[0, :11], scores["sound"].ids[3][0, :11])
     assert_allclose(logits[0, :11], scores["sound"].logits[3][0, :11], atol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_infinity_adds_nothing_to_sums_and_shows_in_maxima(dtype: torch.dtype) -> None:
+    rows = torch.tensor([[1.0, 2.0], [torch.inf, 1.0], [1.0, -torch.inf], [torch.nan, 1.0], [3.0, -4.0]], dtype=dtype)
+    largest = torch.finfo(torch.float32).max
+    assert_allclose(row_norm(rows).numpy(), [5**0.5, 0, 0, 0, 5], rtol=1e-6)
+    assert row_maximum(rows).tolist() == [2, largest, largest, 0, 4]
+    assert finite(rows.float()).sum(0).tolist() == [5, 0]
 
 
 def _values(frame: pl.DataFrame, column: str) -> NDArray[np.float64]:
