@@ -6,6 +6,7 @@
     ├── InputError            the user gave something that cannot work        exit code 2
     │   ├── ModelError        no MoE layer, or one that cannot be watched, or a model that does not load
     │   ├── CorpusError       no text, an unreadable file, a missing column
+    │   ├── ImportFileError   a file of another engine that is damaged, of another layout, or does not fit the model
     │   ├── StoreError        no such run, not a run, a name that is taken, a schema from another version
     │   ├── MetricError       arguments outside a metric's domain
     │   └── PlanError         a plan that no checkpoint or engine could hold
@@ -42,6 +43,10 @@ class ModelError(InputError):
 
 class CorpusError(InputError):
     """The corpus is empty, unreadable, or lacks a column."""
+
+
+class ImportFileError(InputError):
+    """A file of another engine is damaged, of another layout than documented, or does not fit the model."""
 
 
 class StoreError(InputError):

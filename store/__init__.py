@@ -15,7 +15,7 @@ from store.info import Badge, LayerInfo, Progress, RunInfo
 from store.run import Run, SequenceText, open_run, version_of
 from store.schema import SCHEMA_VERSION, tables
 from store.scores import RouterScores, pack_scores
-from store.trace import CHUNK_TOKENS, Trace, none_value, pack_trace
+from store.trace import CHUNK_TOKENS, LayerSelections, Trace, none_value, pack_trace
 from store.union import Union, attach
 from store.writer import RunWriter
 
@@ -27,6 +27,7 @@ __all__ = [
     "Document",
     "Entry",
     "LayerInfo",
+    "LayerSelections",
     "Progress",
     "RouterScores",
     "Run",

@@ -10,7 +10,7 @@ import duckdb
 import polars as pl
 
 from moescope.errors import StoreError
-from store.schema import literal
+from store.schema import Table, literal, quoted
 
 Parameters = Sequence[Any] | Mapping[str, Any] | None
 
@@ -34,6 +34,19 @@ def connect(databases: Mapping[str, Path]) -> duckdb.DuckDBPyConnection:
             connection.close()
             raise StoreError(f"{path} cannot be read as a run: {str(error).splitlines()[0]}") from error
     return connection
+
+
+def table_query(connection: duckdb.DuckDBPyConnection, database: str, table: Table) -> str:
+    """SQL for one table of an attached run; what an older schema did not have yet reads as empty."""
+    found = connection.execute(
+        "select column_name from duckdb_columns() where database_name = ? and table_name = ?", [database, table.name]
+    ).fetchall()
+    present = {name for (name,) in found}
+    columns = ", ".join(
+        quoted(column.name) if column.name in present else f"null::{column.type} as {quoted(column.name)}"
+        for column in table.columns
+    )
+    return f"select {columns} " + (f"from {database}.{quoted(table.name)}" if present else "where false")
 
 
 def lock(connection: duckdb.DuckDBPyConnection, directories: Sequence[Path] = ()) -> None:

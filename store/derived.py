@@ -32,56 +32,100 @@ COLUMNS = {
 }
 """Columns of table ``metric_value`` and their types."""
 
+VECTOR_COLUMNS = {
+    "metric": "varchar",
+    "version": "integer",
+    "parameters": "varchar",
+    "control": "varchar",
+    "domain": "varchar",
+    "layer": "integer",
+    "step": "integer",
+    "expert": "integer",  # the row of the matrix
+    "to_layer": "integer",  # the layer whose experts are the columns; null: the same layer
+    "to_step": "integer",
+    "values": "double[]",  # one entry per expert, or as the metric says
+    "tokens": "bigint",
+    "sequences": "bigint",
+}
+"""Columns of table ``metric_vector``: results that are a list per expert, such as a row of a matrix of experts."""
+
+TABLES = {"metric_value": COLUMNS, "metric_vector": VECTOR_COLUMNS}
+
 
 def path_of(run: Path) -> Path:
     """Where the metric results of a run file lie."""
     return run.with_name(run.name.removesuffix(".duckdb") + SUFFIX)
 
 
-def write_metrics(run: str | Path, frame: pl.DataFrame) -> Path:
+def write_metrics(run: str | Path, frame: pl.DataFrame, vectors: pl.DataFrame | None = None) -> Path:
     """Add metric results to a finished run; rows of the same metrics with the same parameters are replaced.
 
+    Args:
+        frame: rows of table ``metric_value``; what a row leaves out is null.
+        vectors: rows of table ``metric_vector``.
+
     Raises:
-        StoreError: there is no such run file, or the frame has a column that ``metric_value`` has not.
+        StoreError: there is no such run file, or a frame has a column that its table has not.
     """
     run = Path(run)
     if not run.is_file():
         raise StoreError(f"no run at {run}: metrics are written beside a finished run")
-    unknown = [column for column in frame.columns if column not in COLUMNS]
-    if unknown:
-        raise StoreError(f"metric_value has no column {unknown[0]!r}; it has {', '.join(COLUMNS)}")
+    added = {"metric_value": frame} | ({} if vectors is None else {"metric_vector": vectors})
+    for name, rows in added.items():
+        unknown = [column for column in rows.columns if column not in TABLES[name]]
+        if unknown:
+            raise StoreError(f"{name} has no column {unknown[0]!r}; it has {', '.join(TABLES[name])}")
     target = path_of(run)
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     temporary.unlink(missing_ok=True)
-    added = ", ".join(
-        f"{quoted(name) if name in frame.columns else 'null'}::{kind} as {quoted(name)}"
-        for name, kind in COLUMNS.items()
-    )
     with duckdb.connect() as connection:
         connection.execute(f"attach {literal(temporary)} as fresh (block_size {BLOCK_SIZE})")
-        connection.execute(f"create table fresh.metric_value ({_definition()})")
         if target.exists():
             connection.execute(f"attach {literal(target)} as former (read_only)")
-            connection.execute(
-                "insert into fresh.metric_value by name select * from former.metric_value as old where not exists"
-                " (select 1 from frame where frame.metric = old.metric"
-                " and frame.parameters is not distinct from old.parameters)"
-            )
-        connection.execute(f"insert into fresh.metric_value select {added} from frame")
+        for name in TABLES:
+            _write(connection, name, added.get(name), former=target.exists())
         connection.execute("checkpoint fresh")
         connection.execute("detach fresh")
     os.replace(temporary, target)
     return target
 
 
-def create_view(connection: duckdb.DuckDBPyConnection, *, attached: bool) -> None:
-    """Name the results ``metric_value``; an empty relation of the same columns where there are none yet."""
-    if attached:
-        connection.execute("create view metric_value as select * from derived.metric_value")
-    else:
-        columns = ", ".join(f"null::{kind} as {quoted(name)}" for name, kind in COLUMNS.items())
-        connection.execute(f"create view metric_value as select {columns} where false")
+def create_views(connection: duckdb.DuckDBPyConnection, *, attached: bool) -> None:
+    """Name the results ``metric_value`` and ``metric_vector``; empty where there are none yet."""
+    for name in TABLES:
+        connection.execute(f"create view {name} as {query(connection, 'derived' if attached else '', name)}")
 
 
-def _definition() -> str:
-    return ", ".join(f"{quoted(name)} {kind}" for name, kind in COLUMNS.items())
+def query(connection: duckdb.DuckDBPyConnection, database: str, name: str) -> str:
+    """SQL for one table of results in an attached file; an empty relation where there is none."""
+    found = (
+        database
+        and connection.execute(
+            "select 1 from duckdb_tables() where database_name = ? and table_name = ?", [database, name]
+        ).fetchall()
+    )
+    if found:
+        return f"select * from {database}.{name}"
+    columns = ", ".join(f"null::{kind} as {quoted(column)}" for column, kind in TABLES[name].items())
+    return f"select {columns} where false"
+
+
+def _write(connection: duckdb.DuckDBPyConnection, name: str, rows: pl.DataFrame | None, *, former: bool) -> None:
+    """Fill one table of the fresh file: former rows that are not replaced, then the new ones."""
+    columns = TABLES[name]
+    definition = ", ".join(f"{quoted(column)} {kind}" for column, kind in columns.items())
+    connection.execute(f"create table fresh.{name} ({definition})")
+    if former:
+        kept = query(connection, "former", name)
+        replaced = (
+            " where not exists (select 1 from rows where rows.metric = old.metric"
+            " and rows.parameters is not distinct from old.parameters)"
+        )
+        condition = replaced if rows is not None and len(rows) else ""
+        connection.execute(f"insert into fresh.{name} by name select * from ({kept}) as old{condition}")
+    if rows is not None and len(rows):
+        added = ", ".join(
+            f"{quoted(column) if column in rows.columns else 'null'}::{kind} as {quoted(column)}"
+            for column, kind in columns.items()
+        )
+        connection.execute(f"insert into fresh.{name} select {added} from rows")

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from moescope import __version__
 from moescope.errors import StoreError
-from store.schema import SCHEMA_VERSION
+from store.schema import OLDEST_VERSION, SCHEMA_VERSION
 
 BadgeStatus = Literal["valid", "warning", "invalid", "unchecked"]
 ProgressState = Literal["collecting", "compacting", "interrupted", "failed"]
@@ -139,11 +139,11 @@ def require_version(version: int, name: str) -> None:
     """Refuse a file of another schema.
 
     Raises:
-        StoreError: the version is not the one that this moescope reads.
+        StoreError: the version is not one that this moescope reads.
     """
-    if version != SCHEMA_VERSION:
+    if not OLDEST_VERSION <= version <= SCHEMA_VERSION:
         age = "an older" if version < SCHEMA_VERSION else "a newer"
         raise StoreError(
-            f"{name} has schema {version}, this moescope reads schema {SCHEMA_VERSION}: open it with {age} moescope"
-            " or collect the run again"
+            f"{name} has schema {version}, this moescope reads schema {OLDEST_VERSION} to {SCHEMA_VERSION}: open it"
+            f" with {age} moescope or collect the run again"
         )

@@ -17,7 +17,7 @@ from store import connection, derived, evaluations, live
 from store.info import Badge, LayerInfo, Progress, RunInfo, badge, require_version
 from store.schema import merge_query, quoted, tables, views
 from store.scores import RouterScores, unpack_scores
-from store.trace import Trace, none_value, unpack_trace
+from store.trace import LayerSelections, Trace, none_value, unpack_layer, unpack_trace
 
 FILE_SUFFIX = ".duckdb"
 
@@ -144,6 +144,20 @@ class Run:
             return self.query("select * from metric_value")
         return self.query("select * from metric_value where metric = ?", [metric])
 
+    def metric_vectors(self, metric: str) -> pl.DataFrame:
+        """Rows of the derived table ``metric_vector`` of one metric: a list per expert, such as a row of a matrix."""
+        return self.query("select * from metric_vector where metric = ? order by all", [metric])
+
+    @cached_property
+    def has_trace(self) -> bool:
+        """Whether the run holds selections token by token; imported counts do not."""
+        return not self.query("select 1 from route_chunk limit 1").is_empty()
+
+    @cached_property
+    def omissions(self) -> dict[str, str]:
+        """What this run cannot say, by subject (see table ``omission``), with the reason; empty for a watched model."""
+        return dict(self.query("select subject, reason from omission order by subject").iter_rows())
+
     def selections(
         self,
         *,
@@ -174,6 +188,36 @@ class Run:
             lengths=chosen["tokens"].to_numpy().astype(np.int64),
             domains=chosen["domain"].to_list(),
             num_experts=max((layer.num_experts for layer in self.layers), default=0),
+        )
+
+    def layer_selections(
+        self, *, layer: int, step: int = 0, first: int = 0, last: int = 2**32 - 1, weights: bool = False
+    ) -> LayerSelections:
+        """One layer's selections without padding, of the sequences numbered ``first`` to ``last``: the way to read a
+        trace that is larger than memory.
+
+        Args:
+            weights: read the gate weights too; without, they stay packed.
+
+        Raises:
+            StoreError: the run has no such layer.
+        """
+        known = {(one.layer, one.step): one for one in self.layers}
+        if (layer, step) not in known:
+            raise StoreError(f"run {self.name!r} has no MoE layer {layer}, step {step}")
+        ranged = "sequence between ? and ? order by sequence"
+        chosen = self.query(f"select sequence, tokens from sequence where {ranged}", [first, last])
+        names = "sequence, start, width, scale, experts" + (", weights" if weights else "")
+        chunks = self.query(
+            f"select {names} from route_chunk where layer = ? and step = ? and {ranged}, start",
+            [layer, step, first, last],
+        )
+        return unpack_layer(
+            chunks=chunks,
+            sequences=chosen["sequence"].to_numpy().astype(np.int64),
+            lengths=chosen["tokens"].to_numpy().astype(np.int64),
+            num_experts=max(one.num_experts for one in self.layers),
+            top_k=known[layer, step].top_k,
         )
 
     def router_scores(
@@ -262,10 +306,10 @@ def _open_file(path: Path) -> duckdb.DuckDBPyConnection:
         raise StoreError(f"{path} is a DuckDB file but not a run of moescope") from error
     require_version(version[0][0] if version else 0, path.name)
     experts = opened.sql("select coalesce(max(num_experts), 0) from data.layer").fetchall()[0][0]
-    for name in tables():
-        opened.execute(f"create view {quoted(name)} as select * from data.{quoted(name)}")
+    for table in tables().values():
+        opened.execute(f"create view {quoted(table.name)} as {connection.table_query(opened, 'data', table)}")
     _create_views(opened, experts)
-    derived.create_view(opened, attached=beside.exists())
+    derived.create_views(opened, attached=beside.exists())
     connection.lock(opened)
     return opened
 
@@ -277,7 +321,7 @@ def _open_folder(path: Path) -> duckdb.DuckDBPyConnection:
         opened.execute(f"create view {quoted(name)} as {merge_query(table, live.source(path, name))}")
     experts = opened.sql("select coalesce(max(num_experts), 0) from layer").fetchall()[0][0]
     _create_views(opened, experts)
-    derived.create_view(opened, attached=False)
+    derived.create_views(opened, attached=False)
     connection.lock(opened, [path])
     return opened
 

@@ -12,8 +12,11 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-SCHEMA_VERSION = 2
-"""Version of the tables in ``schema.sql``; a run file of another version is refused with a message that says so."""
+SCHEMA_VERSION = 3
+"""Version of the tables in ``schema.sql``, which new runs have."""
+
+OLDEST_VERSION = 2
+"""Runs from this version on are read: tables and columns that came later read as empty. Others are refused."""
 
 _TABLE = re.compile(r'^-- table (\w+): ([^\n]*)\ncreate table "?\w+"? \(\n(.*?)^\);', re.MULTILINE | re.DOTALL)
 _COLUMN = re.compile(r"^\s*(\w+)\s+([a-z]+(?:\[\])?),?\s*-- \[([^\]]+)\]\s?(.*)$")

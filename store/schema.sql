@@ -84,7 +84,8 @@ create table sequence_token (
     start     uinteger,   -- [row] position of the first token of the chunk
     token_ids uinteger[], -- [row]
     special   boolean[],  -- [row] special token of the tokenizer (BOS, EOS, ...)
-    modality  varchar[]   -- [row] text | image | audio | video; null where all tokens of the chunk are text
+    modality  varchar[],  -- [row] text | image | audio | video; null where all tokens of the chunk are text
+    predicted uinteger[]  -- [row] the model's most likely next token at each position. Level predictions, else null
 );
 
 -- table vocabulary: the token ids that occur. Empty when the run keeps no text.
@@ -122,6 +123,26 @@ create table expert_load (
     probability_sum     double,  -- [sum] router probability over all tokens: softmax, or sigmoid over its sum; null where neither fits
     logit_sum           double,  -- [sum] router logits over all tokens
     logit_square_sum    double   -- [sum] squares of router logits over all tokens
+);
+
+-- table expert_part: the sums that importance rests on, per sixteenth of the sequences: is the text enough? Pooled over domains.
+create table expert_part (
+    layer           integer,  -- [key]
+    step            integer,  -- [key]
+    expert          integer,  -- [key]
+    kind            varchar,  -- [key]
+    tokens          bigint[], -- [sum] per part: selections; a sequence belongs to part (its number modulo 16). Level routing
+    gate_sum        double[], -- [sum] per part: gate weights. Level routing
+    norm_sum        double[], -- [sum] per part: L2 norm of the output (EAN). Level activations, else null
+    gated_norm_sum  double[]  -- [sum] per part: gate weight x norm (REAP's numerator). Level activations, else null
+);
+
+-- table load_span: how load moved over time, where a source counts per forward pass and keeps no trace. Imports only.
+create table load_span (
+    layer   integer,  -- [key]
+    step    integer,  -- [key]
+    span    bigint,   -- [key] number of the forward pass, or of the span of passes, in the order of the source
+    tokens  bigint[]  -- [sum] per expert: selections
 );
 
 -- table router_load: how decided the router was. Level routing.
@@ -331,7 +352,22 @@ create table expert_similarity (
     tokens       bigint,   -- [sum] sampled tokens; every expert saw each of them
     output_sum   float[],  -- [sum] per channel: output f
     cosine_sum   double[], -- [sum] per other expert: cosine of both outputs
-    product_sum  double[]  -- [sum] per other expert: scalar product of both outputs
+    product_sum  double[], -- [sum] per other expert: scalar product of both outputs
+    groups       bigint,   -- [sum] groups of sampled tokens whose outputs were compared as sets
+    group_tokens bigint,   -- [sum] tokens in these groups
+    hsic_sum     double[], -- [sum] per other expert: HSIC of both outputs inside each group, biased, linear kernel (CKA)
+    unbiased_hsic_sum double[] -- [sum] per other expert: the unbiased estimate of the same (debiased CKA)
+);
+
+-- table expert_weight_similarity: how alike the weights of two experts are. Level similarity.
+create table expert_weight_similarity (
+    layer           integer,  -- [key]
+    step            integer,  -- [key]
+    expert          integer,  -- [key]
+    matrix          varchar,  -- [key] gate | up | down | all (the three behind each other)
+    cosine          double[], -- [max] per other expert: cosine of the flattened matrices, neurons in their own order
+    mean_cosine     double[], -- [max] per other expert: cosine of the matrices' means over neurons; null for all
+    matched_cosine  double[]  -- [max] per other expert: cosine after the neurons were matched; NaN where not computed
 );
 
 -- table lookahead: the router of a later layer on an earlier layer's input, against what it chose. Level lookahead.
@@ -396,6 +432,12 @@ create table "check" (
     value     double,  -- [row] what was measured
     tolerance double,  -- [row] what was allowed
     detail    varchar  -- [row] one sentence
+);
+
+-- table omission: what this run cannot say, and why. Imports only.
+create table omission (
+    subject varchar, -- [row] trace | order | weights | logits | outputs | text | phases | checks
+    reason  varchar  -- [row] one sentence
 );
 
 -- view route: the trace as (sequence, position, layer, rank, expert, weight), rank 0 = largest gate weight.

@@ -40,6 +40,23 @@ class Trace:
         return int(self.lengths.sum())
 
 
+@dataclass(frozen=True)
+class LayerSelections:
+    """One layer's selections of some sequences, without padding: what metrics read block by block.
+
+    Attributes:
+        ids: (tokens, k) int16 in descending gate weight, sequence after sequence; -1 = none.
+        weights: same shape, float32; None where they were not asked for.
+        sequences: (sequences,) their numbers in the run.
+        offsets: (sequences + 1,) where each begins in ``ids``.
+    """
+
+    ids: NDArray[np.int16]
+    weights: NDArray[np.float32] | None
+    sequences: NDArray[np.int64]
+    offsets: NDArray[np.int64]
+
+
 def none_value(num_experts: int) -> int:
     """The packed id that means "no expert": the largest value of the type that holds ``num_experts`` ids."""
     return 255 if num_experts <= 255 else 65535
@@ -119,6 +136,37 @@ def unpack_trace(
         axis = place[(int(layer), int(step))]
         _place(part, int(k), num_experts, sequences, tokens, ids[axis], weights[axis])
     return Trace(ids, weights, list(layers), sequences, lengths, domains)
+
+
+def unpack_layer(
+    *,
+    chunks: pl.DataFrame,
+    sequences: NDArray[np.int64],
+    lengths: NDArray[np.int64],
+    num_experts: int,
+    top_k: int,
+) -> LayerSelections:
+    """One layer's selections from its rows of ``route_chunk`` (sequence, start, width, scale, experts, and weights if
+    they are wanted). Tokens without a row have no expert.
+    """
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    widest = max(top_k, int(chunks["width"].max() or 0) if len(chunks) else 0)  # type: ignore[arg-type]
+    ids = np.full((int(offsets[-1]), widest), -1, np.int16)
+    weights = np.zeros(ids.shape, np.float32) if "weights" in chunks.columns else None
+    for (k,), part in chunks.group_by(["width"], maintain_order=True):
+        width = int(k)
+        counts = part["experts"].list.len().to_numpy().astype(np.int64) // width
+        row = np.searchsorted(sequences, part["sequence"].to_numpy().astype(np.int64))
+        first = offsets[row] + part["start"].to_numpy().astype(np.int64)
+        target = np.repeat(first - (np.cumsum(counts) - counts), counts) + np.arange(counts.sum())
+        flat = part["experts"].explode().to_numpy().reshape(-1, width)
+        ids[target, :width] = np.where(flat == none_value(num_experts), np.int16(-1), flat.astype(np.int16))
+        if weights is not None:
+            scale = np.repeat(part["scale"].to_numpy(), counts)[:, None]
+            weights[target, :width] = part["weights"].explode().to_numpy().reshape(-1, width) * (
+                scale / np.float32(255)
+            )
+    return LayerSelections(ids, weights, sequences, offsets)
 
 
 def _place(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import polars as pl
@@ -22,10 +22,13 @@ class Union:
         aliases = {f"run_{index}": path for index, path in enumerate(paths)}
         aliases |= {f"derived_{index}": path for index, path in enumerate(results) if path.exists()}
         self._connection = connection.connect(aliases)
-        for table in tables():
-            self._create_view(table, "run", range(len(paths)))
-        with_results = [index for index, path in enumerate(results) if path.exists()]
-        self._create_view("metric_value", "derived", with_results)
+        for table in tables().values():
+            self._create_view(table.name, [
+                connection.table_query(self._connection, f"run_{index}", table) for index in range(len(paths))
+            ])  # fmt: skip
+        for name in derived.TABLES:
+            attached = [f"derived_{index}" if path.exists() else "" for index, path in enumerate(results)]
+            self._create_view(name, [derived.query(self._connection, database, name) for database in attached])
         connection.lock(self._connection)
 
     def query(self, sql: str, parameters: connection.Parameters = None) -> pl.DataFrame:
@@ -36,12 +39,12 @@ class Union:
         """Let go of the files."""
         self._connection.close()
 
-    def _create_view(self, table: str, prefix: str, indices: Iterable[int]) -> None:
+    def _create_view(self, name: str, queries: Sequence[str]) -> None:
+        """A view over the queries of all runs, in their order."""
         parts = [
-            f"select {literal(self.names[index])} as run, * from {prefix}_{index}.{quoted(table)}" for index in indices
+            f"select {literal(run)} as run, * from ({query})" for run, query in zip(self.names, queries, strict=True)
         ]
-        if parts:
-            self._connection.execute(f"create view {quoted(table)} as {' union all by name '.join(parts)}")
+        self._connection.execute(f"create view {quoted(name)} as {' union all by name '.join(parts)}")
 
 
 def attach(paths: Iterable[str | Path]) -> Union:

@@ -38,17 +38,20 @@ def compute_and_store(path: str | Path) -> Path:
     with store.open_run(path) as run:
         if run.live:
             raise StoreError(f"run {run.name!r} is still being collected: its metrics come when it is finished")
-        frame = compute(run)
-    return store.write_metrics(path, frame)
+        frame, vectors = compute(run)
+    return store.write_metrics(path, frame, vectors)
 
 
-def compute(run: store.Run) -> pl.DataFrame:
-    """All headline metrics of a run as rows of table ``metric_value``."""
+def compute(run: store.Run) -> tuple[pl.DataFrame, pl.DataFrame]:
+    """All headline metrics of a run as rows of the tables ``metric_value`` and ``metric_vector``.
+
+    A part hands over rows of both; those with a list ("values") are vectors.
+    """
     subject = Subject(run)
     rows: Rows = []
     for part in PARTS:
         rows += part(subject)
-    return _frame(rows)
+    return _frame([row for row in rows if "values" not in row]), _frame([row for row in rows if "values" in row])
 
 
 def _frame(rows: Rows) -> pl.DataFrame:
@@ -57,4 +60,4 @@ def _frame(rows: Rows) -> pl.DataFrame:
         row.setdefault("parameters", "{}")
         row.setdefault("control", "observed")
         row["version"] = versions[row["metric"]]
-    return pl.DataFrame(rows, infer_schema_length=None)
+    return pl.DataFrame(rows, infer_schema_length=None) if rows else pl.DataFrame()

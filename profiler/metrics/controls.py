@@ -8,6 +8,7 @@ layer becomes padding when a shuffle puts it at the end.)
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -53,6 +54,13 @@ def uniform_experts(*, selections: NDArray[Any], num_experts: int, seed: int) ->
         drawn = _distinct(generator, int(tokens.sum()), ids.shape[-1], num_experts)
         layer[tokens] = np.where(used[tokens], drawn, -1)
     return result
+
+
+def uniform_tokens(ids: NDArray[Any], num_experts: int, *, seed: int | Sequence[int]) -> NDArray[Any]:
+    """``uniform_experts`` of one layer without padding: ids (tokens, k), -1 = none; same shape and type."""
+    generator = np.random.default_rng(seed)
+    drawn = _distinct(generator, len(ids), ids.shape[1], num_experts)
+    return np.where(ids >= 0, drawn, -1).astype(ids.dtype)
 
 
 def _distinct(generator: np.random.Generator, tokens: int, k: int, num_experts: int) -> NDArray[np.int64]:
