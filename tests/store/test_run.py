@@ -299,6 +299,37 @@ def test_metric_results_replace_their_own_kind(tmp_path: Path) -> None:
         store.write_metrics(path, pl.DataFrame({"metric": ["srp"], "level": [1]}))
 
 
+def test_vectors_stand_beside_scalars_and_replace_their_own_kind(tmp_path: Path) -> None:
+    path = _write_two_shards(tmp_path).finish()
+    row = {"metric": "transition", "parameters": "{}", "layer": 1, "step": 0, "expert": 0, "to_layer": 2, "to_step": 0}
+    scalar = pl.DataFrame({"metric": ["srp"], "parameters": ["{}"], "value": [0.5]})
+    store.write_metrics(
+        path, scalar, pl.DataFrame([row | {"values": [1.0, 2.0]}, row | {"expert": 1, "values": [3.0]}])
+    )
+    store.write_metrics(path, pl.DataFrame(), pl.DataFrame([row | {"values": [7.0]}]))
+    with store.open_run(path) as run:
+        assert run.metric_vectors("transition").select("expert", "values").rows() == [(0, [7.0])]
+        assert run.metric_vectors("lift").is_empty()
+        assert run.metrics("srp")["value"].to_list() == [0.5]
+    store.write_metrics(path, scalar)
+    with store.open_run(path) as run:
+        assert len(run.metric_vectors("transition")) == 1
+    with pytest.raises(StoreError, match="metric_vector has no column 'value'"):
+        store.write_metrics(path, scalar, scalar)
+
+
+def test_results_of_before_vectors_were_kept_read_as_none(tmp_path: Path) -> None:
+    path = _write_two_shards(tmp_path).finish()
+    results = store.write_metrics(path, pl.DataFrame({"metric": ["srp"], "parameters": ["{}"], "value": [0.5]}))
+    with duckdb.connect(str(results)) as connection:
+        connection.execute("drop table metric_vector")
+    with store.open_run(path) as run:
+        assert run.metric_vectors("transition").is_empty()
+    union = store.attach([path])
+    assert union.query("select count(*) from metric_vector").item() == 0
+    union.close()
+
+
 def test_union_of_runs(tmp_path: Path) -> None:
     paths = [_write_two_shards(tmp_path, name).finish() for name in ("alpha", "beta")]
     store.write_metrics(paths[1], pl.DataFrame({"metric": ["srp"], "value": [0.5]}))

@@ -82,6 +82,30 @@ def test_parts_of_a_trace(tmp_path: Path) -> None:
         run.selections(domain="prose")
 
 
+@pytest.mark.parametrize("num_experts", [16, 384])
+def test_a_layer_without_padding_is_the_layer_of_the_trace(tmp_path: Path, num_experts: int) -> None:
+    generator = np.random.default_rng(2)
+    lengths = [3, 700, 512, 1, 513]
+    ids = generator.integers(0, num_experts, (2, sum(lengths), 4))
+    ids[:, ::5, 2:] = -1
+    weights = np.sort(generator.random((2, sum(lengths), 4)), axis=-1)[..., ::-1] * 3
+    weights[ids < 0] = 0
+    run = _write(tmp_path, lengths, ids, weights, num_experts)
+    for layer in range(2):
+        read = run.layer_selections(layer=layer, weights=True)
+        assert read.offsets.tolist() == np.cumsum([0, *lengths]).tolist()
+        np.testing.assert_array_equal(read.ids, ids[layer])
+        assert read.weights is not None
+        np.testing.assert_allclose(read.weights, weights[layer], atol=3 / 510 + 1e-6)
+        middle = run.layer_selections(layer=layer, first=1, last=2)
+        assert middle.weights is None
+        assert middle.sequences.tolist() == [1, 2]
+        np.testing.assert_array_equal(middle.ids, ids[layer][3:1215])
+    with pytest.raises(StoreError, match="no MoE layer 2"):
+        run.layer_selections(layer=2)
+    assert run.has_trace
+
+
 def test_route_view_lists_every_selection(tmp_path: Path) -> None:
     generator = np.random.default_rng(1)
     lengths = [600, 9]
