@@ -25,6 +25,22 @@ _EXTRAS = {
 }
 
 
+class _Command(argparse.ArgumentParser):
+    """A subcommand's parser: options may stand between its positional arguments (``show RUN --store DIR VIEW``)."""
+
+    def parse_known_args(self, args=None, namespace=None):  # type: ignore[no-untyped-def]
+        """As the base, with positional arguments gathered from anywhere."""
+        if self._inside:
+            return super().parse_known_args(args, namespace)
+        self._inside = True
+        try:
+            return self.parse_known_intermixed_args(args, namespace)
+        finally:
+            self._inside = False
+
+    _inside = False
+
+
 def parser() -> argparse.ArgumentParser:
     """The parser of the whole command line."""
     top = argparse.ArgumentParser(
@@ -33,7 +49,7 @@ def parser() -> argparse.ArgumentParser:
         epilog="Exit codes: 0 done, 1 the work failed, 2 the input was wrong. Try: moescope demo",
     )
     top.add_argument("--version", action="version", version=f"moescope {__version__}")
-    commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=_Command)
     for command in COMMANDS:
         sub = commands.add_parser(command.NAME, help=command.SUMMARY, description=command.SUMMARY)
         command.add_arguments(sub)

@@ -56,8 +56,8 @@ class TraceBlock:
     """Selections of some tokens in all layers of the recording.
 
     Attributes:
-        ids: (layers, tokens, k) integers, logical expert ids, -1 = none. In descending weight; where the source keeps no
-            order or no weights, as it stands (then ``weights`` is None and the recording says so in its omissions).
+        ids: (layers, tokens, k) integers, logical expert ids, -1 = none. In descending weight; where the source
+            keeps no order or no weights, as it stands (``weights`` is None then, and the omissions say so).
         weights: same shape, float, combine weights; None where the source has none.
         sequence: (tokens,) number of the sequence, from 0.
         position: (tokens,) position inside it, from 0; each (sequence, position) occurs once in a recording.
@@ -101,7 +101,7 @@ class Recording:
         model: the name that the file gives the model, if any.
         total_tokens: tokens in the file where it says so before it is read, for the progress line; 0 = unknown.
         omissions: subject (see table ``omission``) -> why this source cannot say it.
-        notes: (name, status "pass" | "warning", detail) of the reader's own checks; they become rows of table ``check``.
+        notes: (name, status "pass" | "warning", detail) of the reader's own checks: rows of table ``check``.
         settings: facts of the source for the run's settings (engine, window, files).
         vocabulary: token id -> UTF-8 bytes, for sources that carry text.
     """

@@ -10,7 +10,7 @@ from pathlib import Path
 import polars as pl
 import pytest
 
-from app.cli import main
+from app.cli import main, parser
 from app.commands import COMMANDS, options
 from app.text import duration, table
 from moescope.errors import InputError
@@ -121,7 +121,6 @@ def test_budgets() -> None:
 
 
 def test_options_from_a_file(tmp_path: Path) -> None:
-    from app.cli import parser
 
     file = tmp_path / "options.toml"
     file.write_text('tokens = "20k"\nlevel = "routing"\ndata = ["a.txt", "b.txt"]\nbos = false\nno-text = true\n')
@@ -188,3 +187,16 @@ def test_a_killed_demo_takes_its_dashboard_along(tmp_path: Path) -> None:
     time.sleep(0.5)
     with pytest.raises(urllib.error.URLError):
         urllib.request.urlopen(f"{url}/_stcore/health", timeout=3)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["show", "NAME", "figures", "--store", "DIR"],
+        ["show", "NAME", "--store", "DIR", "figures"],
+        ["show", "--store", "DIR", "NAME", "figures"],
+    ],
+)
+def test_options_may_stand_between_positional_arguments(words: list[str]) -> None:
+    given = parser().parse_args(words)
+    assert (given.target, given.view, str(given.store)) == ("NAME", "figures", "DIR")
