@@ -11,7 +11,8 @@
 from store.catalog import Catalog, Entry
 from store.derived import write_metrics
 from store.evaluations import Document, evaluation_text, list_evaluations, read_evaluation, write_evaluation
-from store.info import Badge, LayerInfo, Progress, RunInfo
+from store.info import IMPORTED, Badge, LayerInfo, Progress, RunInfo
+from store.parts import NUM_PARTS, part_of_sequence
 from store.run import Run, SequenceText, open_run, version_of
 from store.schema import SCHEMA_VERSION, tables
 from store.scores import RouterScores, pack_scores
@@ -21,6 +22,8 @@ from store.writer import RunWriter
 
 __all__ = [
     "CHUNK_TOKENS",
+    "IMPORTED",
+    "NUM_PARTS",
     "SCHEMA_VERSION",
     "Badge",
     "Catalog",
@@ -43,6 +46,7 @@ __all__ = [
     "open_run",
     "pack_scores",
     "pack_trace",
+    "part_of_sequence",
     "read_evaluation",
     "tables",
     "version_of",

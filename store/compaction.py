@@ -63,9 +63,9 @@ def _fill(connection: duckdb.DuckDBPyConnection, folder: Path, info: RunInfo) ->
     for name, query in views().items():
         body = query.replace("no_expert()", str(none_value(num_experts)))
         connection.execute(f"create view data.{name} as {_qualified(body)}")
-    info.sequences, info.tokens = connection.sql(
-        "select count(*), coalesce(sum(tokens), 0)::bigint from data.sequence"
-    ).fetchall()[0]
+    sequences, tokens = connection.sql("select count(*), sum(tokens)::bigint from data.sequence").fetchall()[0]
+    if sequences:  # imported counts have none, and say themselves how many tokens they stand for
+        info.sequences, info.tokens = sequences, tokens
     _insert_run(connection, info)
 
 

@@ -16,6 +16,10 @@ BadgeStatus = Literal["valid", "warning", "invalid", "unchecked"]
 ProgressState = Literal["collecting", "compacting", "interrupted", "failed"]
 
 
+IMPORTED = "imported"
+"""The check that every imported run carries as skipped: what the model did was not seen here."""
+
+
 def _now() -> datetime:
     return datetime.now(UTC).replace(microsecond=0, tzinfo=None)
 
@@ -118,6 +122,10 @@ def badge(checks: Sequence[Mapping[str, Any]]) -> Badge:
             return Badge(verdict, reason, _reasons(checks))  # type: ignore[arg-type]
     skipped = sum(check["status"] == "skipped" for check in checks)
     passed = len(checks) - skipped
+    if any(check["name"] == IMPORTED for check in checks):
+        return Badge(
+            "unchecked", f"recorded by another engine: {passed} checks of its files passed, the model was not seen"
+        )
     return Badge("valid", f"{passed} checks passed" + (f", {skipped} skipped" if skipped else ""))
 
 

@@ -107,7 +107,10 @@ class Run:
     @cached_property
     def domains(self) -> list[str]:
         """The domains of the run's text, sorted."""
-        return self.query("select distinct domain from sequence order by domain")["domain"].to_list()
+        found = self.query("select distinct domain from sequence order by domain")
+        if found.is_empty():  # imported counts have no sequences
+            found = self.query("select distinct domain from expert_load order by domain")
+        return found["domain"].to_list()
 
     @cached_property
     def badge(self) -> Badge:
@@ -119,8 +122,8 @@ class Run:
         """How far a live run is; None for a finished one."""
         return live.read_progress(self.path) if self.live else None
 
-    def table(self, name: str) -> pl.DataFrame:
-        """All rows of one table of the schema, merged over shards while the run is live.
+    def table(self, name: str, *, layer: int | None = None) -> pl.DataFrame:
+        """All rows of one table of the schema, or those of one layer, merged over shards while the run is live.
 
         Raises:
             StoreError: the schema has no such table.
@@ -128,7 +131,8 @@ class Run:
         if name not in tables():
             raise StoreError(f"no table {name!r} in a run; there are {', '.join(tables())}")
         keys = ", ".join(quoted(key) for key in tables()[name].keys)
-        return self.query(f"select * from {quoted(name)}" + (f" order by {keys}" if keys else ""))
+        where = "" if layer is None else f" where layer = {int(layer)}"
+        return self.query(f"select * from {quoted(name)}{where}" + (f" order by {keys}" if keys else ""))
 
     def query(self, sql: str, parameters: connection.Parameters = None) -> pl.DataFrame:
         """The answer of one SELECT over the run's tables and the view ``route``; nothing else is allowed.

@@ -131,7 +131,7 @@ create table expert_part (
     step            integer,  -- [key]
     expert          integer,  -- [key]
     kind            varchar,  -- [key]
-    tokens          bigint[], -- [sum] per part: selections; a sequence belongs to part (its number modulo 16). Level routing
+    tokens          bigint[], -- [sum] per part: selections; store.part_of_sequence names the part of a sequence. Level routing
     gate_sum        double[], -- [sum] per part: gate weights. Level routing
     norm_sum        double[], -- [sum] per part: L2 norm of the output (EAN). Level activations, else null
     gated_norm_sum  double[]  -- [sum] per part: gate weight x norm (REAP's numerator). Level activations, else null
@@ -342,7 +342,7 @@ create table loss (
     loss_sum    double   -- [sum] cross-entropy, nats; exp(loss_sum / predictions) is the perplexity
 );
 
--- table expert_similarity: all experts of a layer on the same sample of tokens. Level similarity.
+-- table expert_similarity: all experts of a layer on the same sample of tokens. Level similarity; none above 1024 experts.
 create table expert_similarity (
     layer        integer,  -- [key]
     step         integer,  -- [key]
@@ -353,21 +353,21 @@ create table expert_similarity (
     output_sum   float[],  -- [sum] per channel: output f
     cosine_sum   double[], -- [sum] per other expert: cosine of both outputs
     product_sum  double[], -- [sum] per other expert: scalar product of both outputs
-    groups       bigint,   -- [sum] groups of sampled tokens whose outputs were compared as sets
+    groups       bigint,   -- [sum] groups of 8 to 256 sampled tokens whose outputs were compared as sets
     group_tokens bigint,   -- [sum] tokens in these groups
-    hsic_sum     double[], -- [sum] per other expert: HSIC of both outputs inside each group, biased, linear kernel (CKA)
-    unbiased_hsic_sum double[] -- [sum] per other expert: the unbiased estimate of the same (debiased CKA)
+    hsic_sum     double[], -- [sum] per other expert: HSIC of both outputs inside each group x its tokens, biased, linear kernel (CKA)
+    unbiased_hsic_sum double[] -- [sum] per other expert: the same with the unbiased estimate (debiased CKA)
 );
 
--- table expert_weight_similarity: how alike the weights of two experts are. Level similarity.
+-- table expert_weight_similarity: how alike the weights of two experts are. Level similarity; none above 1024 experts.
 create table expert_weight_similarity (
     layer           integer,  -- [key]
     step            integer,  -- [key]
     expert          integer,  -- [key]
     matrix          varchar,  -- [key] gate | up | down | all (the three behind each other)
-    cosine          double[], -- [max] per other expert: cosine of the flattened matrices, neurons in their own order
-    mean_cosine     double[], -- [max] per other expert: cosine of the matrices' means over neurons; null for all
-    matched_cosine  double[]  -- [max] per other expert: cosine after the neurons were matched; NaN where not computed
+    cosine          float[],  -- [max] per other expert: cosine of the flattened matrices, neurons in their own order; NaN without weights
+    mean_cosine     float[],  -- [max] per other expert: cosine of the matrices' means over neurons
+    matched_cosine  float[]   -- [max] per other expert: cosine after whole neurons were matched; NaN where not computed
 );
 
 -- table lookahead: the router of a later layer on an earlier layer's input, against what it chose. Level lookahead.

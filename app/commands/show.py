@@ -29,6 +29,8 @@ VIEWS = {
     "super-experts": ("app.frames.super_experts", "super_experts"),
     "output-maxima": ("app.frames.super_experts", "output_maxima"),
     "residual": ("app.frames.super_experts", "residual"),
+    "similarity": ("app.frames.similarity", "redundancy"),
+    "similarity-agreement": ("app.frames.similarity", "agreement"),
     "attention-sinks": ("app.frames.super_experts", "attention_sinks"),
     "ablations": ("app.frames.ablation", "ablations"),
     "metrics": ("app.commands.show", "metrics"),
