@@ -18,6 +18,9 @@ from store.vectors import holds_vectors, merged_layers
 BLOCK_SIZE = 16384
 """Bytes per block: with DuckDB's default of 256 KiB, forty small tables alone take 10 MiB; with this, 1.3 MiB."""
 
+MEMORY_LIMIT = "2GB"
+"""For sorting the trace; what is larger goes to files in the folder of the shards."""
+
 _TRACE = "route_chunk"
 
 
@@ -33,6 +36,8 @@ def compact(folder: Path, target: Path, info: RunInfo) -> None:
     temporary.unlink(missing_ok=True)
     try:
         with duckdb.connect() as connection:
+            connection.execute(f"set memory_limit = '{MEMORY_LIMIT}'")
+            connection.execute(f"set temp_directory = {literal(folder / '.sorting')}")
             connection.execute(f"attach {literal(temporary)} as data (block_size {BLOCK_SIZE})")
             _fill(connection, folder, info)
             connection.execute("checkpoint data")

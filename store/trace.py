@@ -84,18 +84,21 @@ def pack_trace(
     Returns:
         One row per chunk: at most ``CHUNK_TOKENS`` tokens of one sequence at successive positions.
     """
-    order = np.lexsort((position, sequence))
-    in_sequence = np.asarray(sequence, np.int64)[order]
-    at = np.asarray(position, np.int64)[order]
+    in_sequence, at = np.asarray(sequence, np.int64), np.asarray(position, np.int64)
+    if not _in_order(in_sequence, at):
+        order = np.lexsort((at, in_sequence))
+        in_sequence, at, ids, weights = in_sequence[order], at[order], ids[order], weights[order]
     none = none_value(num_experts)
-    packed_ids = np.where(ids[order] < 0, none, ids[order]).astype(np.uint8 if none == 255 else np.uint16)
-    clean = np.nan_to_num(np.maximum(weights[order], 0.0), nan=0.0, posinf=0.0).astype(np.float64)
+    packed_ids = np.where(ids < 0, none, ids).astype(np.uint8 if none == 255 else np.uint16)
+    clean = np.maximum(weights, 0.0, dtype=np.float64 if weights.dtype == np.float64 else np.float32)
+    if not np.isfinite(clean).all():
+        clean = np.nan_to_num(clean, nan=0.0, posinf=0.0)
     edges = chunk_edges(in_sequence, at)
     bounds = list(zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True))
     scales = np.array([clean[a:b].max(initial=0.0) for a, b in bounds], np.float32)
-    # A chunk without weight keeps scale 0; the division is skipped there.
-    divisors = np.repeat(np.where(scales > 0, scales, 1.0), np.diff(edges))[:, None]
-    packed_weights = np.rint(clean / divisors * 255).clip(0, 255).astype(np.uint8)
+    # A chunk without weight keeps scale 0; below 1e-30 the factor would overflow, and all weights become 0.
+    factors = np.repeat(255 / np.where(scales > 1e-30, scales, np.float32(1)), np.diff(edges))[:, None]
+    packed_weights = np.minimum(np.rint(clean * factors), 255).astype(np.uint8)
     id_type = pl.UInt8 if none == 255 else pl.UInt16
     return pl.DataFrame(
         {
@@ -109,6 +112,12 @@ def pack_trace(
             "weights": list_series([packed_weights[a:b] for a, b in bounds], pl.UInt8),
         }
     )
+
+
+def _in_order(sequence: NDArray[np.int64], position: NDArray[np.int64]) -> bool:
+    """Whether tokens stand sequence by sequence at rising positions, as importers hand them over."""
+    steps = np.diff(sequence)
+    return bool(((steps > 0) | ((steps == 0) & (np.diff(position) > 0))).all())
 
 
 def list_series(parts: Sequence[NDArray[Any]], kind: type[pl.DataType]) -> pl.Series:

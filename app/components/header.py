@@ -76,8 +76,32 @@ def not_yet(what: str, run: Run) -> None:
         st.code(f"moescope runs compute {shlex.quote(str(run.path))}", language="bash")
 
 
+def omitted(what: str, run: Run, *subjects: str) -> bool:
+    """Instead of figures that an imported run cannot fill: what is missing, and why. False = nothing is, go on.
+
+    Args:
+        what: what the figures show, as the beginning of a sentence.
+        subjects: what they need, by the names of table ``omission``; the first that the source lacks is named.
+    """
+    missing = next((subject for subject in subjects if subject in run.omissions), None)
+    if missing is None:
+        return False
+    st.info(
+        f"{what} cannot be computed from what was imported: {_reason(run, missing)}.",
+        icon=":material/visibility_off:",
+    )
+    return True
+
+
+def _reason(run: Run, subject: str) -> str:
+    """Why an imported run cannot say something, as safe text without the last full stop."""
+    return plain(run.omissions[subject].rstrip("."), 300)
+
+
 def needs_level(what: str, level: str, run: Run) -> None:
-    """Instead of figures that need another level of collection."""
+    """Instead of figures that need another level of collection, or a model where the run was imported."""
+    if omitted(what, run, "outputs"):
+        return
     st.info(
         f"{what} needs the level `{level}`; this run recorded {code(run.info.levels)}. Collect again with `moescope "
         f"collect MODEL --data PATH --level routing,{level}`.",

@@ -19,7 +19,8 @@ def key_figures(run: store.Run) -> pl.DataFrame:
     top_k = _range([layer.top_k for layer in layers])
     shared = _range([layer.num_shared for layer in layers])
     steps = len({layer.layer for layer in layers})
-    rate = f"{info.tokens / info.seconds:,.0f} tokens/s while watching" if info.seconds else ""
+    imported = info.origin.startswith("import")
+    rate = f"{info.tokens / info.seconds:,.0f} tokens/s while watching" if info.seconds and not imported else ""
     rows = [
         ("tokens", f"{info.tokens:,}", rate),
         ("sequences", f"{info.sequences:,}", f"{len(run.domains)} domains"),
@@ -80,6 +81,8 @@ def next_steps(run: store.Run) -> pl.DataFrame:
 
 
 def _super_expert_step(run: store.Run) -> list[tuple[str, str]]:
+    if "outputs" in run.omissions:
+        return []
     if "activations" not in run.info.levels:
         return [("Super experts", "Not recorded: collect with --level routing,activations to find super experts.")]
     if thresholds(run).is_empty():
@@ -100,6 +103,11 @@ def _consistency_step(run: store.Run) -> list[tuple[str, str]]:
     if "shuffled" in value:
         text += f"; popularity alone gives {value['shuffled']:.1%}"
     return [("Local consistency", text + ". It says whether caching experts can pay.")]
+
+
+def omissions(run: store.Run) -> pl.DataFrame:
+    """What an imported run cannot say: subject, reason; empty for a model that was watched."""
+    return pl.DataFrame(list(run.omissions.items()), schema={"subject": pl.String, "reason": pl.String}, orient="row")
 
 
 def _complete(run: store.Run) -> tuple[str, str, str]:

@@ -26,4 +26,5 @@ PAGES = (
     PageInfo(_file("tokens"), "Tokens", ":material/text_fields:", "tokens"),
     PageInfo(_file("super_experts"), "Super experts", ":material/bolt:", "super-experts"),
     PageInfo(_file("local_consistency"), "Local consistency", ":material/timeline:", "local-consistency"),
+    PageInfo(_file("similarity"), "Similarity", ":material/join_inner:", "similarity"),
 )

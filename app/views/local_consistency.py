@@ -25,6 +25,8 @@ def page(run: Run) -> None:
         "Local consistency", run, what="Do neighbouring tokens need the same experts, and does caching experts pay?"
     )
     srp = data.frame(frames.srp_model, run)
+    if header.omitted("Local consistency (SRP and hit rates)", run, "trace", "order"):
+        return
     if srp.is_empty():
         header.not_yet("Local consistency (SRP and hit rates)", run)
         return

@@ -28,6 +28,7 @@ def page(run: Run) -> None:
         _alerts(data.frame(alerts.alerts, run))
     _next(data.frame(overview.next_steps, run))
     _charts(run)
+    _omissions(data.frame(overview.omissions, run))
     _checks(run)
 
 
@@ -105,6 +106,15 @@ def _charts(run: Run) -> None:
             f"the balanced load, have too few tokens to be judged or calibrated. {words}",
             alt="Bands: fewest, middle and most tokens per expert in every MoE layer",
         )
+
+
+def _omissions(frame: pl.DataFrame) -> None:
+    """What the source of an imported run cannot say."""
+    if frame.is_empty():
+        return
+    with st.expander(f"What this source cannot say: {', '.join(frame['subject'])}", icon=":material/visibility_off:"):
+        for subject, reason in frame.iter_rows():
+            st.markdown(f"**{state.plain(subject)}**: {state.plain(reason, 300)}")
 
 
 def _checks(run: Run) -> None:

@@ -112,11 +112,10 @@ def _specialization(run: Run, *, domain: str | None, phase: str | None) -> None:
 def _confidence(run: Run, *, domain: str | None, phase: str | None, where: str) -> None:
     st.subheader("How decided is the router?", anchor=False)
     frame = data.frame(confidence.confidence, run, domain=domain, phase=phase)
+    if header.omitted("How decided the router was", run, "logits"):
+        return
     if frame.is_empty():
-        st.info(
-            "The router's logits were not seen in this run (imported traces hold selections only).",
-            icon=":material/visibility_off:",
-        )
+        st.info("The router's logits were not seen in this run.", icon=":material/visibility_off:")
         return
     words = {
         "entropy": "entropy",
@@ -139,6 +138,8 @@ def _confidence(run: Run, *, domain: str | None, phase: str | None, where: str) 
 def _repetition(run: Run) -> None:
     frame = data.frame(consistency.repetition, run)
     st.subheader("Do neighbouring tokens share experts?", anchor=False)
+    if header.omitted("Repetition of experts", run, "trace", "order"):
+        return
     if frame.is_empty():
         header.not_yet("Repetition of experts", run)
         return

@@ -28,6 +28,8 @@ _READ = {
 def page(run: Run) -> None:
     """Draw the page."""
     header.title("Tokens", run, what="Which experts does each token of a text use?")
+    if header.omitted("The experts of single tokens", run, "trace", "order"):
+        return
     if not run.layers:
         st.info("No layer has been recorded yet.", icon=":material/hourglass_top:")
         return
@@ -39,12 +41,13 @@ def page(run: Run) -> None:
             return
         sequence = _choose_sequence(listed)
         layer = state.choose("Layer", axes.layer_labels(run), key="layer")
-        mode = state.choose("Colour by", list(_MODES), key="colour", words=_MODES.__getitem__)
+        modes = list(_MODES)[:1] if "weights" in run.omissions else list(_MODES)
+        mode = state.choose("Colour by", modes, key="colour", words=_MODES.__getitem__)
     chosen = listed.filter(pl.col("sequence") == sequence).row(0, named=True)
     source = (chosen["source"] or "").rsplit("/", 1)[-1]
     where = f" · from {state.plain(source)}" if source else ""
     st.caption(f"{state.plain(chosen['domain'])} · {chosen['tokens']:,} tokens{where}")
-    if not run.info.text_kept:
+    if not run.info.text_kept and not header.omitted("The text of the tokens", run, "text"):
         st.info(
             "This run keeps no text, so tokens show their positions. Collect without `--no-text` to read them here.",
             icon=":material/visibility_off:",

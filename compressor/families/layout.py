@@ -79,6 +79,10 @@ class ExpertsLayout:
             return first[::2], first[1::2]
         return first[: self.width], first[self.width :]
 
+    def first_projections(self, experts: Any, expert: int) -> tuple[torch.Tensor | None, torch.Tensor]:
+        """Gate and up rows of one expert, each (I, hidden), without a copy where that can be; None without gate."""
+        return self.split_gate(self.up_weight(experts, expert))
+
     def bias(self, experts: Any, name: str, expert: int) -> torch.Tensor | None:
         """The bias that belongs to the projection ``name`` of one expert; None where the family has none."""
         return attrgetter(f"{name}_bias")(experts)[expert] if self.biased else None

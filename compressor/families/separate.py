@@ -40,6 +40,12 @@ class SeparateLayout(ExpertsLayout):
         up: torch.Tensor = attrgetter(self.up_name)(module).weight
         return torch.cat([attrgetter(self.gate_name)(module).weight, up]) if self.gated else up
 
+    def first_projections(self, experts: Any, expert: int) -> tuple[torch.Tensor | None, torch.Tensor]:
+        """Gate and up rows of one expert as they stand in their modules; None without gate."""
+        module = self.expert(experts, expert)
+        up: torch.Tensor = attrgetter(self.up_name)(module).weight
+        return attrgetter(self.gate_name)(module).weight if self.gated else None, up
+
     def down_weight(self, experts: Any, expert: int) -> torch.Tensor:
         """(hidden, I) the second projection of one expert."""
         weight: torch.Tensor = attrgetter(self.down_name)(self.expert(experts, expert)).weight

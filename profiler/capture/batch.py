@@ -188,6 +188,12 @@ class ExpertRows:
         """(experts,) int64 rows of each expert."""
         return torch.bincount(self.expert, minlength=self.num_experts)
 
+    @cached_property
+    def norm(self) -> Tensor:
+        """(rows,) float32 L2 norm of each output; 0 for a row with a value that is no finite number."""
+        norm = torch.linalg.vector_norm(self.output, dim=1, dtype=torch.float32)
+        return self.select(torch.nan_to_num(norm, nan=0.0, posinf=0.0, neginf=0.0))
+
     @property
     def phase(self) -> str:
         """The phase of the forward; a forward is either prompt or decode."""

@@ -21,6 +21,7 @@ from profiler.recorders.load import LoadRecorder
 from profiler.recorders.moe_output import MoEOutputRecorder
 from profiler.recorders.neurons import NeuronRecorder
 from profiler.recorders.pairs import OutputPairRecorder, PairRecorder
+from profiler.recorders.parts import PartLoadRecorder, PartOutputRecorder
 from profiler.recorders.ranks import RankRecorder
 from profiler.recorders.residual import ResidualRecorder
 from profiler.recorders.router import RouterRecorder
@@ -63,6 +64,7 @@ class Recording:
         by_domain = options.vectors_per_domain
         self._routing: list[Any] = [
             LoadRecorder(),
+            PartLoadRecorder(),
             RouterRecorder(),
             RankRecorder(),
             PairRecorder(by_domain),
@@ -146,5 +148,5 @@ def _largest_k(tokens: Tokens, entry: LayerRouting) -> int:
 
 
 def _activation_recorders(by_domain: bool) -> tuple[list[Any], list[Any], list[Any]]:
-    inside = [ExpertOutputRecorder(), NeuronRecorder(by_domain), VectorRecorder(by_domain)]
+    inside = [ExpertOutputRecorder(), PartOutputRecorder(), NeuronRecorder(by_domain), VectorRecorder(by_domain)]
     return inside, [MoEOutputRecorder(), OutputPairRecorder(by_domain)], [ResidualRecorder()]

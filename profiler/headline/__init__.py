@@ -13,18 +13,23 @@ import polars as pl
 
 import store
 from moescope.errors import StoreError
-from profiler.headline.load import load_rows, repetition_rows
+from profiler.headline.load import load_rows
+from profiler.headline.local_balance import local_balance_rows
 from profiler.headline.local_consistency import hit_rate_rows, segment_rows
+from profiler.headline.repetition import repetition_rows
+from profiler.headline.similarity import similarity_rows
 from profiler.headline.subject import Rows, Subject
 from profiler.headline.super_experts import super_expert_rows
 from profiler.metrics.registry import METRICS
 
 PARTS: tuple[Callable[[Subject], Rows], ...] = (
     load_rows,
+    local_balance_rows,
     segment_rows,
     hit_rate_rows,
     super_expert_rows,
     repetition_rows,
+    similarity_rows,
 )
 """What is computed, in order; a new headline metric is a function and a line here."""
 

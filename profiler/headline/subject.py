@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -13,6 +14,7 @@ import polars as pl
 from numpy.typing import NDArray
 
 import store
+from profiler.headline.spool import Spool
 from profiler.metrics import controls
 from profiler.metrics._trace import sequence_runs
 from profiler.metrics.controls import uniform_tokens
@@ -22,6 +24,12 @@ SEGMENT_LENGTHS = (4, 16, 64, 256)
 
 REPLAY_COST = 5e9
 """Bound on tokens x requests per token x objects of one cache replay: about two seconds a policy on two cores."""
+
+REPLAY_TOKENS = 20_000
+"""Tokens that are replayed through a shared cache even where that costs more."""
+
+MAX_GROUPS = 512
+"""Sequences beyond so many are drawn anew in groups, so that intervals cost the same for a trace of any length."""
 
 SEED = 0
 
@@ -52,18 +60,123 @@ class Block:
         return int(self.offsets[-1])
 
 
+@dataclass(frozen=True)
+class Groups:
+    """Sequences, or random groups of one domain's sequences, as what a bootstrap draws from.
+
+    group (sequences,): group of each sequence in the order of the run; domain (groups,): whose domain it is.
+    """
+
+    group: NDArray[np.int64]
+    domain: NDArray[np.str_]
+
+    @property
+    def count(self) -> int:
+        """How many groups there are."""
+        return len(self.domain)
+
+    @classmethod
+    def of(cls, domains: NDArray[np.str_]) -> Groups:
+        """Every sequence by itself, or, of more than ``MAX_GROUPS``, groups in proportion to the domains' sequences."""
+        if len(domains) <= MAX_GROUPS:
+            return cls(np.arange(len(domains)), domains)
+        group = np.zeros(len(domains), np.int64)
+        owners: list[str] = []
+        for domain in np.unique(domains):
+            members = np.flatnonzero(domains == domain)
+            share = max(1, min(len(members), round(MAX_GROUPS * len(members) / len(domains))))
+            order = np.random.default_rng(SEED).permutation(len(members))
+            group[members] = len(owners) + order % share
+            owners += [str(domain)] * share
+        return cls(group, np.array(owners))
+
+    def of_block(self, blocks: Sequence[Block], number: int) -> NDArray[np.int64]:
+        """(sequences,) groups of the sequences of one block."""
+        first = sum(len(block.lengths) for block in blocks[:number])
+        return self.group[first : first + len(blocks[number].lengths)]
+
+
+class Shuffles:
+    """The orders in which controls read the tokens of a block: the same for all of its layers."""
+
+    def __init__(self) -> None:
+        self._orders: dict[tuple[int, str], NDArray[np.int64]] = {}
+
+    def order(self, block: Block, control: str) -> NDArray[np.int64]:
+        """(tokens,) for "shuffled" or "shuffled_in_sequence"."""
+        key = (block.number, control)
+        if key not in self._orders:
+            while len(self._orders) >= 2:
+                del self._orders[next(iter(self._orders))]
+            order = np.random.default_rng((SEED, block.number)).permutation(block.tokens)
+            if control == "shuffled_in_sequence":
+                owner = np.repeat(np.arange(len(block.lengths)), block.lengths)
+                order = order[np.argsort(owner[order], kind="stable")]
+            self._orders[key] = order
+        return self._orders[key]
+
+
+@dataclass
+class Sample:
+    """Some sequences of a run, drawn at random over all blocks; all of them where they are few enough.
+
+    block: their numbers, lengths and domains, as if they were the run's only ones; group (sequences,): of ``Groups``.
+    """
+
+    subject: Subject
+    block: Block
+    group: NDArray[np.int64]
+    _chosen: list[NDArray[np.int64]]
+    _shuffles: Shuffles = field(default_factory=Shuffles)
+
+    @classmethod
+    def of(cls, subject: Subject, tokens: int) -> Sample:
+        """At least two sequences of about so many tokens in all."""
+        lengths = subject.lengths
+        # At random, not every n-th: domains often alternate, and a stride could pick a single one.
+        order = np.random.default_rng(SEED).permutation(len(lengths))
+        count = max(2, int(np.searchsorted(np.cumsum(lengths[order]), tokens, side="right")))
+        mine = np.zeros(len(lengths), bool)
+        mine[order[:count]] = True
+        edges = np.cumsum([0, *(len(block.lengths) for block in subject.blocks)])
+        chosen = [np.flatnonzero(mine[low:high]) for low, high in itertools.pairwise(edges)]
+        picked = [(block, index) for block, index in zip(subject.blocks, chosen, strict=True)]
+        numbers = np.concatenate([block.sequences[index] for block, index in picked])
+        domains = np.concatenate([block.domains[index] for block, index in picked])
+        offsets = np.concatenate([[0], np.cumsum(lengths[mine])]).astype(np.int64)
+        block = Block(len(subject.blocks), numbers, lengths[mine], domains, offsets)
+        return cls(subject, block, subject.groups.group[mine], chosen)
+
+    @property
+    def is_all(self) -> bool:
+        """Whether no sequence was left out."""
+        return len(self.block.lengths) == len(self.subject.lengths)
+
+    def ids(self, axis: int, *, control: str = "observed") -> NDArray[np.int16]:
+        """Selections of entry ``axis`` of ``run.layers``: (tokens, k), as ``Subject.ids``."""
+        parts = []
+        for block, index in zip(self.subject.blocks, self._chosen, strict=True):
+            kept = np.zeros(len(block.lengths), bool)
+            kept[index] = True
+            ids = self.subject.ids(axis, block)
+            parts.append(ids if kept.all() else ids[np.repeat(kept, block.lengths)])
+        whole = parts[0] if len(parts) == 1 else np.concatenate(parts)
+        if control == "observed":
+            return whole
+        if control == "uniform":
+            return uniform_tokens(whole, self.subject.run.layers[axis].num_experts, seed=(SEED, axis))
+        return whole[self._shuffles.order(self.block, control)]
+
+
 @dataclass
 class Subject:
     """A finished run with the parts that several metrics need."""
 
     run: store.Run
     _held: dict[tuple[int, int], NDArray[np.int16]] = field(default_factory=dict, repr=False)
-    _shuffled: tuple[tuple[int, str], NDArray[np.int64]] | None = field(default=None, repr=False)
-
-    @cached_property
-    def trace(self) -> store.Trace:
-        """The whole trace."""
-        return self.run.selections()
+    _samples: dict[int, Sample] = field(default_factory=dict, repr=False)
+    _spool: Spool = field(default_factory=Spool, repr=False)
+    _shuffles: Shuffles = field(default_factory=Shuffles, repr=False)
 
     @property
     def has_trace(self) -> bool:
@@ -76,15 +189,33 @@ class Subject:
         return max(layer.num_experts for layer in self.run.layers)
 
     @cached_property
+    def lengths(self) -> NDArray[np.int64]:
+        """(sequences,) tokens of every sequence, in the order of the blocks."""
+        return np.concatenate([block.lengths for block in self.blocks]) if self.blocks else np.zeros(0, np.int64)
+
+    @cached_property
+    def groups(self) -> Groups:
+        """What is drawn anew for intervals: sequences, or random groups of one domain's where there are many."""
+        domains = np.concatenate([block.domains for block in self.blocks])
+        return Groups.of(domains)
+
+    @cached_property
     def replayed(self) -> store.Trace:
-        """The trace, or as many of its sequences, drawn at random, as a cache replay can take in good time."""
-        layers, _, _, width = self.trace.ids.shape
+        """The whole trace of as many sequences, drawn at random, as a shared cache can be replayed on in good time."""
+        layers = len(self.run.layers)
+        width = max(layer.top_k for layer in self.run.layers)
         affordable = REPLAY_COST / (layers * width * layers * self.num_experts)
-        sequences = len(self.trace.sequences)
-        count = max(2, int(sequences * min(1.0, affordable / max(self.trace.num_tokens, 1))))
-        # At random, not every n-th: domains often alternate, and a stride could pick a single one.
-        drawn = np.random.default_rng(SEED).permutation(sequences)[:count]
-        return part_of(self.trace, np.sort(drawn))
+        return self.whole_trace(max(int(affordable), REPLAY_TOKENS))
+
+    def whole_trace(self, tokens: int) -> store.Trace:
+        """All layers of a sample of about so many tokens, held at once."""
+        return self.run.selections(sequences=self.sample(tokens).block.sequences.tolist())
+
+    def sample(self, tokens: int) -> Sample:
+        """Sequences of about so many tokens, drawn at random; the same for the same number."""
+        if tokens not in self._samples:
+            self._samples[tokens] = Sample.of(self, tokens)
+        return self._samples[tokens]
 
     @cached_property
     def blocks(self) -> list[Block]:
@@ -109,27 +240,24 @@ class Subject:
         if key not in self._held:
             while len(self._held) >= 3:
                 del self._held[next(iter(self._held))]
-            layer = self.run.layers[axis]
-            first, last = int(block.sequences[0]), int(block.sequences[-1])
-            read = self.run.layer_selections(layer=layer.layer, step=layer.step, first=first, last=last)
-            self._held[key] = read.ids
+            self._held[key] = self._read(axis, block)
         ids = self._held[key]
         if control == "observed":
             return ids
         if control == "uniform":
             return uniform_tokens(ids, self.run.layers[axis].num_experts, seed=(SEED, axis, block.number))
-        return ids[self._order(block, control)]
+        return ids[self._shuffles.order(block, control)]
 
-    def _order(self, block: Block, control: str) -> NDArray[np.int64]:
-        """The order in which a control reads the tokens of a block; kept for the block's other layers."""
-        if self._shuffled is None or self._shuffled[0] != (block.number, control):
-            generator = np.random.default_rng((SEED, block.number))
-            order = generator.permutation(block.tokens)
-            if control == "shuffled_in_sequence":
-                owner = np.repeat(np.arange(len(block.lengths)), block.lengths)
-                order = order[np.argsort(owner[order], kind="stable")]
-            self._shuffled = ((block.number, control), order)
-        return self._shuffled[1]
+    def _read(self, axis: int, block: Block) -> NDArray[np.int16]:
+        """One layer's ids in a block, from the spool or the run file."""
+        kept = self._spool.get((axis, block.number))
+        if kept is not None:
+            return kept
+        layer = self.run.layers[axis]
+        first, last = int(block.sequences[0]), int(block.sequences[-1])
+        read = self.run.layer_selections(layer=layer.layer, step=layer.step, first=first, last=last)
+        self._spool.put((axis, block.number), read.ids)
+        return read.ids
 
     def tokens_of(self, domain: str | None) -> int:
         """Real tokens of one domain, or of all text."""
@@ -137,30 +265,18 @@ class Subject:
         return int((frame if domain is None else frame.filter(pl.col("domain") == domain))["tokens"].sum())
 
 
-def lengths_that_fit(trace: store.Trace) -> list[int]:
+def lengths_that_fit(lengths: NDArray[np.int64]) -> list[int]:
     """Segment lengths that at least two sequences reach: with fewer there is no interval."""
-    return [length for length in SEGMENT_LENGTHS if int((trace.lengths >= length).sum()) >= 2]
+    return [length for length in SEGMENT_LENGTHS if int((lengths >= length).sum()) >= 2]
 
 
-def with_controls(trace: store.Trace, num_experts: int) -> Iterator[tuple[str, NDArray[np.int16]]]:
-    """The trace, and the three traces that say what popularity alone, and chance alone, would give."""
+def trace_controls(trace: store.Trace, num_experts: int) -> Iterator[tuple[str, NDArray[np.int16]]]:
+    """A trace that is held whole, and the three controls that say what popularity, and chance, alone would give."""
     common: dict[str, Any] = {"selections": trace.ids, "num_experts": num_experts, "seed": SEED}
     yield "observed", trace.ids
     yield "shuffled_in_sequence", controls.shuffle_within_sequences(**common)
     yield "shuffled", controls.shuffle_across_sequences(**common)
     yield "uniform", controls.uniform_experts(**common)
-
-
-def part_of(trace: store.Trace, index: NDArray[np.int64]) -> store.Trace:
-    """Some of a trace's sequences."""
-    return store.Trace(
-        ids=trace.ids[:, index],
-        weights=trace.weights[:, index],
-        layers=trace.layers,
-        sequences=trace.sequences[index],
-        lengths=trace.lengths[index],
-        domains=[trace.domains[place] for place in index],
-    )
 
 
 def as_text(parameters: dict[str, Any]) -> str:

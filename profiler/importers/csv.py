@@ -38,7 +38,10 @@ def read(path: Path, options: ImportOptions) -> Recording:
     columns, named = _columns(path)
     layers, top_k = _scan(path, columns, named)
     trace = "weight" in columns
-    axis = _axis(options, path, layers, top_k if trace else 0)
+    axis = layer_axis(
+        options=options, path=path, entries=len(layers), top_k=top_k if trace else 0, numbers=layers,
+        largest=lambda: max(int(part["expert"].max()) for part in _batches(path, columns, named)),  # type: ignore[arg-type]
+    )  # fmt: skip
     if trace:
         blocks: Iterator[TraceBlock | CountBlock] = _trace(path, columns, named, axis, top_k, options)
         omissions = {"text": "the file has no token ids"}
@@ -120,10 +123,6 @@ def _scan(path: Path, columns: tuple[str, ...], named: bool) -> tuple[list[int],
     if min(layers) < 0 or max(layers) >= 4096:
         raise ImportFileError(f"{path}: layers run from {min(layers)} to {max(layers)}; they are numbered from 0")
     return sorted(layers), slots
-
-
-def _axis(options: ImportOptions, path: Path, layers: list[int], top_k: int) -> Axis:
-    return layer_axis(options=options, path=path, entries=len(layers), top_k=top_k, numbers=layers)
 
 
 def _counts(path: Path, columns: tuple[str, ...], named: bool, axis: Axis, options: ImportOptions) -> CountBlock:

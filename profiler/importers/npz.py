@@ -42,6 +42,7 @@ def read(path: Path, options: ImportOptions) -> Recording:
     axis = layer_axis(
         options=options, path=path, entries=entries, top_k=k, num_experts=_scalar(archive, "num_experts"),
         numbers=_integers(archive, "layers").tolist() if "layers" in archive else None,
+        largest=lambda: max(_largest(block) for block in archive.blocks("experts", BLOCK_TOKENS)),
     )  # fmt: skip
     if "weights" in archive and _require(archive, "weights", "f", 3).shape != header.shape:
         raise ImportFileError(f"{path}: weights have shape {archive.header('weights').shape}, experts {header.shape}")
@@ -151,6 +152,13 @@ def _token_texts(options: ImportOptions, source: _Source) -> _Texts:
             first = source.offsets[number]
             ids[first : first + length] = [numbers.setdefault(text, len(numbers)) for text in texts]
     return _Texts(ids, {number: text.encode("utf-8", "replace") for text, number in numbers.items()})
+
+
+def _largest(experts: NDArray[Any]) -> int:
+    """The largest id of a block, without the largest value of an unsigned type, which may mean "none"."""
+    if experts.dtype.kind == "u":
+        experts = experts[experts != np.iinfo(experts.dtype).max]
+    return int(experts.max(initial=0))
 
 
 def _signed(experts: NDArray[Any], num_experts: int) -> NDArray[np.int32]:

@@ -33,6 +33,7 @@ FORMATS: tuple[Format, ...] = (
     Format("npz", "any tool", "FILE.npz", "trace, weights, labels", "profiler.importers.npz"),
     Format("csv", "any tool", "FILE.csv[.gz]", "trace (token,layer,slot,expert,weight) or counts (layer,expert)",
            "profiler.importers.csv"),
+    Format("megatron", "Megatron Core", "router_trace_rank0.jsonl", "counts per step", "profiler.importers.megatron"),
 )  # fmt: skip
 
 

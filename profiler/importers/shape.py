@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,6 +43,7 @@ def layer_axis(
     top_k: int = 0,
     num_experts: int = 0,
     numbers: Sequence[int] | None = None,
+    largest: Callable[[], int] | None = None,
 ) -> Axis:
     """Tell what the entries of a layer axis are.
 
@@ -53,6 +54,7 @@ def layer_axis(
         top_k: experts per token in the source; 0 = it does not say.
         num_experts: experts per layer in the source; 0 = it does not say.
         numbers: decoder-layer index of each entry, where the source says so.
+        largest: finds the largest id of the source; asked only to tell the user what the least number is.
 
     Raises:
         ImportFileError: nothing says how many experts there are, or the source and the configuration contradict.
@@ -61,8 +63,8 @@ def layer_axis(
     experts = _agreed("experts per layer", path, num_experts, options.num_experts, shape.num_experts if shape else 0)
     if not experts:
         raise ImportFileError(
-            f"{path} does not say how many experts a layer has (ids that were never used leave no trace): give --config"
-            " MODEL, or --num-experts"
+            f"{path} does not say how many experts a layer has: give --config MODEL, or --num-experts"
+            + (f" (at least {largest() + 1}; experts that were never used leave no id)" if largest else "")
         )
     if not 1 <= experts <= MAX_EXPERTS or not 1 <= entries <= MAX_LAYERS:
         raise ImportFileError(

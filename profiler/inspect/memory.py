@@ -26,7 +26,19 @@ FLUSH_BYTES = 128 << 20
 """Trace held in memory before it is written."""
 
 PARTS = 1 << 24
-"""Values that recorders of routing and of similarity work on at once."""
+"""Values that recorders of routing work on at once, and weights that are compared."""
+
+SAMPLED = 1 << 25
+"""Outputs of all experts for sampled tokens that are in memory at once."""
+
+GROUP_TOKENS = 256
+"""Sampled tokens that are compared as one set."""
+
+MOST_COMPARED = 1024
+"""Experts of a layer above which no pairs are kept."""
+
+MATCHED_WIDTH = 4642
+"""Neurons of an expert above which they are not matched: one pair takes too long."""
 
 LIBRARIES = 256 << 20
 """Buffers of the libraries (allocators, threads, Parquet) that grow once, whatever the model: 45 to 95 MiB with two
@@ -122,7 +134,11 @@ def _activations(shape: _Shape, groups: int, vectors: int) -> int:
 
 
 def _similarity(shape: _Shape, groups: int, vectors: int) -> int:
-    return DOUBLE * vectors * (shape.experts * shape.hidden + 2 * shape.experts**2)
+    """Outputs, four matrices of pairs, and for up to four matrices of weights three of pairs in 32 bits, row by row."""
+    if shape.experts > MOST_COMPARED:
+        return 0
+    sums = DOUBLE * (shape.experts * shape.hidden + 4 * shape.experts**2)
+    return vectors * sums + 4 * shape.experts * (3 * 4 * shape.experts + 34)
 
 
 def _moments(shape: _Shape, groups: int, vectors: int) -> int:
@@ -163,7 +179,8 @@ def working_bytes(found: MoEModel, options: RecordingOptions, tokens: int, width
         size += max(_inside(shape, tokens, width) for shape in shapes)
     if "similarity" in options.levels:
         sampled = -(-tokens // options.similarity_every)
-        size += max(3 * 4 * min(PARTS, sampled * shape.experts * shape.hidden) for shape in shapes)
+        # Of every layer, seven tokens at most wait for more.
+        size += max(_compared(shape, sampled) for shape in shapes) + sum(7 * 4 * shape.hidden for shape in shapes)
     if "moments" in options.levels:
         # The matrices of all layers wait for the end of the forward.
         size += sum(4 * shape.hidden**2 for shape in shapes) + max(2 * 4 * tokens * shape.hidden for shape in shapes)
@@ -182,6 +199,18 @@ def _inside(shape: _Shape, tokens: int, width: float) -> float:
     rows = shape.top_k * (shape.hidden + shape.width)
     stream = 6 * 4 * max(shape.hidden, shape.shared_hidden)
     return tokens * (rows * (width + 4) + stream + 4 * shape.experts + 4 * shape.top_k**2)
+
+
+def _compared(shape: _Shape, sampled: int) -> float:
+    """What all experts put out for a group of tokens, and its Gram matrices; or, once, weights side by side and a
+    match of neurons."""
+    if shape.experts > MOST_COMPARED:
+        return 0
+    tokens = min(sampled + 7, GROUP_TOKENS)
+    outputs = 1.5 * 4 * min(SAMPLED, tokens * shape.experts * shape.hidden) + 4 * shape.experts * tokens**2
+    weights = 2 * 4 * min(PARTS, 3 * shape.neurons * shape.hidden)
+    matching = 4 * shape.width * (3 * shape.width + 12 * shape.hidden) if shape.width <= MATCHED_WIDTH else 0
+    return max(outputs, weights, matching)
 
 
 def _graph(found: MoEModel, shapes: list[_Shape], tokens: int, width: float) -> float:

@@ -21,6 +21,8 @@ __all__ = [
     "perplexity",
     "published",
     "registry",
+    "similarity",
+    "similarity_agreement",
     "super_experts",
     "temporal",
 ]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Literal, get_args
 
 import numpy as np
 
 from moescope.errors import MetricError
 
-from ._arrays import FloatArray
+from ._arrays import FloatArray, IntArray
 
 Rule = Literal["basic", "percentile"]
 
@@ -51,3 +52,38 @@ def interval(
     low = ordered[min(round(len(ordered) * tail), last)]
     high = ordered[min(round(len(ordered) * (1.0 - tail)), last)]
     return 2.0 * estimate - high, 2.0 * estimate - low
+
+
+MAX_GROUPS = 512
+"""Sequences beyond so many are drawn in random groups: the same spread of sums, and memory that does not grow."""
+
+
+@dataclass(frozen=True)
+class Resamples:
+    """Texts drawn anew from sequences, or from random groups of them where there are thousands.
+
+    group (sequences,): group of each sequence, 0..groups - 1. weights (resamples, groups): how often each was drawn.
+    """
+
+    group: IntArray
+    weights: FloatArray
+
+    @property
+    def groups(self) -> int:
+        """How many groups are drawn from."""
+        return len(self.weights.T)
+
+    @classmethod
+    def of(cls, num_sequences: int, *, num_resamples: int, seed: int, max_groups: int = MAX_GROUPS) -> Resamples:
+        """Resamples of so many sequences, above ``max_groups`` in random groups of (almost) equal size."""
+        groups = min(num_sequences, max_groups)
+        group = np.arange(num_sequences, dtype=np.int64)
+        if num_sequences > max_groups:
+            group = np.random.default_rng(seed).permutation(group) % groups
+        return cls(group, resample_weights(num_sequences=groups, num_resamples=num_resamples, seed=seed))
+
+    def sums(self, values: FloatArray | IntArray) -> FloatArray:
+        """Sums over every resample, (resamples, ...), of sums per group, (groups, ...): one product."""
+        flat = np.asarray(values, dtype=np.float64).reshape(self.groups, -1)
+        product: FloatArray = self.weights @ flat
+        return product.reshape(len(product), *values.shape[1:])

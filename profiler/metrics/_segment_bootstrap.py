@@ -78,6 +78,24 @@ class SegmentBootstrap:
         return np.stack([lower, upper], axis=1).ravel()
 
 
+def group_interval(
+    *, histogram: IntArray, segment_length: int, settings: Bootstrap
+) -> tuple[FloatArray, FloatArray, FloatArray]:
+    """SRP and router size of windows by group of sequences, (groups, m + 1): estimate, lower, upper, each (2,).
+
+    Groups without a window are not drawn. NaN where there is no window at all.
+    """
+    drawn = histogram[histogram.any(axis=1)]
+    if not len(drawn):
+        return (np.full(2, np.nan),) * 3
+    weights = resample_weights(num_sequences=len(drawn), num_resamples=settings.num_resamples, seed=settings.seed)
+    value, size, threshold = best_threshold(drawn.sum(axis=0), segment_length)
+    estimate = np.array([value, size])
+    resampled = _resampled_best(weights, drawn, segment_length, int(threshold))
+    lower, upper = interval(estimate=estimate, resampled=resampled, confidence=settings.confidence, rule=settings.rule)
+    return estimate, lower, upper
+
+
 def _resampled_best(weights: FloatArray, histogram: IntArray, length: int, threshold: int) -> FloatArray:
     """``best_threshold`` of every resample: value and router size, (resamples, 2).
 

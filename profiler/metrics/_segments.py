@@ -1,8 +1,9 @@
 """Windows of a trace: how many of ``m`` consecutive tokens use an expert, as histograms.
 
 For every window of ``m`` consecutive tokens of one sequence (stride 1) and every expert, ``f`` in 0..m counts the
-tokens that use the expert. Everything SRP needs is the histogram of ``f``. A cumulative sum over tokens gives ``f`` for
-any ``m`` by one subtraction; sequences are taken in runs so that the working set stays in the processor's cache.
+tokens that use the expert. Everything SRP needs is the histogram of ``f``. One step of a window changes the counts of
+the experts of two tokens only: the time a count has stood still is added to the histogram when it changes. So the cost
+grows with the selections, not with the number of experts or the length of the window.
 """
 
 from __future__ import annotations
@@ -13,10 +14,42 @@ from dataclasses import dataclass
 import numpy as np
 
 from ._arrays import FloatArray, Ids, IntArray, ratio
-from ._trace import Trace, sequence_runs
+from ._trace import Trace
 
-_RUN = 1 << 18  # elements (tokens x experts) of one cumulative sum: 2 MiB, about a core's second-level cache
-_BLOCK = 1 << 23  # cumulative and histogram values that one thread holds at once: 64 MiB
+_BLOCK = 1 << 23  # histogram values that one thread holds at once: 64 MiB
+
+
+@dataclass(frozen=True)
+class SegmentSums:
+    """Windows of one segment length m; adds up over blocks of sequences, and over layers where experts do not matter.
+
+    experts (experts, m + 1): windows with f = 0..m, by expert. groups (groups, m + 1): the same by group of sequences,
+    summed over experts.
+    """
+
+    segment_length: int
+    experts: IntArray
+    groups: IntArray
+
+    def __add__(self, other: SegmentSums) -> SegmentSums:
+        return SegmentSums(self.segment_length, self.experts + other.experts, self.groups + other.groups)
+
+
+def segment_sums(
+    *, ids: Ids, offsets: IntArray, num_experts: int, segment_length: int, group: IntArray, num_groups: int
+) -> SegmentSums:
+    """Windows of one layer by expert and by group of sequences.
+
+    ids (tokens, k), -1 = none, sequence after sequence; offsets (sequences + 1,): where each begins; group
+    (sequences,): the group of each, 0..num_groups - 1.
+    """
+    from ._windows import count_windows
+
+    experts = np.zeros((1, num_experts, segment_length + 1), np.int64)
+    groups = np.zeros((num_groups, segment_length + 1), np.int64)
+    rows = np.zeros(len(offsets) - 1, np.int64)
+    count_windows(np.ascontiguousarray(ids), offsets, segment_length, 0, rows, group, experts, groups)
+    return SegmentSums(segment_length, experts[0], groups)
 
 
 def window_histograms(
@@ -27,18 +60,17 @@ def window_histograms(
     ids (tokens, k): the layer's selections, sequence after sequence; offsets (sequences + 1,): where each sequence
     begins; experts: those to count. Without ``per_sequence`` the sequences are summed and axis 0 has length 1.
     """
-    sequences = len(offsets) - 1 if per_sequence else 1
-    result = [np.zeros((sequences, len(experts), length + 1), dtype=np.int64) for length in segment_lengths]
-    for low, high, cumulative in _cumulative_runs(ids, offsets, experts):
-        for histogram, length in zip(result, segment_lengths, strict=True):
-            starts, sequence = _window_starts(offsets[low : high + 1], length)
-            bins = cumulative[starts + length]
-            bins -= cumulative[starts]
-            bins += np.arange(len(experts)) * (length + 1)
-            part = histogram[low:high] if per_sequence else histogram
-            if per_sequence:
-                bins += (sequence * part[0].size)[:, None]
-            part += np.bincount(bins.ravel(), minlength=part.size).reshape(part.shape)
+    from ._windows import count_windows
+
+    sequences = len(offsets) - 1
+    rows = np.arange(sequences) if per_sequence else np.zeros(sequences, np.int64)
+    result = []
+    for length in segment_lengths:
+        histogram = np.zeros((sequences if per_sequence else 1, len(experts), length + 1), np.int64)
+        pooled = np.zeros((1, length + 1), np.int64)
+        nobody = np.zeros(sequences, np.int64)
+        count_windows(np.ascontiguousarray(ids), offsets, length, experts.start, rows, nobody, histogram, pooled)
+        result.append(histogram)
     return result
 
 
@@ -96,23 +128,3 @@ def best_threshold(histogram: IntArray | FloatArray, length: int) -> tuple[Float
     value = np.take_along_axis(f1, chosen, axis=-1)[..., 0]
     size = ratio(np.take_along_axis(kept, chosen, axis=-1), needed, empty=0.0)[..., 0]
     return value, size, threshold.astype(np.int64)
-
-
-def _cumulative_runs(ids: Ids, offsets: IntArray, experts: range) -> Iterator[tuple[int, int, IntArray]]:
-    """Yield (low, high, cumulative) for runs of whole sequences low..high-1; cumulative (tokens + 1, experts) counts
-    the uses of each expert before each token of the run.
-    """
-    for low, high in sequence_runs(offsets, max(1, _RUN // len(experts))):
-        run = ids[offsets[low] : offsets[high]]
-        mine = (run >= experts.start) & (run < experts.stop)
-        used = np.zeros((len(run) + 1, len(experts)), dtype=np.int64)
-        used[np.nonzero(mine)[0] + 1, run[mine].astype(np.int64) - experts.start] = 1
-        yield low, high, np.cumsum(used, axis=0, out=used)
-
-
-def _window_starts(offsets: IntArray, length: int) -> tuple[IntArray, IntArray]:
-    """First token of every window, and its sequence, both counted from the start of the first sequence."""
-    windows = np.maximum(np.diff(offsets) - length + 1, 0)
-    sequence = np.repeat(np.arange(len(windows)), windows)
-    before = np.cumsum(windows) - windows
-    return np.arange(windows.sum()) - before[sequence] + (offsets[:-1] - offsets[0])[sequence], sequence

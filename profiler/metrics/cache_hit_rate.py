@@ -161,6 +161,44 @@ def hit_rate_bootstrap(
     return HitRateInterval(curves[0], lower, upper, confidence, rule, num_resamples)
 
 
+@dataclass(frozen=True)
+class HitSums:
+    """What hit rates are computed from; adds up over sequences. hits (groups, sizes), weights (groups,)."""
+
+    hits: FloatArray
+    weights: FloatArray
+
+    def __add__(self, other: HitSums) -> HitSums:
+        return HitSums(self.hits + other.hits, self.weights + other.weights)
+
+
+def hit_sums(
+    *,
+    selections: NDArray[Any],
+    num_experts: int,
+    policy: CachePolicy,
+    segment_length: int | None = None,
+    shared: bool = False,
+    group: NDArray[np.int64],
+    num_groups: int,
+) -> list[HitSums]:
+    """Sums of ``hit_rate_curve`` by group of sequences: one per cache, that is per layer, or a single shared one.
+
+    Args as ``hit_rate_curve``, and group (sequences,): the group of each sequence, 0..num_groups - 1. A curve is the
+    sum of hits over the sum of weights; each sequence has weight 1 (the published code's mean over sequences).
+
+    Raises:
+        MetricError: as ``hit_rate_curve``.
+    """
+    replay = _replay(Trace.of(selections, num_experts), policy, segment_length, shared, True, "reference")
+    sums = [HitSums(np.zeros((num_groups, replay.sizes)), np.zeros(num_groups)) for _ in range(replay.caches)]
+    for first, cache, hits, weight in _parts(replay):
+        owner = group[first : first + len(hits)]
+        np.add.at(sums[cache].hits, owner, hits)
+        np.add.at(sums[cache].weights, owner, weight)
+    return sums
+
+
 def slots_at_ratio(*, ratio: float, top_k: int, num_layers: int = 1) -> int:
     """Slots of a cache that holds ``ratio`` (paper: rho) times what a token uses in the layers that share it."""
     return max(1, round(ratio * top_k * num_layers))

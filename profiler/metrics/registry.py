@@ -31,6 +31,8 @@ class Metric:
 _LRC = "arXiv 2505.16056"
 _SUPER = "arXiv 2507.23279"
 _MIXTRAL = "arXiv 2401.04088"
+_CLOSER_LOOK = "arXiv 2406.18219"
+_MANTEL = "Mantel 1967"
 
 METRICS: tuple[Metric, ...] = (
     # load.py
@@ -138,6 +140,76 @@ METRICS: tuple[Metric, ...] = (
     Metric("first_choice_repeat", "First-choice repeat", "share", "0..1", "neighbours agree more often", _MIXTRAL),
     Metric("overlap_repeat", "Overlap repeat", "share", "0..1", "neighbours agree more often", _MIXTRAL),
     Metric("mean_overlap", "Mean overlap", "share", "0..1", "neighbours share more experts", "ours"),
+    # similarity.py
+    Metric(
+        "router_row_similarity", "Router-row similarity", "cosine", "-1..1", "the router reads more alike", _CLOSER_LOOK
+    ),
+    Metric(
+        "router_logit_similarity",
+        "Router-logit similarity",
+        "correlation",
+        "-1..1",
+        "the router wants both for the same tokens",
+        "arXiv 2310.01334",
+        1,
+        True,
+    ),
+    Metric("output_cosine", "Output cosine", "cosine", "-1..1", "the experts are more alike", "arXiv 2506.23266"),
+    Metric(
+        "output_product_similarity",
+        "Output-product similarity",
+        "cosine",
+        "-1..1",
+        "the experts are more alike",
+        "ours",
+    ),
+    Metric("cka", "CKA", "ratio", "0..1", "the experts are more alike", "arXiv 1905.00414"),
+    Metric("debiased_cka", "Debiased CKA", "ratio", "-1..1", "the experts are more alike", "arXiv 2010.15327"),
+    Metric(
+        "gated_output_similarity",
+        "Weighted-output similarity",
+        "cosine",
+        "-1..1",
+        "one stands in for the other",
+        "ours",
+    ),
+    Metric("weight_similarity", "Weight similarity", "cosine", "-1..1", "the experts are more alike", _CLOSER_LOOK),
+    Metric(
+        "neuron_mean_similarity",
+        "Neuron-mean similarity",
+        "cosine",
+        "-1..1",
+        "the experts are more alike",
+        _CLOSER_LOOK,
+    ),
+    Metric(
+        "matched_weight_similarity",
+        "Matched-weight similarity",
+        "cosine",
+        "-1..1",
+        "the experts are more alike",
+        _CLOSER_LOOK,
+        1,
+        True,
+    ),
+    Metric(
+        "angular_similarity", "Angular similarity", "ratio", "0..1", "the experts are more alike", _CLOSER_LOOK, 1, True
+    ),
+    Metric("redundant_pairs", "Redundant pairs", "pairs", "0..E(E-1)/2", "more experts are alike", "ours"),
+    # similarity_agreement.py
+    Metric(
+        "similarity_agreement", "Agreement of kinds", "correlation", "-1..1", "both kinds rank pairs alike", _MANTEL
+    ),
+    Metric(
+        "similarity_kendall",
+        "Agreement of kinds in pairs",
+        "correlation",
+        "-1..1",
+        "both kinds rank pairs alike",
+        "standard",
+    ),
+    Metric("similarity_r_squared", "R squared of kinds", "ratio", "0..1", "one kind predicts the other", _CLOSER_LOOK),
+    Metric("similarity_p_value", "Chance of agreement", "probability", "0..1", "agreement may be chance", _MANTEL),
 )
 
 

@@ -6,6 +6,7 @@ overlap at any lag is ours: the published rates grow with k, so they compare bad
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import comb
 from typing import Any
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 
 from moescope.errors import MetricError
 
-from ._arrays import FloatArray, Ids
+from ._arrays import FloatArray, Ids, IntArray, ratio
 from ._trace import Trace
 
 
@@ -52,30 +53,42 @@ def repeat_rates(*, selections: NDArray[Any], num_experts: int, lag: int = 1) ->
         raise MetricError(
             f"lag is {lag}; the longest sequence has {longest} tokens, so it lies between 1 and {longest - 1}"
         )
-    both = trace.kept[:, lag:]  # padding stands at the end: the earlier token of a kept one is kept
-    rates = np.array([_layer_rates(layer[:, :-lag][both], layer[:, lag:][both]) for layer in trace.selections])
+    everyone = np.zeros(len(trace.lengths), np.int64)
+    sums = [
+        repeat_sums(
+            ids=trace.layer(layer), offsets=trace.offsets, num_experts=num_experts, lags=[lag], group=everyone,
+            num_groups=1,
+        )[0, 0]
+        for layer in range(trace.num_layers)
+    ]  # fmt: skip
+    counted = np.array(sums)
+    rates = ratio(counted[:, :3], counted[:, 3:])
     k = trace.top_k
     return RepeatRates(
         lag=lag,
         first_choice=rates[:, 0],
         any_overlap=rates[:, 1],
         mean_overlap=rates[:, 2],
-        pairs=rates[:, 3].astype(np.int64),
+        pairs=counted[:, 3].astype(np.int64),
         first_choice_chance=1.0 / num_experts,
         any_overlap_chance=1.0 - comb(num_experts - k, k) / comb(num_experts, k) if k <= num_experts else 1.0,
         mean_overlap_chance=k / num_experts,
     )
 
 
-def _layer_rates(earlier: Ids, later: Ids) -> tuple[float, float, float, float]:
-    """The three rates and the number of pairs; earlier, later (pairs, k)."""
-    routed = (earlier >= 0).any(axis=1) & (later >= 0).any(axis=1)
-    before, after = earlier[routed], later[routed]
-    if not len(before):
-        return np.nan, np.nan, np.nan, 0.0
-    shared = np.zeros(len(before), dtype=np.int64)
-    for rank in range(after.shape[1]):  # k comparisons of (pairs, k): no (pairs, k, k) array
-        one = after[:, rank : rank + 1]
-        shared += ((before == one) & (one >= 0)).any(axis=1)
-    overlap = shared / (after >= 0).sum(axis=1)
-    return float((before[:, 0] == after[:, 0]).mean()), float((shared > 0).mean()), float(overlap.mean()), len(before)
+def repeat_sums(
+    *, ids: Ids, offsets: IntArray, num_experts: int, lags: Sequence[int], group: IntArray, num_groups: int
+) -> FloatArray:
+    """Sums over pairs of tokens of one layer, by lag and group of sequences: (lags, groups, 4); they add up.
+
+    The four: pairs with the same first choice; pairs that share an expert; shared experts over the experts of the later
+    token; pairs. The first three over the last are the rates of :class:`RepeatRates`.
+
+    ids (tokens, k), -1 = none, sequence after sequence; offsets (sequences + 1,): where each begins; group
+    (sequences,).
+    """
+    from ._repeats import count_repeats
+
+    sums = np.zeros((len(lags), num_groups, 4))
+    count_repeats(np.ascontiguousarray(ids), offsets, np.asarray(lags, np.int64), group, num_experts, sums)
+    return sums

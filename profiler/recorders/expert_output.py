@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from profiler.capture.batch import ExpertRows, Group, LayerKey, Tokens
-from profiler.recorders.base import columns_of, finite, literals, row_maximum, row_norm, scatter_sum
+from profiler.recorders.base import columns_of, finite, literals, row_maximum, scatter_sum
 from profiler.recorders.staged import Staged
 
 SUMS = (
@@ -56,7 +56,7 @@ class ExpertOutputRecorder(Staged):
             return
         output = batch.output
         # One pass each over the outputs, without a copy of them in another type.
-        norm = batch.select(row_norm(output))
+        norm = batch.norm
         largest = batch.select(row_maximum(output))
         entering = torch.zeros_like(norm)
         if batch.activation is not None:

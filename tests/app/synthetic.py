@@ -74,7 +74,7 @@ def tables(
     if text:
         frames |= _text(numbers, hostile=hostile)
     if activations:
-        frames |= {"expert_output": _outputs(domains), "residual": _residual(domains)}
+        frames |= {"expert_output": _outputs(domains), "residual": _residual(domains), "router_row": _router_rows()}
     return {name: frame for name, frame in frames.items() if len(frame)}
 
 
@@ -326,6 +326,16 @@ def _residual(domains: list[str]) -> pl.DataFrame:
             }
         )
     return pl.DataFrame(rows)
+
+
+def _router_rows() -> pl.DataFrame:
+    rows = np.random.default_rng(11).normal(size=(len(LAYERS), EXPERTS, 32))
+    return pl.concat(
+        pl.DataFrame({"expert": range(EXPERTS), "weights": rows[axis].tolist()}).with_columns(
+            layer=pl.lit(layer), step=pl.lit(0)
+        )
+        for axis, layer in enumerate(LAYERS)
+    )
 
 
 def _text(numbers: np.ndarray, *, hostile: bool) -> Frames:

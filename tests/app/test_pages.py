@@ -16,7 +16,7 @@ from app.views import PAGES
 
 ROOT = Path(__file__).parents[2] / "app"
 FILES = [f"views/{Path(page.file).name}" for page in PAGES]
-CHARTS = {"overview": 2, "routing": 6, "tokens": 1, "super_experts": 3, "local_consistency": 8}
+CHARTS = {"overview": 2, "routing": 6, "tokens": 1, "super_experts": 3, "local_consistency": 8, "similarity": 2}
 Opener = Callable[..., AppTest]
 
 

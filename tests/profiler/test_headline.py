@@ -12,6 +12,7 @@ import pytest
 import store
 from moescope.errors import StoreError
 from profiler import headline
+from profiler.headline import subject as parts
 from profiler.headline.subject import Subject
 from profiler.metrics import local_consistency
 from profiler.metrics.registry import METRICS
@@ -143,19 +144,58 @@ def test_short_and_single_sequences(tmp_path: Path, lengths: list[int]) -> None:
     assert np.isfinite(frame.filter(pl.col("metric") == "hit_rate_lru")["value"].to_numpy()).all()
 
 
-def test_a_replay_that_would_take_hours_is_sampled_from_all_domains(tmp_path: Path) -> None:
+def test_a_replay_that_would_take_hours_is_sampled_from_all_domains(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     subject = Subject(store.open_run(_write(tmp_path, [50] * 40, outputs=False)))
     assert len(subject.replayed.sequences) == 40
-    from profiler.headline import subject as module
-
-    limit = module.REPLAY_COST
-    try:
-        module.REPLAY_COST = 50 * 40 * len(LAYERS) * TOP_K * len(LAYERS) * EXPERTS / 4
-        sampled = Subject(subject.run).replayed
-    finally:
-        module.REPLAY_COST = limit
+    monkeypatch.setattr(parts, "REPLAY_COST", 50 * 40 * len(LAYERS) * TOP_K * len(LAYERS) * EXPERTS / 4)
+    monkeypatch.setattr(parts, "REPLAY_TOKENS", 0)
+    sampled = Subject(subject.run).replayed
     assert len(sampled.sequences) == 10
     assert set(sampled.domains) == {"code", "prose"}
+
+
+def test_blocks_give_what_the_whole_trace_gives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Read in many small blocks, every observed figure is the same; only the seeds of the controls differ."""
+    run = store.open_run(_write(tmp_path, [70, 80, 1, 90, 30, 65], outputs=False))
+    whole, _ = headline.compute(run)
+    monkeypatch.setattr(parts, "BLOCK_TOKENS", 100)
+    assert len(Subject(run).blocks) > 3
+    cut, _ = headline.compute(run)
+    keys = ["metric", "parameters", "domain", "layer", "step", "expert", "at"]
+    observed = [frame.filter(pl.col("control") == "observed").sort(keys) for frame in (whole, cut)]
+    assert observed[0].select(keys).equals(observed[1].select(keys))
+    for column in ("value", "low", "high"):
+        left, right = (frame[column].to_numpy() for frame in observed)
+        np.testing.assert_allclose(left, right, rtol=1e-12, atol=1e-12)
+
+
+def test_samples_and_groups_keep_domains_and_controls_keep_load(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = store.open_run(_write(tmp_path, [10 + number % 7 for number in range(60)], outputs=False))
+    monkeypatch.setattr(parts, "BLOCK_TOKENS", 150)
+    monkeypatch.setattr(parts, "MAX_GROUPS", 10)
+    subject = Subject(run)
+    assert subject.groups.count == 10
+    domains = np.concatenate([block.domains for block in subject.blocks])
+    assert (subject.groups.domain[subject.groups.group] == domains).all()
+    assert np.bincount(subject.groups.group).tolist() == [6] * 10
+    sample = subject.sample(200)
+    assert not sample.is_all and 150 < sample.block.tokens <= 200
+    trace = run.selections(sequences=sample.block.sequences.tolist())
+    for axis in range(2):
+        kept = np.arange(trace.ids.shape[2]) < trace.lengths[:, None]
+        np.testing.assert_array_equal(sample.ids(axis), trace.ids[axis][kept])
+    shuffled = [sample.ids(axis, control="shuffled_in_sequence") for axis in range(2)]
+    for low, high in zip(sample.block.offsets[:-1], sample.block.offsets[1:], strict=True):
+        both = [np.concatenate([ids[axis][low:high] for axis in range(2)], axis=1) for ids in
+                ([sample.ids(0), sample.ids(1)], shuffled)]  # fmt: skip
+        assert sorted(map(tuple, both[0].tolist())) == sorted(map(tuple, both[1].tolist())), "a token keeps its layers"
+    assert (shuffled[0] != sample.ids(0)).any()
+    uniform = sample.ids(0, control="uniform")
+    assert (uniform >= 0).all() and (np.sort(uniform)[:, 1:] != np.sort(uniform)[:, :-1]).all()
 
 
 def test_a_live_run_is_refused(tmp_path: Path) -> None:

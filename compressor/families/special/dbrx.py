@@ -25,6 +25,10 @@ class DbrxLayout(ExpertsLayout):
 
         return torch.cat([self._part(experts, "w1", expert), self._part(experts, "v1", expert)])
 
+    def first_projections(self, experts: Any, expert: int) -> tuple[torch.Tensor | None, torch.Tensor]:
+        """Gate and up rows of one expert, which are views."""
+        return self._part(experts, "w1", expert), self._part(experts, "v1", expert)
+
     def down_weight(self, experts: Any, expert: int) -> torch.Tensor:
         """(hidden, I) the second projection of one expert."""
         return self._part(experts, "w2", expert).T

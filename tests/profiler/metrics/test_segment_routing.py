@@ -157,7 +157,6 @@ def test_long_sequences_are_counted_in_blocks_of_experts(monkeypatch: pytest.Mon
     selections = random_selections(5, tokens=40, experts=6)
     whole = srp_table(selections=selections, num_experts=6, segment_lengths=[3, 8])
     monkeypatch.setattr("profiler.metrics._segments._BLOCK", 80)
-    monkeypatch.setattr("profiler.metrics._segments._RUN", 60)
     parts = srp_table(selections=selections, num_experts=6, segment_lengths=[3, 8])
     for key, one in whole.items():
         np.testing.assert_array_equal(one.value, parts[key].value)
