@@ -18,7 +18,6 @@ from moescope.errors import InputError, MoescopeError
 _EXTRAS = {
     "torch": "torch",
     "transformers": "torch",
-    "safetensors": "torch",
     "tokenizers": "torch",
     "streamlit": "app",
     "plotly": "app",

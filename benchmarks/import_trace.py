@@ -4,8 +4,8 @@
     python -m benchmarks.import_trace --trace FILE.npz --experts 32
 
 Without ``--trace`` the file is generated: skewed and sticky routing with descending half-precision weights, in
-sequences of 2,048 tokens, deflated. The baseline, in the same run: inflating the file, which no importer can save. Bounds: 48 layers x 128
-experts x top-8 x 1,000,000 tokens within 2 minutes and 6 GiB.
+sequences of 2,048 tokens, deflated. The baseline, in the same run: inflating the file, which no importer can save.
+Bounds: 48 layers x 128 experts x top-8 x 1,000,000 tokens within 2 minutes and 6 GiB.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from moescope.errors import InputError
 LEVELS = {
     "routing": "selections, gate weights and router scores of every token",
     "activations": "what the experts put out, their neurons, and the residual stream",
-    "similarity": "all experts on the same sample of tokens",
+    "similarity": "all experts on the same sample of tokens, and how alike their weights are",
     "moments": "second moments of what enters the experts",
     "lookahead": "the routers of later layers on this layer's input",
     "attention": "how much attention the first position draws",

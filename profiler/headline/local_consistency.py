@@ -37,7 +37,7 @@ CONFIDENCE = 0.95
 BOOTSTRAP = Bootstrap(NUM_RESAMPLES, CONFIDENCE, "basic", SEED)
 
 OWN_TOKENS = 262_144
-"""Tokens of whole sequences, drawn at random, that caches of single layers are replayed on: more would narrow little."""
+"""Tokens of whole sequences, drawn at random, that caches of single layers are replayed on; more narrow little."""
 
 CONTROL_TOKENS = 150_000
 """The same for controls."""

@@ -32,6 +32,38 @@ class Arranged:
     notes: dict[str, tuple[str, str]] = field(default_factory=dict)
 
 
+def joined(blocks: Sequence[Arranged]) -> Arranged:
+    """Several checked blocks, alike in experts per token and in what they hold, as one."""
+    first = blocks[0]
+    if len(blocks) == 1:
+        return first
+    tokens = [one.token_ids for one in blocks if one.token_ids is not None]
+    return Arranged(
+        np.concatenate([one.ids for one in blocks], axis=1),
+        np.concatenate([one.weights for one in blocks], axis=1),
+        first.has_weights,
+        np.concatenate([one.sequence for one in blocks]),
+        np.concatenate([one.position for one in blocks]),
+        np.concatenate([one.generated for one in blocks]),
+        np.concatenate(tokens) if tokens else None,
+    )
+
+
+def require_alike(block: Arranged, before: Arranged, path: Path) -> None:
+    """Refuse a block that does not hold what those before it held.
+
+    Raises:
+        ImportFileError: other experts per token, or weights or token ids in some blocks only.
+    """
+    width, known = block.ids.shape[2], before.ids.shape[2]
+    if width != known:
+        raise ImportFileError(f"{path}: a token has {width} experts, tokens before had {known}")
+    if block.has_weights != before.has_weights:
+        raise ImportFileError(f"{path}: parts of it have gate weights and others have none")
+    if (block.token_ids is None) != (before.token_ids is None):
+        raise ImportFileError(f"{path}: parts of it have token ids and others have none")
+
+
 def arrange(block: TraceBlock, layers: Sequence[store.LayerInfo], path: Path) -> Arranged:
     """Check a block of tokens and bring each token's experts into descending weight.
 

@@ -16,9 +16,9 @@ import polars as pl
 import store
 from moescope.errors import ImportFileError, MoescopeError
 from profiler.headline import compute_and_store
-from profiler.importers.blocks import Arranged, arrange, arrange_counts
+from profiler.importers.blocks import Arranged, arrange, arrange_counts, joined, require_alike
 from profiler.importers.model_config import model_shape
-from profiler.importers.recording import CountBlock, ImportOptions, Recording, TraceBlock
+from profiler.importers.recording import BLOCK_TOKENS, CountBlock, ImportOptions, Recording, TraceBlock
 from profiler.importers.registry import format_named
 from profiler.importers.sequences import SequenceBook
 from profiler.importers.statistics import CountStatistics, TraceStatistics
@@ -71,6 +71,7 @@ def import_run(
         with _readable(given, chosen.name):
             for block in job.recording.blocks:
                 job.add(block)
+            job.flush()
         target = job.finish()
     except BaseException:
         job.discard()
@@ -106,6 +107,8 @@ class _Import:
         self.trace: TraceStatistics | None = None
         self.counts: CountStatistics | None = None
         self.notes: dict[str, tuple[str, str]] = {}
+        self.pending: list[Arranged] = []
+        self.first: Arranged | None = None
         self.started = time.perf_counter()
 
     def open(self, recording: Recording, path: Path) -> None:
@@ -123,8 +126,24 @@ class _Import:
                 self.counts = CountStatistics(self.recording.layers, self.options.phase)
             self.counts.add(counts=arranged, spans=block.spans, domain=block.domain)
         else:
-            self._add_trace(arrange(block, self.recording.layers, self.path))
+            self._keep(arrange(block, self.recording.layers, self.path))
         self._tell()
+
+    def _keep(self, block: Arranged) -> None:
+        """Let blocks wait for more: a request is a block of its own, and a shard for each would be many."""
+        self.notes |= block.notes
+        if self.first is None:
+            self.first = block
+        require_alike(block, self.first, self.path)
+        self.pending.append(block)
+        if sum(len(one.sequence) for one in self.pending) >= BLOCK_TOKENS // 2:
+            self.flush()
+
+    def flush(self) -> None:
+        """Add what waits."""
+        waiting, self.pending = self.pending, []
+        if waiting:
+            self._add_trace(joined(waiting))
 
     def finish(self) -> Path:
         """Write the sums and provenance, compact, and return the run file."""
@@ -148,14 +167,9 @@ class _Import:
 
     def _add_trace(self, arranged: Arranged) -> None:
         """Add tokens whose ids and weights are in order."""
-        self.notes |= arranged.notes
         if self.trace is None:
             width = arranged.ids.shape[2]
             self.trace = TraceStatistics(self.recording.layers, width, arranged.has_weights)
-        if arranged.ids.shape[2] != self.trace.top_k:
-            raise ImportFileError(
-                f"{self.path}: a token has {arranged.ids.shape[2]} experts, tokens before had {self.trace.top_k}"
-            )
         groups, group = self.book.add(arranged, self.path)
         self.trace.add(
             ids=arranged.ids, weights=arranged.weights, sequence=arranged.sequence, position=arranged.position,

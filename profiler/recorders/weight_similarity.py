@@ -25,7 +25,7 @@ MAX_VALUES = 1 << 24
 """Weights in 32 bits that are compared at once."""
 
 MATCH_OPERATIONS = 1e12
-"""Bound on the operations of matching neurons in one layer: ten seconds on a core of 100 GFLOP/s."""
+"""Bound on the operations of matching neurons in one layer: ten to twenty seconds on a core of 100 GFLOP/s."""
 
 ALL = "all"
 

@@ -261,7 +261,8 @@ def test_an_import_gives_its_reason(monkeypatch: pytest.MonkeyPatch, tmp_path: P
 
 
 def test_a_live_run_shows_what_it_has(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    writer = synthetic.live(tmp_path)
+    writer = synthetic.live(tmp_path, shards=0)
+    writer.write_shard(synthetic.tables(3, activations=False))
     assert "No similarity has been recorded yet" in words(visit(monkeypatch, tmp_path))
     part = sums(1)["expert_similarity"].with_columns(layer=pl.lit(1), step=pl.lit(0))
     for _ in range(2):
