@@ -18,6 +18,9 @@ from store.vectors import holds_vectors, merged_layers
 BLOCK_SIZE = 16384
 """Bytes per block: with DuckDB's default of 256 KiB, forty small tables alone take 10 MiB; with this, 1.3 MiB."""
 
+ROW_GROUP_SIZE = 4096
+"""Rows of a table that one thread packs: a trace has few and long rows, which DuckDB's default leaves to one thread."""
+
 MEMORY_LIMIT = "2GB"
 """For sorting the trace; what is larger goes to files in the folder of the shards."""
 
@@ -38,7 +41,8 @@ def compact(folder: Path, target: Path, info: RunInfo) -> None:
         with duckdb.connect() as connection:
             connection.execute(f"set memory_limit = '{MEMORY_LIMIT}'")
             connection.execute(f"set temp_directory = {literal(folder / '.sorting')}")
-            connection.execute(f"attach {literal(temporary)} as data (block_size {BLOCK_SIZE})")
+            sizes = f"block_size {BLOCK_SIZE}, row_group_size {ROW_GROUP_SIZE}"
+            connection.execute(f"attach {literal(temporary)} as data ({sizes})")
             _fill(connection, folder, info)
             connection.execute("checkpoint data")
             connection.execute("detach data")
