@@ -90,11 +90,20 @@ def redundancy_band(frame: pl.DataFrame, *, title: str, theme: Theme = "light") 
     return figure
 
 
-def agreement_map(frame: pl.DataFrame, titles: dict[str, str], *, title: str, theme: Theme = "light") -> go.Figure:
-    """Kinds by kinds of one layer: rank correlation; those within the band of renamed experts in brackets.
+def agreement_map(
+    frame: pl.DataFrame,
+    titles: dict[str, str],
+    *,
+    title: str,
+    theme: Theme = "light",
+    beside: tuple[str, str, str] = ("r_squared", "R²", "renamed experts"),
+) -> go.Figure:
+    """Kinds by kinds of one layer: rank correlation; those that chance could give in brackets.
 
-    frame: ``app.frames.similarity.agreement`` of one layer. titles: kind -> words.
+    frame: ``app.frames.similarity.agreement`` of one layer, or ``app.frames.coverage.agreement``. titles: by kind.
+    beside: a further column for the hover text, its words, and what the band of chance is of.
     """
+    column, words, band = beside
     if frame.is_empty():
         return message("Two kinds are needed to compare them.", title=title, theme=theme, height=420)
     kinds = list(dict.fromkeys([*frame["first"], *frame["second"]]))
@@ -105,13 +114,15 @@ def agreement_map(frame: pl.DataFrame, titles: dict[str, str], *, title: str, th
     hover = np.full((*cells.shape, 3), np.nan)
     for row in frame.iter_rows(named=True):
         i, j = sorted((place[row["first"]], place[row["second"]]), reverse=True)
+        if row["spearman"] is None:
+            continue
         cells[i, j] = row["spearman"]
         chance = row["low"] <= row["spearman"] <= row["high"]
         texts[i, j] = f"<i>({row['spearman']:.2f})</i>" if chance else f"{row['spearman']:.2f}"
-        hover[i, j] = row["low"], row["high"], row["r_squared"]
+        hover[i, j] = row["low"], row["high"], row[column]
     names = [safe(titles[kind]) for kind in kinds]
-    template = "%{y}<br>%{x}<br>rank correlation %{z:.3f}<br>renamed experts %{customdata[0]:.2f} to "
-    template += "%{customdata[1]:.2f}<br>R² %{customdata[2]:.3f}<extra></extra>"
+    template = f"%{{y}}<br>%{{x}}<br>rank correlation %{{z:.3f}}<br>{band} %{{customdata[0]:.2f}} to "
+    template += f"%{{customdata[1]:.2f}}<br>{words} %{{customdata[2]:.3f}}<extra></extra>"
     figure = go.Figure(
         go.Heatmap(
             z=cells[1:, :-1], x=names[:-1], y=names[1:], text=texts[1:, :-1], customdata=hover[1:, :-1],

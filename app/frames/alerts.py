@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import polars as pl
 
 import store
+from app.frames import coverage
 from app.frames.confidence import router_health
 from app.frames.load import NEARLY_DEAD, balance
 
@@ -24,7 +25,15 @@ ACCIDENT = 0.05
 def alerts(run: store.Run) -> pl.DataFrame:
     """One row per alert, the most severe first: severity (problem | warning | note), alert, layers, detail, page."""
     even = balance(run).drop_nulls("max_violation")
-    rows = [*_checks(run), *_collapse(even), *_router(run), *_dead(even), *_imbalance(even), *_incomplete(run)]
+    rows = [
+        *_checks(run),
+        *_collapse(even),
+        *_router(run),
+        *_dead(even),
+        *_imbalance(even),
+        *_unsettled(run),
+        *_incomplete(run),
+    ]
     order = {"problem": 0, "warning": 1, "note": 2}
     return pl.DataFrame(sorted(rows, key=lambda row: order[row[0]]), schema=SCHEMA, orient="row")
 
@@ -106,6 +115,19 @@ def _imbalance(even: pl.DataFrame) -> list[Row]:
     detail = f"MaxVio {worst['max_violation']:.2f} in layer {worst['label']}: its busiest expert takes"
     detail += f" {worst['max_violation'] + 1:.1f} times the mean load"
     return [("warning", "uneven load", _names(found["label"]), detail, "Routing")]
+
+
+def _unsettled(run: store.Run) -> list[Row]:
+    """Scores by which two texts of this length would rank the experts differently."""
+    found = coverage.needed(run).filter((pl.col("goal") == "ranking") & (pl.col("verdict") != "enough"))
+    if found.is_empty():
+        return []
+    parts = [
+        f"{coverage.SCORES.get(row['score'], row['score'])}: {row['verdict']}" for row in found.iter_rows(named=True)
+    ]
+    detail = f"two texts of {run.info.tokens:,} tokens rank the experts less alike than a correlation of"
+    detail += f" {found['target'][0]:.2f}; tokens by score: {'; '.join(parts)}"
+    return [("note", "rankings are not settled", "", detail, "Overview")]
 
 
 def _incomplete(run: store.Run) -> list[Row]:

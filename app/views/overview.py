@@ -6,7 +6,7 @@ import polars as pl
 import streamlit as st
 
 from app import data, state
-from app.components import chart, header
+from app.components import chart, coverage, header
 from app.components.page import render
 from app.figures import curves
 from app.frames import alerts, domains, load, overview
@@ -28,6 +28,7 @@ def page(run: Run) -> None:
         _alerts(data.frame(alerts.alerts, run))
     _next(data.frame(overview.next_steps, run))
     _charts(run)
+    coverage.section(run)
     _omissions(data.frame(overview.omissions, run))
     _checks(run)
 

@@ -158,7 +158,7 @@ def _error_rows(run: store.Run, layer: tuple[int, int], parts: Parts, place: dic
 
 
 def _half_rows(layers: dict[tuple[int, int], Parts], name: str, place: dict[str, Any]) -> Rows:
-    """Agreement of random halves, the same for the whole text (Spearman-Brown), and the tokens that the target takes."""
+    """Agreement of random halves, the same for all text (Spearman-Brown), and the tokens that the target takes."""
     halves = _agreement(layers, name, *_half(layers))
     rows: Rows = []
     for layer, values in _by_place(halves).items():
@@ -209,7 +209,7 @@ def _prefix_rows(layers: dict[tuple[int, int], Parts], name: str, place: dict[st
                 if measure == "kendall" or np.isnan(draws).all():
                     continue
                 low, high = np.nanquantile(draws, [0.025, 0.975])
-                text = {"score": name, "against": against, "measure": measure}
+                text: dict[str, Any] = {"score": name, "against": against, "measure": measure}
                 text |= {} if share is None else {"share": share}
                 row = {**place, "metric": "prefix_agreement", "parameters": as_text(text), "at": size / num_parts}
                 rows.append(row | {"value": float(np.nanmean(draws)), "low": float(low), "high": float(high)})
@@ -268,5 +268,4 @@ def _by_place(layers: dict[tuple[int, int], _Values]) -> dict[tuple[int, int] | 
     pooled: dict[tuple[int, int] | None, _Values] = {
         None: {key: np.mean(stacked.get(key, empty), axis=0) for key in _MEASURES}
     }
-    pooled.update(layers)
-    return pooled
+    return pooled | {key: values for key, values in layers.items()}
