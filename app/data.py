@@ -19,6 +19,7 @@ from store import Catalog, Entry, Run
 STORE_VARIABLE = "MOESCOPE_STORE"
 
 FrameMaker = Callable[..., pl.DataFrame]
+FramesMaker = Callable[..., dict[str, pl.DataFrame]]
 
 
 def store_directories() -> list[Path]:
@@ -62,6 +63,13 @@ def frame_list(maker: Callable[[Run], list[str]], run: Run) -> list[str]:
     return _names(str(run.path), run.version, f"{maker.__module__}.{maker.__qualname__}", _maker=maker, _run=run)
 
 
+def frames_of_two(maker: FramesMaker, run: Run, other: Run, **arguments: Any) -> dict[str, pl.DataFrame]:
+    """What ``maker(run, other, **arguments)`` returns, computed once per version of both. Do not change it in place."""
+    key = (f"{maker.__module__}.{maker.__qualname__}", tuple(sorted(arguments.items())))
+    versions = (str(run.path), *run.version, str(other.path), *other.version)
+    return _frames_of_two(versions, key, _maker=maker, _runs=(run, other), _arguments=arguments)
+
+
 def reference(maker: FrameMaker) -> pl.DataFrame:
     """A frame that needs no run, such as published values."""
     return _reference(f"{maker.__module__}.{maker.__qualname__}", _maker=maker)
@@ -102,6 +110,17 @@ def _names(
     path: str, version: tuple[object, ...], name: str, _maker: Callable[[Run], list[str]], _run: Run
 ) -> list[str]:
     return _maker(_run)
+
+
+@st.cache_resource(max_entries=4, show_spinner=False)
+def _frames_of_two(
+    versions: tuple[object, ...],
+    key: tuple[object, ...],
+    _maker: FramesMaker,
+    _runs: tuple[Run, Run],
+    _arguments: dict[str, Any],
+) -> dict[str, pl.DataFrame]:
+    return _maker(*_runs, **_arguments)
 
 
 @st.cache_resource(max_entries=16, show_spinner=False)

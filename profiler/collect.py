@@ -121,16 +121,19 @@ def collect(
             job.measure_overhead(level)
         path = job.run()
     if headline:
-        if progress is not None:
-            progress(session.state("compacting", "computing metrics"))
-        compute_metrics(path)
+        compute_metrics(path, session, progress)
     return path
 
 
-def compute_metrics(path: Path) -> None:
+def compute_metrics(path: Path, session: WatchSession, progress: ProgressCallback | None) -> None:
     """Metrics beside the run; the run itself is finished by now, whatever becomes of them."""
+
+    def tell(words: str) -> None:
+        if progress is not None:
+            progress(session.state("compacting", words))
+
     try:
-        compute_and_store(path)
+        compute_and_store(path, tell=tell)
     except MoescopeError as error:
         raise RunError(f"{path} is finished, but its metrics are not: {error}; see moescope runs compute") from error
 
@@ -219,11 +222,24 @@ class Job:
         if batch is not None:
             with self.session.memory.bare_forward():
                 bare = self._run_bare(batch)
+            self._expect_predictions(batch)
             self._state_memory(batch)
         with self.session:
             while batch is not None and not self._enough():
                 self._feed(batch, bare)
                 bare, batch = None, next(batches, None)
+
+    def _expect_predictions(self, batch: TokenBatch) -> None:
+        """Ask the whole model about the first text, so that the recorded predictions can be held against its logits."""
+        recorder = self.session.predictions
+        if recorder is None or self._phases > 1:
+            return
+        ids, mask = self._inputs(batch)
+        text = ids[:1, mask[0] != 0]
+        with torch.no_grad():
+            more = _for_decoder(self.session, text, torch.ones_like(text))
+            logits = self.session.model(input_ids=text, use_cache=False, **more).logits
+        recorder.expect(int(batch.sequences[0]), logits[0].argmax(dim=-1))
 
     def _state_memory(self, batch: TokenBatch) -> None:
         """Say what recording takes at most beside the model, before it begins."""

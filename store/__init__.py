@@ -16,6 +16,7 @@ from store.parts import NUM_PARTS, part_of_sequence
 from store.run import Run, SequenceText, open_run, version_of
 from store.schema import SCHEMA_VERSION, tables
 from store.scores import RouterScores, pack_scores
+from store.tokens import TokenIds
 from store.trace import CHUNK_TOKENS, LayerSelections, Trace, none_value, pack_trace
 from store.union import Union, attach
 from store.writer import RunWriter
@@ -37,6 +38,7 @@ __all__ = [
     "RunInfo",
     "RunWriter",
     "SequenceText",
+    "TokenIds",
     "Trace",
     "Union",
     "attach",

@@ -17,6 +17,7 @@ from store import connection, derived, evaluations, live
 from store.info import Badge, LayerInfo, Progress, RunInfo, badge, require_version
 from store.schema import merge_query, quoted, tables, views
 from store.scores import RouterScores, unpack_scores
+from store.tokens import TokenIds, unpack_tokens
 from store.trace import LayerSelections, Trace, none_value, unpack_layer, unpack_trace
 
 FILE_SUFFIX = ".duckdb"
@@ -259,12 +260,48 @@ class Run:
         if not len(rows):
             return None
         ids = rows["token_ids"].explode().to_numpy().astype(np.int64)
-        found = self.query(
-            "select token_id, bytes from vocabulary where token_id in (select unnest(?))", [np.unique(ids).tolist()]
-        )
-        text = dict(zip(found["token_id"].to_list(), found["bytes"].to_list(), strict=True))
+        text = self.token_bytes(np.unique(ids).tolist())
         special = rows["special"].explode().to_numpy().astype(bool)
-        return SequenceText(ids, [text.get(int(token)) or b"" for token in ids], special)
+        return SequenceText(ids, [text.get(int(token), b"") for token in ids], special)
+
+    @cached_property
+    def has_tokens(self) -> bool:
+        """Whether the run holds the token ids of its text."""
+        return not self.query("select 1 from sequence_token limit 1").is_empty()
+
+    @cached_property
+    def has_predictions(self) -> bool:
+        """Whether the run holds the tokens that the model held most likely: level ``predictions``."""
+        return not self.query("select 1 from sequence_token where predicted is not null limit 1").is_empty()
+
+    def token_ids(self, *, first: int = 0, last: int = 2**32 - 1) -> TokenIds:
+        """Token ids of the sequences numbered ``first`` to ``last``, in the order of :meth:`layer_selections`.
+
+        Tokens that the run does not hold are -1: all of them where it keeps no text, and those by whose empty text an
+        import stands in for what it does not know.
+        """
+        ranged = "sequence between ? and ? order by sequence"
+        chosen = self.query(f"select sequence, tokens from sequence where {ranged}", [first, last])
+        chunks = self.query(
+            f"select sequence, start, token_ids, predicted from sequence_token where {ranged}, start", [first, last]
+        )
+        return unpack_tokens(
+            chunks=chunks,
+            sequences=chosen["sequence"].to_numpy().astype(np.int64),
+            lengths=chosen["tokens"].to_numpy().astype(np.int64),
+            unknown=self._empty_tokens,
+        )
+
+    @cached_property
+    def _empty_tokens(self) -> list[int]:
+        if not self.info.origin.startswith("import"):
+            return []
+        return self.query("select token_id from vocabulary where octet_length(bytes) = 0")["token_id"].to_list()
+
+    def token_bytes(self, ids: Sequence[int]) -> dict[int, bytes]:
+        """The UTF-8 bytes that token ids stand for, which may be a part of a character; unknown ones are left out."""
+        found = self.query("select token_id, bytes from vocabulary where token_id in (select unnest(?))", [list(ids)])
+        return {token: piece or b"" for token, piece in found.iter_rows()}
 
     def _chunks(self, layers: list[int], sequences: list[int], table: str = "route_chunk") -> pl.DataFrame:
         """Packed trace of some layers and sequences; lists travel as parameters, an empty choice reads nothing."""

@@ -8,6 +8,6 @@ from __future__ import annotations
 
 from types import ModuleType
 
-from app.commands import ablate, collect, dashboard, demo, import_, inspect, runs, show
+from app.commands import ablate, collect, compare, dashboard, demo, import_, inspect, runs, show
 
-COMMANDS: tuple[ModuleType, ...] = (demo, inspect, collect, import_, runs, show, ablate, dashboard)
+COMMANDS: tuple[ModuleType, ...] = (demo, inspect, collect, import_, runs, show, compare, ablate, dashboard)

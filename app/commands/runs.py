@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from typing import TYPE_CHECKING
 
 from app.commands.options import add_json, add_store
@@ -42,10 +43,19 @@ def run(options: argparse.Namespace) -> int:
     elif options.action == "compute":
         from profiler.headline import compute_and_store
 
-        print(f"metrics: {compute_and_store(catalog.resolve(names[0]))}")
+        path = compute_and_store(catalog.resolve(names[0]), tell=_tell)
+        print("\r" + " " * 79 + "\r", end="", file=sys.stderr, flush=True)
+        print(f"metrics: {path}")
     else:
         _list(catalog, as_json=options.json)
     return 0
+
+
+def _tell(words: str) -> None:
+    """One line on stderr, printed over itself."""
+    from app.text import progress_line
+
+    print("\r" + progress_line(words), end="", file=sys.stderr, flush=True)
 
 
 def _list(catalog: Catalog, *, as_json: bool) -> None:

@@ -29,21 +29,35 @@ VIEWS = {
     "super-experts": ("app.frames.super_experts", "super_experts"),
     "output-maxima": ("app.frames.super_experts", "output_maxima"),
     "residual": ("app.frames.super_experts", "residual"),
+    "specialization": ("app.frames.specialization", "specialization"),
+    "co-activation": ("app.frames.flow", "co_activations"),
+    "transitions": ("app.frames.flow", "information"),
+    "predictability": ("app.frames.flow", "predictability"),
+    "lookahead": ("app.frames.flow", "lookaheads"),
     "similarity": ("app.frames.similarity", "redundancy"),
     "similarity-agreement": ("app.frames.similarity", "agreement"),
+    "coverage": ("app.frames.coverage", "starved"),
+    "convergence": ("app.frames.coverage", "needed"),
+    "agreement": ("app.frames.coverage", "agreement"),
     "attention-sinks": ("app.frames.super_experts", "attention_sinks"),
     "ablations": ("app.frames.ablation", "ablations"),
     "metrics": ("app.commands.show", "metrics"),
 }
 """Views by name: the module and the function that makes the frame."""
 
+EXPERT = "expert"
+"""The view of one expert: several frames."""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the command."""
     parser.add_argument("target", metavar="RUN", help="path of a run, or its name in --store")
     parser.add_argument(
-        "view", nargs="?", metavar="VIEW", help=f"{', '.join(VIEWS)}, or a table of the run (docs/schema.md)"
-    )
+        "view", nargs="?", metavar="VIEW",
+        help=f"{', '.join(VIEWS)}, {EXPERT} (with --layer and --expert), or a table of the run (docs/schema.md)",
+    )  # fmt: skip
+    parser.add_argument("--layer", metavar="L", help=f"view {EXPERT}: the MoE layer (2.1 = second module of layer 2)")
+    parser.add_argument("--expert", metavar="E", type=int, help=f"view {EXPERT}: the number of the routed expert")
     parser.add_argument(
         "--super-experts-report", type=Path, metavar="DIR",
         help="write super experts and the maxima of all experts as the JSON files of the paper's code",
@@ -60,6 +74,8 @@ def run(options: argparse.Namespace) -> int:
     with store.open_run(store.Catalog(options.store).resolve(options.target)) as opened:
         if options.super_experts_report is not None:
             _write_report(opened, options)
+        elif options.view == EXPERT:
+            _print_expert(opened, options)
         elif options.view is not None:
             frame = view(opened, options.view)
             print(json.dumps(frame.to_dicts(), default=str) if options.json else table(frame))
@@ -68,6 +84,23 @@ def run(options: argparse.Namespace) -> int:
         else:
             print(summary(opened))
     return 0
+
+
+def _print_expert(run: store.Run, options: argparse.Namespace) -> None:
+    """The frames of the page Expert, one below the other."""
+    from app.frames.expert_sections import sections
+    from app.text import table
+    from moescope.errors import InputError
+
+    if options.layer is None or options.expert is None:
+        raise InputError(
+            f"view {EXPERT} takes --layer L and --expert E, as in: moescope show RUN expert --layer 3 --expert 17"
+        )
+    found = sections(run, label=options.layer, expert=options.expert)
+    if options.json:
+        print(json.dumps({title: frame.to_dicts() for title, frame in found.items()}, default=str))
+    else:
+        print("\n\n".join(f"{title}\n{table(frame, rows=12)}" for title, frame in found.items()))
 
 
 def _write_report(run: store.Run, options: argparse.Namespace) -> None:
@@ -97,7 +130,7 @@ def view(run: store.Run, name: str) -> pl.DataFrame:
         return frame
     if name in store.tables():
         return run.table(name)
-    known = [*VIEWS, *store.tables()]
+    known = [*VIEWS, EXPERT, *store.tables()]
     near = difflib.get_close_matches(name, known, n=3)
     hint = f"did you mean {', '.join(near)}?" if near else f"there are {', '.join(known)}"
     raise InputError(f"no view or table {name!r}; {hint}")

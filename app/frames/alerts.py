@@ -8,8 +8,10 @@ import polars as pl
 
 import store
 from app.frames import coverage
+from app.frames.axes import layer_label
 from app.frames.confidence import router_health
 from app.frames.load import NEARLY_DEAD, balance
+from profiler.metrics.coverage import STARVED
 
 SCHEMA = {"severity": pl.String, "alert": pl.String, "layers": pl.String, "detail": pl.String, "page": pl.String}
 MAX_VIOLATION = 3.0
@@ -31,6 +33,7 @@ def alerts(run: store.Run) -> pl.DataFrame:
         *_router(run),
         *_dead(even),
         *_imbalance(even),
+        *_starved(run),
         *_unsettled(run),
         *_incomplete(run),
     ]
@@ -117,16 +120,41 @@ def _imbalance(even: pl.DataFrame) -> list[Row]:
     return [("warning", "uneven load", _names(found["label"]), detail, "Routing")]
 
 
-def _unsettled(run: store.Run) -> list[Row]:
-    """Scores by which two texts of this length would rank the experts differently."""
-    found = coverage.needed(run).filter((pl.col("goal") == "ranking") & (pl.col("verdict") != "enough"))
+def _starved(run: store.Run) -> list[Row]:
+    """Experts with too few tokens to be judged, and how much text of this kind would do."""
+    found = coverage.starved(run)
     if found.is_empty():
         return []
+    reached = found.filter(pl.col("tokens") > 0)["needed"]
+    unused = len(found) - len(reached)
     parts = [
-        f"{coverage.SCORES.get(row['score'], row['score'])}: {row['verdict']}" for row in found.iter_rows(named=True)
+        f"{len(found)} experts have fewer than {STARVED:.0%} of a balanced router's tokens, too few to judge them by"
     ]
-    detail = f"two texts of {run.info.tokens:,} tokens rank the experts less alike than a correlation of"
-    detail += f" {found['target'][0]:.2f}; tokens by score: {'; '.join(parts)}"
+    if len(reached):
+        parts.append(
+            f"{coverage.rounded(float(reached.to_numpy().max()))} tokens of such text give all that were used so many"
+        )
+    if unused:
+        parts.append(f"{unused} were never used: only other text may reach them")
+    places = found.select("layer", "step").unique(maintain_order=True).iter_rows()
+    where = _names([layer_label(*place) for place in places])
+    return [("note", "starved experts", where, "; ".join(parts), "Overview")]
+
+
+def _unsettled(run: store.Run) -> list[Row]:
+    """Scores by which two texts of this length would rank the experts differently, and what to do."""
+    ranked = coverage.needed(run).filter(pl.col("goal") == "ranking").sort("needed")
+    ranked = ranked.with_columns(pl.col("score").replace(coverage.SCORES))
+    found = ranked.filter(pl.col("verdict") != "enough")
+    if found.is_empty():
+        return []
+    words = [f"{score}: {verdict}" for score, verdict in found.select("score", "verdict").iter_rows()]
+    shown = words if len(words) < 3 else [words[0], "…", words[-1]]
+    detail = f"by {len(found)} of {len(ranked)} scores, two texts of {run.info.tokens:,} tokens would order the experts"
+    detail += f" less alike than {found['target'][0]:.2f} (rank correlation); in tokens, {', '.join(shown)}"
+    settled = ranked.filter(pl.col("verdict") == "enough")["score"].to_list()
+    if settled:
+        detail += f"; or cut by {', '.join(settled)}"
     return [("note", "rankings are not settled", "", detail, "Overview")]
 
 

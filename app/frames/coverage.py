@@ -8,8 +8,9 @@ import polars as pl
 
 import store
 from planner.importance import agreement as importance_agreement
+from profiler.headline.coverage import layer_reach
 from profiler.metrics import coverage as formulas
-from profiler.metrics.agreement import cut_correlation, cut_overlap
+from profiler.metrics.agreement import cut_overlap
 
 GOALS = {"ranking": "order of all experts", "cut 25 %": "the lowest quarter", "cut 50 %": "the lower half"}
 """What two texts should agree on."""
@@ -35,20 +36,11 @@ _NEEDED = {
 def starved(run: store.Run) -> pl.DataFrame:
     """One row per expert with too few tokens: layer, step, expert, tokens, threshold, needed = tokens of such text that
     would give it as many as the threshold (at least that many, if it got none)."""
-    frame = run.table("expert_load").filter(pl.col("kind") == "routed")
-    counts = frame.group_by("layer", "step", "expert").agg(pl.col("tokens").sum())
-    rows: list[tuple[int, int, int, int, float, float]] = []
-    for layer in run.layers:
-        of_layer = counts.filter((pl.col("layer") == layer.layer) & (pl.col("step") == layer.step))
-        used = dict(of_layer.select("expert", "tokens").iter_rows())
-        values = [int(used.get(expert, 0)) for expert in range(layer.num_experts)]
-        if not sum(values) or not layer.top_k:
-            continue
-        reach = formulas.reach(counts=values, top_k=layer.top_k, tokens=sum(values) / layer.top_k)
-        rows += [
-            (layer.layer, layer.step, expert, values[expert], reach.threshold, float(reach.needed[expert]))
-            for expert in range(layer.num_experts) if reach.starved[expert]
-        ]  # fmt: skip
+    rows = [
+        (layer.layer, layer.step, expert, int(counts[expert]), reach.threshold, float(reach.needed[expert]))
+        for layer, counts, reach in layer_reach(run)
+        for expert in reach.starved.nonzero()[0].tolist()
+    ]
     schema = {"layer": pl.Int32, "step": pl.Int32, "expert": pl.Int32, "tokens": pl.Int64, "threshold": pl.Float64,
               "needed": pl.Float64}  # fmt: skip
     return pl.DataFrame(rows, schema=schema, orient="row")
@@ -70,9 +62,9 @@ def convergence(run: store.Run) -> pl.DataFrame:
         (score, goal, share, share * tokens, "measured", value, low, high, chance.get(goal))
         for score, goal, share, value, low, high in found.iter_rows()
     ]
-    for score, goal, half in _halves(run).select("score", "goal", "value").iter_rows():
+    for score, goal, whole in _whole(run).iter_rows():
         rows += [
-            (score, goal, factor, factor * tokens, "expected", _lengthened(goal, half, 2 * factor), None, None,
+            (score, goal, factor, factor * tokens, "expected", _lengthened(goal, whole, factor), None, None,
              chance.get(goal))
             for factor in _FACTORS
         ]  # fmt: skip
@@ -86,12 +78,13 @@ def needed(run: store.Run) -> pl.DataFrame:
     verdict: "enough"; "collect N more"; "no better than chance" where halves agree no more than random rankings do.
     """
     chance = dict(_chance(run).select("goal", "high").iter_rows())
+    wholes = {(score, goal): value for score, goal, value in _whole(run).iter_rows()}
     asked = {(score, goal): value for score, goal, value in _goal_rows(run, "tokens_needed").iter_rows()}
     tokens = run.info.tokens
     rows = []
     for score, goal, half, low, high in _halves(run).iter_rows():
         bound, wanted = chance.get(goal, math.nan), asked.get((score, goal), math.nan)
-        whole = _lengthened(goal, half, 2.0)
+        whole = _lengthened(goal, wholes.get((score, goal), math.nan), 1.0)
         rows.append((score, goal, half, low, high, bound, whole, _target(goal), tokens, wanted,
                      verdict(half=half, chance_high=bound, tokens=tokens, needed=wanted)))  # fmt: skip
     return pl.DataFrame(rows, schema=_NEEDED, orient="row")
@@ -130,21 +123,27 @@ def _share(goal: str) -> float:
     return float(goal.split()[1]) / 100
 
 
-def _lengthened(goal: str, half: float, factor: float) -> float:
-    if goal == "ranking":
-        return float(formulas.lengthened(agreement=half, factor=factor))
-    correlation = cut_correlation(overlap=half, share=_share(goal))
-    return float(cut_overlap(correlation=formulas.lengthened(agreement=correlation, factor=factor), share=_share(goal)))
+def _lengthened(goal: str, whole: float, factor: float) -> float:
+    """Agreement of texts ``factor`` times as long as those that correlate ``whole``; of a cut, as its overlap."""
+    correlation = formulas.lengthened(agreement=whole, factor=factor)
+    return float(correlation if goal == "ranking" else cut_overlap(correlation=correlation, share=_share(goal)))
 
 
 def _halves(run: store.Run) -> pl.DataFrame:
     """Agreement of halves over all layers: score, goal, value, low, high."""
-    frame = _rows(run, "split_half_agreement").filter(
-        (pl.col("control") == "observed")
-        & pl.col("parameters").str.json_path_match("$.length").is_null()
-        & (pl.col("parameters").str.json_path_match("$.measure") != "kendall")
-    )
-    return frame.with_columns(goal=_goal("at")).select("score", "goal", "value", "low", "high")
+    frame = _split(run).filter(pl.col("length").is_null() & (pl.col("measure") != "kendall"))
+    return frame.select("score", "goal", "value", "low", "high")
+
+
+def _whole(run: store.Run) -> pl.DataFrame:
+    """What is expected of two texts as long as this one, as a correlation: score, goal, value."""
+    return _split(run).filter(pl.col("length") == "whole").select("score", "goal", "value")
+
+
+def _split(run: store.Run) -> pl.DataFrame:
+    frame = _rows(run, "split_half_agreement").filter(pl.col("control") == "observed").with_columns(goal=_goal("at"))
+    text = pl.col("parameters").str
+    return frame.with_columns(length=text.json_path_match("$.length"), measure=text.json_path_match("$.measure"))
 
 
 def _measured(run: store.Run) -> pl.DataFrame:

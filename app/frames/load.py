@@ -8,6 +8,7 @@ import polars as pl
 import store
 from app.frames.axes import layer_grid, layer_label, select
 from profiler.metrics import load as formulas
+from profiler.metrics.coverage import STARVED
 
 NEARLY_DEAD = 0.05
 """An expert with less than this part of the balanced load counts as nearly dead."""
@@ -75,7 +76,7 @@ def shared_load(run: store.Run) -> pl.DataFrame:
     return table.group_by("layer", "step", "expert").agg(pl.col("tokens").sum()).sort("layer", "step", "expert")
 
 
-def coverage(run: store.Run, *, domain: str | None = None, starved: float = 0.1) -> pl.DataFrame:
+def coverage(run: store.Run, *, domain: str | None = None, starved: float = STARVED) -> pl.DataFrame:
     """Whether the text reaches every expert: one row per MoE layer.
 
     Columns: layer, step, label, num_experts; fewest, p10, median, p90, most tokens per expert; balanced = the tokens

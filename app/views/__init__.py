@@ -24,7 +24,9 @@ PAGES = (
     PageInfo(_file("overview"), "Overview", ":material/dashboard:", "overview"),
     PageInfo(_file("routing"), "Routing", ":material/alt_route:", "routing"),
     PageInfo(_file("tokens"), "Tokens", ":material/text_fields:", "tokens"),
+    PageInfo(_file("expert"), "Expert", ":material/person_search:", "expert"),
     PageInfo(_file("super_experts"), "Super experts", ":material/bolt:", "super-experts"),
     PageInfo(_file("local_consistency"), "Local consistency", ":material/timeline:", "local-consistency"),
     PageInfo(_file("similarity"), "Similarity", ":material/join_inner:", "similarity"),
+    PageInfo(_file("compare"), "Compare", ":material/compare_arrows:", "compare"),
 )

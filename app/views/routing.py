@@ -1,4 +1,4 @@
-"""Routing: which experts fire, on what, how evenly, and how decided the router was."""
+"""Routing: which experts fire, on what, how evenly, how decided the router was, and what flows through them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import polars as pl
 import streamlit as st
 
 from app import data, state
-from app.components import chart, header
+from app.components import chart, flow, header, specialization
 from app.components.page import render
 from app.figures import consistency as consistency_figures
 from app.figures import curves, heatmap
@@ -39,8 +39,10 @@ def page(run: Run) -> None:
     _load(run, domain=domain, phase=phase, scale=scale, where=where)
     _balance(run, domain=domain, phase=phase, where=where)
     _specialization(run, domain=domain, phase=phase)
+    specialization.section(run)
     _confidence(run, domain=domain, phase=phase, where=where)
     _repetition(run)
+    flow.section(run, domain=domain, phase=phase)
 
 
 def _load(run: Run, *, domain: str | None, phase: str | None, scale: str, where: str) -> None:

@@ -96,7 +96,7 @@ def _sequence(run: Run, sequence: int, *, layer: str, mode: str) -> None:
         alt=f"Map of experts and positions of layer {layer}",
     )
     if selected is not None:
-        _route_of(routes.filter(pl.col("position") == selected), selected)
+        _route_of(routes.filter(pl.col("position") == selected), selected, layer=layer)
 
 
 def _choose_part(length: int) -> int:
@@ -125,8 +125,12 @@ def _keep() -> None:
         st.query_params["token"] = str(position)
 
 
-def _route_of(route: pl.DataFrame, position: int) -> None:
+def _route_of(route: pl.DataFrame, position: int, *, layer: str) -> None:
     st.subheader(f"Experts of the token at position {position}", anchor=False)
+    with st.container(horizontal=True, gap="small"):
+        for expert in route.filter(pl.col("label") == layer)["expert"].head(16).to_list():
+            there = {"layer": layer, "expert": str(expert)}  # the run stays in the address by itself
+            st.page_link("views/expert.py", label=f"Layer {layer}, expert {expert}", query_params=there)
     wide = tokens.route_table(route)
     st.dataframe(
         wide, hide_index=True, alt=f"Experts of the token at position {position} in every layer", width="content"

@@ -14,6 +14,7 @@ LEVELS = {
     "moments": "second moments of what enters the experts",
     "lookahead": "the routers of later layers on this layer's input",
     "attention": "how much attention the first position draws",
+    "predictions": "the token that the model holds most likely to come next, at every position of the text",
     "gradients": "one backward in the same pass: neurons by what the loss would lose",
 }
 """The known levels, each with what it adds; every level implies ``routing``."""

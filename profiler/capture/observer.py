@@ -50,6 +50,7 @@ class Observer:
         whole: False while a forward is being added: an interrupt then leaves some recorders with it and some without.
         frame: the forward that is running, None between forwards.
         holds: whether a forward that ends waits for what comes after it, see :meth:`holding`.
+        model: the model as the user calls it.
         found: the MoE layers.
         running: the decoder layer that runs, where they run one at a time; None where all run.
     """
@@ -63,7 +64,7 @@ class Observer:
         tracker: SequenceTracker,
         ended: Callable[[int, float], None],
     ) -> None:
-        self._model, self.found = model, found
+        self.model, self.found = model, found
         self._recording, self._tracker, self._ended = recording, tracker, ended
         self.frame: Frame | None = None
         self.running: int | None = None
@@ -106,8 +107,8 @@ class Observer:
 
     def _add_hooks(self, hooks: Hooks) -> None:
         # The encoder and the decoder of one model have masks of their own; theirs are in the arguments of the owner.
-        both = getattr(getattr(self._model, "config", None), "is_encoder_decoder", False)
-        for module in [] if both else modules_around(self._model, self.found.owner):
+        both = getattr(getattr(self.model, "config", None), "is_encoder_decoder", False)
+        for module in [] if both else modules_around(self.model, self.found.owner):
             hooks.before(module, self._saw_outer)
         hooks.before(self.found.owner if takes_text(self.found.owner) else self.found.stack[0], self._open)
         hooks.after(self.found.owner, self._close, always=True)

@@ -22,6 +22,7 @@ from profiler.recorders.moe_output import MoEOutputRecorder
 from profiler.recorders.neurons import NeuronRecorder
 from profiler.recorders.pairs import OutputPairRecorder, PairRecorder
 from profiler.recorders.parts import PartLoadRecorder, PartOutputRecorder
+from profiler.recorders.predictions import PredictionRecorder
 from profiler.recorders.ranks import RankRecorder
 from profiler.recorders.residual import ResidualRecorder
 from profiler.recorders.router import RouterRecorder
@@ -43,6 +44,7 @@ class Recording:
     Attributes:
         checks: the proofs that are gathered while recording.
         probes: recorders that put their own hooks on.
+        predictions: the one of level ``predictions``; None at other levels.
         sees_rows: whether what happens inside the experts is wanted.
         sees_norms: whether the norms before the experts are wanted.
         sees_residual: whether the residual stream is wanted.
@@ -53,6 +55,7 @@ class Recording:
         self.checks = Checks(layers)
         self.sees_residual = "activations" in options.levels
         self.probes = level_probes(options)
+        self.predictions = next((probe for probe in self.probes if isinstance(probe, PredictionRecorder)), None)
         self.sees_rows = self.sees_residual or any(probe.needs_rows for probe in self.probes)
         self.sees_norms = self.sees_rows or "lookahead" in options.levels
         self._by_key = {layer.key: layer for layer in layers}
@@ -112,8 +115,9 @@ class Recording:
         self._buffer.add(tokens, routing)
         for recorder in self._staged:
             recorder.commit()
+        predicted = None if self.predictions is None else self.predictions.take(tokens)
         if self._text is not None and self.keeps_text and input_ids is not None:
-            self._text.update(tokens, input_ids)
+            self._text.update(tokens, input_ids, predicted)
 
     def discard(self) -> None:
         """The forward has failed."""

@@ -27,10 +27,11 @@ from profiler.capture.provenance import describe_run
 from profiler.capture.recording import Recording
 from profiler.capture.score_checks import steering
 from profiler.capture.sequences import Label, SequenceTracker
-from profiler.capture.session_rules import require_rows, require_same
+from profiler.capture.session_rules import require_predictions, require_rows, require_same
 from profiler.capture.stacks import DECODER
 from profiler.inspect.memory import FLUSH_BYTES, extra_memory
 from profiler.recorders.gradients import GradientRecorder
+from profiler.recorders.predictions import PredictionRecorder
 
 WRITING_SHARE = 0.1
 """Largest part of the time that shards may take: the vectors of a large model are hundreds of megabytes each time."""
@@ -74,6 +75,8 @@ class WatchSession:
         require_rows(self.found.layers, levels)
         if "gradients" in levels:
             require_gradients(self.found.layers)
+        if "predictions" in levels:
+            require_predictions(self.model, self.found.name, keeps_text=tokenizer is not None)
         self.name, self.resuming = name, resume
         self._options, self.memory = options, MemoryWatch()
         self.path: Path | None = None
@@ -179,6 +182,11 @@ class WatchSession:
     def gradients(self) -> GradientRecorder | None:
         """The recorder of level ``gradients``; None at other levels."""
         return next((probe for probe in self._recording.probes if isinstance(probe, GradientRecorder)), None)
+
+    @property
+    def predictions(self) -> PredictionRecorder | None:
+        """The recorder of level ``predictions``; None at other levels."""
+        return self._recording.predictions
 
     def holding(self) -> AbstractContextManager[None]:
         """While entered, a forward that ends waits for its backward: both come into one shard, or neither counts."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import store as run_store
 from moescope.errors import InputError, ModelError
@@ -25,6 +26,23 @@ def require_rows(layers: Sequence[MoELayer], levels: Sequence[str]) -> None:
                 f"level {refused[0]} needs plain weights, but {layer.name} ({type(layer.experts).__name__}) keeps them"
                 f" packed: leave {refused[0]} out, or load the model dequantized"
             )
+
+
+def require_predictions(model: Any, stack: str, *, keeps_text: bool) -> None:
+    """Refuse level ``predictions`` where there is no text to keep it beside, or no head to ask."""
+    if not keeps_text:
+        raise InputError(
+            "level predictions keeps the model's next tokens beside the text, and no text is kept: leave out --no-text"
+            " (watch: give a tokenizer), or leave out predictions"
+        )
+    if stack != DECODER:
+        raise InputError(f"level predictions asks the decoder, but the stack {stack!r} is watched: leave it out")
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    if head is None:
+        raise ModelError(
+            f"{type(model).__name__} has no language-model head, so it predicts no tokens: level predictions needs the"
+            " causal language model (load it with AutoModelForCausalLM)"
+        )
 
 
 def require_same(name: str, before: run_store.RunInfo, now: run_store.RunInfo) -> None:

@@ -1,4 +1,4 @@
-"""The metrics that every run gets at its end: load, local consistency, super experts, repetition; with controls.
+"""The metrics that every run gets at its end: load, coverage, local consistency, super experts and more; with controls.
 
 Computed from the run file alone, without the model, and stored beside it: deleting ``NAME.derived.duckdb`` loses
 nothing.
@@ -13,11 +13,14 @@ import polars as pl
 
 import store
 from moescope.errors import StoreError
+from profiler.headline.coverage import coverage_rows
+from profiler.headline.flow import flow_rows
 from profiler.headline.load import load_rows
 from profiler.headline.local_balance import local_balance_rows
 from profiler.headline.local_consistency import hit_rate_rows, segment_rows
 from profiler.headline.repetition import repetition_rows
 from profiler.headline.similarity import similarity_rows
+from profiler.headline.specialization import specialization_rows
 from profiler.headline.subject import Rows, Subject
 from profiler.headline.super_experts import super_expert_rows
 from profiler.metrics.registry import METRICS
@@ -29,12 +32,19 @@ PARTS: tuple[Callable[[Subject], Rows], ...] = (
     hit_rate_rows,
     super_expert_rows,
     repetition_rows,
+    flow_rows,
     similarity_rows,
+    specialization_rows,
+    coverage_rows,
 )
 """What is computed, in order; a new headline metric is a function and a line here."""
 
 
-def compute_and_store(path: str | Path) -> Path:
+Tell = Callable[[str], None]
+"""Told in a few words what is being computed."""
+
+
+def compute_and_store(path: str | Path, *, tell: Tell | None = None) -> Path:
     """Compute the headline metrics of a finished run and store them beside it.
 
     Raises:
@@ -43,20 +53,27 @@ def compute_and_store(path: str | Path) -> Path:
     with store.open_run(path) as run:
         if run.live:
             raise StoreError(f"run {run.name!r} is still being collected: its metrics come when it is finished")
-        frame, vectors = compute(run)
+        frame, vectors = compute(run, tell=tell)
     return store.write_metrics(path, frame, vectors)
 
 
-def compute(run: store.Run) -> tuple[pl.DataFrame, pl.DataFrame]:
+def compute(run: store.Run, *, tell: Tell | None = None) -> tuple[pl.DataFrame, pl.DataFrame]:
     """All headline metrics of a run as rows of the tables ``metric_value`` and ``metric_vector``.
 
     A part hands over rows of both; those with a list ("values") are vectors.
     """
     subject = Subject(run)
     rows: Rows = []
-    for part in PARTS:
+    for number, part in enumerate(PARTS, 1):
+        if tell is not None:
+            tell(f"computing metrics, {number} of {len(PARTS)}: {words(part)}")
         rows += part(subject)
     return _frame([row for row in rows if "values" not in row]), _frame([row for row in rows if "values" in row])
+
+
+def words(part: Callable[[Subject], Rows]) -> str:
+    """What a part computes, from its name."""
+    return part.__name__.removesuffix("_rows").replace("_", " ")
 
 
 def _frame(rows: Rows) -> pl.DataFrame:

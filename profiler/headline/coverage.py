@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ import polars as pl
 from numpy.typing import NDArray
 
 import store
+from profiler.headline.load import layer_counts
 from profiler.headline.subject import SEED, Rows, Subject, as_text
 from profiler.metrics import coverage
 from profiler.metrics.agreement import SHARES, chance_band, cut_correlation
@@ -29,7 +31,7 @@ _MEASURES = [("spearman", None), ("kendall", None), *(("overlap", share) for sha
 
 def coverage_rows(subject: Subject) -> Rows:
     """Starved experts, agreement of halves and of prefixes, tokens needed, and the errors of scores as vectors."""
-    rows = _starved_rows(subject)
+    rows = _starved_rows(subject.run)
     layers = part_sums(subject)
     if not layers:
         return rows
@@ -41,7 +43,8 @@ def coverage_rows(subject: Subject) -> Rows:
     if used.sum() < 2:
         return rows
     filled = {layer: {name: sums[:, used] for name, sums in parts.items()} for layer, parts in layers.items()}
-    for name in coverage.available(next(iter(filled.values()))):
+    held = [coverage.available(parts) for parts in filled.values()]
+    for name in [name for name in coverage.SCORES if all(name in names for names in held)]:
         rows += _half_rows(filled, name, place) + _prefix_rows(filled, name, place)
     return rows + _chance_rows(filled, place)
 
@@ -91,15 +94,15 @@ def _from_trace(subject: Subject) -> dict[tuple[int, int], Parts]:
 
 
 def _from_spans(run: store.Run) -> dict[tuple[int, int], Parts]:
-    """Forward passes take the place of sequences."""
+    """Forward passes take the place of sequences, in sixteen stretches of time: neighbours serve the same requests."""
     frame = run.table("load_span")
     layers: dict[tuple[int, int], Parts] = {}
     for layer in run.layers:
-        rows = frame.filter((pl.col("layer") == layer.layer) & (pl.col("step") == layer.step))
+        rows = frame.filter((pl.col("layer") == layer.layer) & (pl.col("step") == layer.step)).sort("span")
         if rows.is_empty():
             continue
         counts = rows["tokens"].list.to_array(layer.num_experts).to_numpy().astype(np.int64)
-        part = part_of_sequence(rows["span"].to_numpy().astype(np.int64))
+        part = np.arange(len(counts)) * NUM_PARTS // len(counts)
         sums = coverage.parts_of_counts(counts=counts, part=part, num_parts=NUM_PARTS)
         layers[layer.layer, layer.step] = {"tokens": sums}
     return layers
@@ -110,19 +113,24 @@ def _used_parts(layers: dict[tuple[int, int], Parts]) -> NDArray[np.bool_]:
     return np.any([parts["tokens"].any(axis=0) for parts in layers.values()], axis=0)
 
 
-def _starved_rows(subject: Subject) -> Rows:
-    frame = subject.run.table("expert_load").filter(pl.col("kind") == "routed")
+def layer_reach(run: store.Run) -> Iterator[tuple[store.LayerInfo, NDArray[np.int64], coverage.Reach]]:
+    """Every layer with load, the selections of its experts, and how far the text reaches them.
+
+    Where an import does not say how many experts a token takes, each selection counts as a token.
+    """
+    frame = run.table("expert_load").filter(pl.col("kind") == "routed")
+    for layer in run.layers:
+        rows = frame.filter((pl.col("layer") == layer.layer) & (pl.col("step") == layer.step))
+        counts, k = layer_counts(rows, layer), max(layer.top_k, 1)
+        if counts.any():
+            yield layer, counts, coverage.reach(counts=counts, top_k=k, tokens=float(counts.sum()) / k)
+
+
+def _starved_rows(run: store.Run) -> Rows:
     rows: Rows = []
-    for layer in subject.run.layers:
-        part = frame.filter((pl.col("layer") == layer.layer) & (pl.col("step") == layer.step))
-        counts = np.zeros(layer.num_experts, np.int64)
-        summed = part.group_by("expert").agg(pl.col("tokens").sum())
-        counts[summed["expert"].to_numpy()] = summed["tokens"].to_numpy()
-        if not counts.any():
-            continue
-        tokens = float(counts.sum()) / layer.top_k
-        reach = coverage.reach(counts=counts, top_k=layer.top_k, tokens=tokens)
-        place = {"layer": layer.layer, "step": layer.step, "at": coverage.STARVED, "tokens": round(tokens)}
+    for layer, counts, reach in layer_reach(run):
+        place = {"layer": layer.layer, "step": layer.step, "at": coverage.STARVED}
+        place["tokens"] = round(int(counts.sum()) / max(layer.top_k, 1))
         rows.append({"metric": "starved_experts", "value": float(reach.starved.sum()), **place})
     if rows:
         total = sum(row["value"] for row in rows)
@@ -159,18 +167,22 @@ def _error_rows(run: store.Run, layer: tuple[int, int], parts: Parts, place: dic
 
 def _half_rows(layers: dict[tuple[int, int], Parts], name: str, place: dict[str, Any]) -> Rows:
     """Agreement of random halves, the same for all text (Spearman-Brown), and the tokens that the target takes."""
-    halves = _agreement(layers, name, *_half(layers))
+    num_parts = _num_parts(layers)
+    half = num_parts // 2
+    pairs = coverage.draw_pairs(num_parts=num_parts, size=half, other=half, num_draws=NUM_DRAWS, seed=SEED)
+    halves = _agreement(layers, name, *pairs)
     rows: Rows = []
     for layer, values in _by_place(halves).items():
         where: dict[str, Any] = {**place, **({} if layer is None else {"layer": layer[0], "step": layer[1]})}
         for (measure, share), draws in values.items():
-            rows += _measure_rows(name, measure, share, draws, where)
+            rows += _measure_rows(name, measure, share, draws, num_parts / half, where)
     return rows
 
 
 def _measure_rows(
-    name: str, measure: str, share: float | None, draws: NDArray[np.float64], where: dict[str, Any]
+    name: str, measure: str, share: float | None, draws: NDArray[np.float64], factor: float, where: dict[str, Any]
 ) -> Rows:
+    """Rows of one measure; the whole text is ``factor`` times as long as what was drawn."""
     if np.isnan(draws).all():
         return []
     mean, (low, high) = float(np.nanmean(draws)), np.nanquantile(draws, [0.025, 0.975])
@@ -180,7 +192,7 @@ def _measure_rows(
     if measure == "kendall":
         return rows
     agreement = mean if share is None else float(cut_correlation(overlap=mean, share=share))
-    whole = float(coverage.lengthened(agreement=agreement, factor=2.0))
+    whole = float(coverage.lengthened(agreement=agreement, factor=factor))
     length = float(coverage.length_for(agreement=whole))
     goal = "ranking" if share is None else "cut"
     rows.append({**half, "parameters": as_text({**text, "length": "whole"}), "value": whole})
@@ -203,10 +215,10 @@ def _prefix_rows(layers: dict[tuple[int, int], Parts], name: str, place: dict[st
             )
             if against == "all":
                 second = np.ones_like(first)
-            pooled = _by_place(_agreement(layers, name, first, second))[None]
+            pooled = _by_place(_agreement(layers, name, first, second, pairwise=False))[None]
             for measure, share in _MEASURES:
                 draws = pooled[measure, share]
-                if measure == "kendall" or np.isnan(draws).all():
+                if np.isnan(draws).all():
                     continue
                 low, high = np.nanquantile(draws, [0.025, 0.975])
                 text: dict[str, Any] = {"score": name, "against": against, "measure": measure}
@@ -232,11 +244,6 @@ def _chance_rows(layers: dict[tuple[int, int], Parts], place: dict[str, Any]) ->
     return rows
 
 
-def _half(layers: dict[tuple[int, int], Parts]) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-    half = _num_parts(layers) // 2
-    return coverage.draw_pairs(num_parts=_num_parts(layers), size=half, other=half, num_draws=NUM_DRAWS, seed=SEED)
-
-
 def _num_parts(layers: dict[tuple[int, int], Parts]) -> int:
     return int(next(iter(layers.values()))["tokens"].shape[1])
 
@@ -245,12 +252,17 @@ _Values = dict[tuple[str, float | None], NDArray[np.float64]]
 
 
 def _agreement(
-    layers: dict[tuple[int, int], Parts], name: str, first: NDArray[np.bool_], second: NDArray[np.bool_]
+    layers: dict[tuple[int, int], Parts],
+    name: str,
+    first: NDArray[np.bool_],
+    second: NDArray[np.bool_],
+    *,
+    pairwise: bool = True,
 ) -> dict[tuple[int, int], _Values]:
     """Per layer, the (draws,) agreement by measure and share."""
     found = {}
     for layer, parts in layers.items():
-        one = coverage.part_agreement(parts=parts, name=name, first=first, second=second)
+        one = coverage.part_agreement(parts=parts, name=name, first=first, second=second, pairwise=pairwise)
         values: _Values = {("spearman", None): one.spearman, ("kendall", None): one.kendall}
         values |= {("overlap", share): one.overlap[:, index] for index, share in enumerate(SHARES)}
         found[layer] = values
@@ -265,7 +277,8 @@ def _by_place(layers: dict[tuple[int, int], _Values]) -> dict[tuple[int, int] | 
             if not np.isnan(draws).all():
                 stacked[key].append(draws)
     empty = [np.array([np.nan])]
-    pooled: dict[tuple[int, int] | None, _Values] = {
+    found: dict[tuple[int, int] | None, _Values] = {
         None: {key: np.mean(stacked.get(key, empty), axis=0) for key in _MEASURES}
     }
-    return pooled | {key: values for key, values in layers.items()}
+    found.update(layers.items())
+    return found

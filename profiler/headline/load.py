@@ -40,7 +40,7 @@ def load_rows(subject: Subject) -> Rows:
         part = frame.filter((pl.col("layer") == layer.layer) & (pl.col("step") == layer.step))
         resampled = drawn.counts(axis) if drawn is not None else {}
         for domain in [None, *subject.run.domains]:
-            counts = _counts(part if domain is None else part.filter(pl.col("domain") == domain), layer)[None]
+            counts = layer_counts(part if domain is None else part.filter(pl.col("domain") == domain), layer)[None]
             if not counts.sum():
                 continue
             tokens = subject.tokens_of(domain)
@@ -121,8 +121,8 @@ def _ends(estimate: Values, resampled: Values, num_experts: int) -> dict[str, tu
     return ends
 
 
-def _counts(frame: pl.DataFrame, layer: store.LayerInfo) -> Counts:
-    """(experts,) selections of each expert of one layer."""
+def layer_counts(frame: pl.DataFrame, layer: store.LayerInfo) -> Counts:
+    """(experts,) selections of each expert of one layer, from its rows of ``expert_load``."""
     counts = np.zeros(layer.num_experts, np.int64)
     summed = frame.group_by("expert").agg(pl.col("tokens").sum())
     counts[summed["expert"].to_numpy()] = summed["tokens"].to_numpy()

@@ -184,13 +184,13 @@ def _own_caches(
     sample, fewer = subject.sample(OWN_TOKENS), subject.sample(CONTROL_TOKENS)
     replays = [_OwnReplay(sample, "observed", policy, length) for policy, length in policies]
     replays += [_OwnReplay(fewer, control, *one) for control in CONTROLS[1:] for one in controlled]
+    first = {replay.control: replay for replay in reversed(replays)}
     rows: Rows = []
-    for axis, layer in enumerate(subject.run.layers):
-        held: dict[str, NDArray[np.int16]] = {}
-        for replay in replays:
-            if replay.control not in held:
-                held = {replay.control: replay.selections(axis)}
-            rows += replay.layer_rows(held[replay.control], layer)
+    with ThreadPoolExecutor(available_cores()) as threads:
+        for axis, layer in enumerate(subject.run.layers):
+            held = {control: replay.selections(axis) for control, replay in first.items()}
+            replayed = [threads.submit(replay.layer_rows, held[replay.control], layer) for replay in replays]
+            rows += [row for one in replayed for row in one.result()]
     return [row for replay in replays for row in replay.mean_rows()] + rows
 
 
@@ -246,7 +246,7 @@ def _shared_caches(
     subject: Subject, policies: list[tuple[str, int | None]], controlled: list[tuple[str, int | None]]
 ) -> Rows:
     """Hit rates of one cache that all layers share, on a sample where the whole trace takes too long."""
-    rows: Rows = []
+    replays: list[tuple[dict[str, Any], dict[str, Any]]] = []
     trace = subject.replayed
     small = trace if trace.num_tokens == int(subject.lengths.sum()) else subject.whole_trace(SHARED_CONTROL_TOKENS)
     for held, controls in ((trace, ("observed",)), (small, CONTROLS[1:])):
@@ -258,8 +258,10 @@ def _shared_caches(
                 replay = {"selections": selections, "num_experts": subject.num_experts, "policy": policy, **parameters}
                 place: dict[str, Any] = {"metric": f"hit_rate_{policy}", "control": control}
                 place |= {"tokens": held.num_tokens, "sequences": len(held.sequences)}
-                rows += _shared_cache(replay, {**place, "parameters": as_text({**parameters, "shared": True})})
-    return rows
+                replays.append((replay, {**place, "parameters": as_text({**parameters, "shared": True})}))
+    with ThreadPoolExecutor(available_cores()) as threads:
+        replayed = [threads.submit(_shared_cache, *one) for one in replays]
+        return [row for one in replayed for row in one.result()]
 
 
 def _shared_cache(replay: dict[str, Any], place: dict[str, Any]) -> Rows:

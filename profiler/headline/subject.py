@@ -76,15 +76,15 @@ class Groups:
         return len(self.domain)
 
     @classmethod
-    def of(cls, domains: NDArray[np.str_]) -> Groups:
-        """Every sequence by itself, or, of more than ``MAX_GROUPS``, groups in proportion to the domains' sequences."""
-        if len(domains) <= MAX_GROUPS:
+    def of(cls, domains: NDArray[np.str_], max_groups: int = MAX_GROUPS) -> Groups:
+        """Every sequence by itself, or, of more than ``max_groups``, groups in proportion to the domains' sequences."""
+        if len(domains) <= max_groups:
             return cls(np.arange(len(domains)), domains)
         group = np.zeros(len(domains), np.int64)
         owners: list[str] = []
         for domain in np.unique(domains):
             members = np.flatnonzero(domains == domain)
-            share = max(1, min(len(members), round(MAX_GROUPS * len(members) / len(domains))))
+            share = max(1, min(len(members), round(max_groups * len(members) / len(domains))))
             order = np.random.default_rng(SEED).permutation(len(members))
             group[members] = len(owners) + order % share
             owners += [str(domain)] * share
@@ -165,7 +165,11 @@ class Sample:
             return whole
         if control == "uniform":
             return uniform_tokens(whole, self.subject.run.layers[axis].num_experts, seed=(SEED, axis))
-        return whole[self._shuffles.order(self.block, control)]
+        return whole[self.order(control)]
+
+    def order(self, control: str) -> NDArray[np.int64]:
+        """(tokens,) the order in which control "shuffled" or "shuffled_in_sequence" reads the tokens."""
+        return self._shuffles.order(self.block, control)
 
 
 @dataclass

@@ -77,7 +77,7 @@ def import_run(
         job.discard()
         raise
     if metrics:
-        compute_and_store(target)
+        compute_and_store(target, tell=job.tell)
     return target
 
 
@@ -127,7 +127,7 @@ class _Import:
             self.counts.add(counts=arranged, spans=block.spans, domain=block.domain)
         else:
             self._keep(arrange(block, self.recording.layers, self.path))
-        self._tell()
+        self.tell()
 
     def _keep(self, block: Arranged) -> None:
         """Let blocks wait for more: a request is a block of its own, and a shard for each would be many."""
@@ -157,7 +157,7 @@ class _Import:
         writer.info.text_kept = self.book.has_text
         if self.counts is not None and self.trace is None:
             writer.info.tokens = self.counts.tokens
-        self._tell("compacting")
+        self.tell("compacting")
         return writer.finish(seconds=time.perf_counter() - self.started)
 
     def discard(self) -> None:
@@ -231,7 +231,8 @@ class _Import:
         rows.append((store.IMPORTED, "skipped", detail))
         return [{"name": name, "status": status, "detail": detail} for name, status, detail in rows]
 
-    def _tell(self, detail: str = "") -> None:
+    def tell(self, detail: str = "") -> None:
+        """How far the import is, and what it does after the last block."""
         if self.progress is None:
             return
         done, total = self.book.tokens, self.recording.total_tokens

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from profiler.capture.levels import RecordingOptions
+from store import NUM_PARTS
 
 if TYPE_CHECKING:
     from profiler.capture.discovery import MoELayer, MoEModel
@@ -119,9 +120,10 @@ class _Shape:
 
 
 def _routing(shape: _Shape, groups: int, vectors: int) -> int:
-    """Load, scores, histograms, ranks and pairs."""
+    """Load, scores, histograms, ranks, pairs, and selections and gate weights by part of the text."""
     each = 6 + 3 + 3 * shape.top_k + 2 * 8
-    return DOUBLE * (groups * (shape.experts * each + 5 * 32 + 12) + vectors * 2 * shape.experts**2)
+    parts = 2 * NUM_PARTS * shape.experts
+    return DOUBLE * (groups * (shape.experts * each + 5 * 32 + 12) + vectors * 2 * shape.experts**2 + parts)
 
 
 def _activations(shape: _Shape, groups: int, vectors: int) -> int:
@@ -130,7 +132,8 @@ def _activations(shape: _Shape, groups: int, vectors: int) -> int:
     channels = 3 * shape.experts * shape.hidden + 3 * shape.shared_hidden
     weights = 3 * shape.neurons + shape.experts * shape.hidden
     lists = vectors * (DOUBLE * (4 * shape.neurons + channels + shape.experts**2) + 4 * shape.neurons)
-    return DOUBLE * groups * scalars + lists + 4 * weights
+    parts = 2 * NUM_PARTS * (shape.experts + 2 * shape.shared)
+    return DOUBLE * (groups * scalars + parts) + lists + 4 * weights
 
 
 def _similarity(shape: _Shape, groups: int, vectors: int) -> int:
@@ -189,6 +192,8 @@ def working_bytes(found: MoEModel, options: RecordingOptions, tokens: int, width
         size += round(tokens * hidden * width * 12) + tokens * 6 * 8 * max(shape.top_k + 8 for shape in shapes)
     if "attention" in options.levels:
         size += 2 * 4 * min(1 << 25, tokens * tokens * _number(found, "num_attention_heads"))
+    if "predictions" in options.levels:
+        size += (width + 4) * min(PARTS, tokens * _number(found, "vocab_size")) + 16 * tokens
     if "gradients" in options.levels:
         size += _graph(found, shapes, tokens, width)
     return round(size)

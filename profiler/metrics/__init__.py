@@ -14,17 +14,21 @@ import importlib
 from types import ModuleType
 
 __all__ = [
+    "co_activation",
     "confidence",
     "controls",
     "load",
     "local_consistency",
+    "lookahead",
     "perplexity",
     "published",
     "registry",
     "similarity",
     "similarity_agreement",
+    "specialization",
     "super_experts",
     "temporal",
+    "transitions",
 ]
 
 

@@ -12,8 +12,6 @@ from typing import cast
 
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy.special import ndtri
-from scipy.stats import rankdata
 
 from moescope.errors import MetricError
 
@@ -141,6 +139,8 @@ def cut_overlap(*, correlation: ArrayLike, share: float) -> FloatArray:
 
 def _overlaps(angles: FloatArray, share: float) -> FloatArray:
     """Overlap by arcsine of the correlation: Plackett's integral of the normal density over the correlation."""
+    from scipy.special import ndtri
+
     cut = float(ndtri(share))
     nodes, weights = np.polynomial.legendre.leggauss(32)
     theta = angles[:, None] * (nodes + 1) / 2  # shape: (angles, nodes), from 0 to the angle
@@ -169,6 +169,8 @@ def _measured(first: FloatArray, second: FloatArray, measure: str) -> FloatArray
 
 def _standard_ranks(values: FloatArray) -> FloatArray:
     """Ranks with mean 0 and length 1; 0 where all are tied."""
+    from scipy.stats import rankdata  # takes most of a second
+
     ranks = rankdata(values, axis=-1)
     ranks = ranks - ranks.mean(axis=-1, keepdims=True)
     return ratio(ranks, np.sqrt((ranks**2).sum(axis=-1, keepdims=True)), empty=0.0)

@@ -187,8 +187,11 @@ def part_agreement(
     first: ArrayLike,
     second: ArrayLike,
     shares: Sequence[float] = SHARES,
+    pairwise: bool = True,
 ) -> PartAgreement:
     """How alike a score ranks the experts of one layer in pairs of texts; first, second (draws, parts) bool.
+
+    pairwise: count the pairs of experts for Kendall's tau too, which takes longest; else it is NaN.
 
     Raises:
         MetricError: as ``score``.
@@ -196,7 +199,7 @@ def part_agreement(
     one, other = (score(parts=parts, name=name, chosen=chosen) for chosen in (first, second))
     return PartAgreement(
         spearman=spearman(first=one, second=other),
-        kendall=kendall(first=one, second=other),
+        kendall=kendall(first=one, second=other) if pairwise else np.full(len(one), np.nan),
         overlap=np.stack([overlap(first=one, second=other, share=share) for share in shares], axis=1),
     )
 

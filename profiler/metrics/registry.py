@@ -32,7 +32,9 @@ _LRC = "arXiv 2505.16056"
 _SUPER = "arXiv 2507.23279"
 _MIXTRAL = "arXiv 2401.04088"
 _CLOSER_LOOK = "arXiv 2406.18219"
+_OLMOE = "arXiv 2409.02060"
 _MANTEL = "Mantel 1967"
+_FATE = "arXiv 2502.12224"
 
 METRICS: tuple[Metric, ...] = (
     # load.py
@@ -65,6 +67,25 @@ METRICS: tuple[Metric, ...] = (
         "load and router probability gather on the same few experts",
         "arXiv 2101.03961",
         differs=True,
+    ),
+    # coverage.py
+    Metric("starved_experts", "Starved experts", "experts", "0..E", "more experts have too few tokens", "ours"),
+    Metric("relative_error", "Relative error", "ratio", "0..inf", "the score is less certain", "standard"),
+    Metric(
+        "split_half_agreement",
+        "Split-half agreement",
+        "as the measure",
+        "as the measure",
+        "the text is enough",
+        "Spearman 1910, Brown 1910",
+    ),
+    Metric(
+        "prefix_agreement", "Prefix agreement", "as the measure", "as the measure", "less text would be enough", "ours"
+    ),
+    Metric("tokens_needed", "Tokens needed", "tokens", "0..inf", "more text is needed", "Spearman 1910, Brown 1910"),
+    # agreement.py
+    Metric(
+        "score_agreement", "Agreement of scores", "correlation", "-1..1", "both scores rank experts alike", "standard"
     ),
     # confidence.py
     Metric("router_entropy", "Router entropy", "nats", "0..ln E", "the router is less decided", "standard"),
@@ -140,6 +161,71 @@ METRICS: tuple[Metric, ...] = (
     Metric("first_choice_repeat", "First-choice repeat", "share", "0..1", "neighbours agree more often", _MIXTRAL),
     Metric("overlap_repeat", "Overlap repeat", "share", "0..1", "neighbours agree more often", _MIXTRAL),
     Metric("mean_overlap", "Mean overlap", "share", "0..1", "neighbours share more experts", "ours"),
+    # co_activation.py
+    Metric("co_activation", "Co-activation", "share", "0..1", "the first comes with the other", _OLMOE, 1, True),
+    Metric("lift", "Lift", "ratio", "0..inf", "both are used together more often", "standard"),
+    Metric("jaccard", "Jaccard index", "share", "0..1", "where one is used, so is the other", "standard"),
+    Metric(
+        "pointwise_information",
+        "Pointwise mutual information",
+        "bits",
+        "-inf..inf",
+        "both are used together more often",
+        "standard",
+    ),
+    Metric(
+        "attraction", "Attraction", "ratio", "0..inf", "both meet more often than popularity explains", "Goodman 1968"
+    ),
+    Metric("pair_excess", "Pairs beyond popularity", "share", "0..1", "popularity explains fewer pairs", "ours"),
+    # transitions.py
+    Metric(
+        "transition_information",
+        "Transition information",
+        "bits",
+        "0..log2 E",
+        "a layer's experts say more about a later layer's",
+        "standard",
+    ),
+    Metric(
+        "transition_recall",
+        "Transition recall",
+        "share",
+        "0..1",
+        "an earlier layer's experts foresee more of the choice",
+        "ours",
+    ),
+    Metric("popularity_recall", "Popularity recall", "share", "0..1", "always fetching the same serves more", "ours"),
+    # lookahead.py
+    Metric("lookahead_recall", "Lookahead recall", "share", "0..1", "an early router foresees more of it", _FATE),
+    Metric("lookahead_exact", "Whole choices foreseen", "share", "0..1", "more tokens need no further fetch", _FATE),
+    Metric("lookahead_first_choice", "First choices foreseen", "share", "0..1", "an early router decides alike", _FATE),
+    Metric("lookahead_cosine", "Lookahead cosine", "cosine", "-1..1", "what the router is given changes less", _FATE),
+    # specialization.py
+    Metric(
+        "domain_specialization", "Domain specialization", "share", "k/E..1", "domains have experts of their own", _OLMOE
+    ),
+    Metric(
+        "domain_variation", "Domain variation", "ratio", "0..sqrt(D)", "the expert is for fewer domains", _LRC, 1, True
+    ),
+    Metric(
+        "vocabulary_specialization", "Vocabulary specialization", "share", "k/E..1", "a token id has one expert", _OLMOE
+    ),
+    Metric(
+        "first_choice_vocabulary",
+        "First-choice vocabulary specialization",
+        "share",
+        "1/E..1",
+        "the expert's own token ids go to it alone",
+        _LRC,
+    ),
+    Metric(
+        "specialization_correlation",
+        "SRP and specialization",
+        "correlation",
+        "-1..1",
+        "specialised experts are those that serve segments well",
+        _LRC,
+    ),
     # similarity.py
     Metric(
         "router_row_similarity", "Router-row similarity", "cosine", "-1..1", "the router reads more alike", _CLOSER_LOOK

@@ -9,6 +9,7 @@ from profiler.recorders.attention import AttentionRecorder
 from profiler.recorders.gradients import GradientRecorder
 from profiler.recorders.lookahead import LookaheadRecorder
 from profiler.recorders.moments import MomentRecorder
+from profiler.recorders.predictions import PredictionRecorder
 from profiler.recorders.similarity import SimilarityRecorder
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ PROBES: dict[str, Callable[[RecordingOptions], Probe]] = {
     "similarity": lambda options: SimilarityRecorder(options.similarity_every, options.vectors_per_domain),
     "moments": lambda options: MomentRecorder(options.vectors_per_domain),
     "lookahead": lambda options: LookaheadRecorder(),
+    "predictions": lambda options: PredictionRecorder(),
     "gradients": lambda options: GradientRecorder(options.vectors_per_domain),
 }
 """Level -> what makes its probe."""

@@ -33,30 +33,38 @@ class TextRecorder:
         self._parts: list[tuple[NDArray[np.int64], ...]] = []
         self._written: set[int] = set()
 
-    def update(self, tokens: Tokens, input_ids: Tensor) -> None:
-        """Add the real tokens of a forward; ``input_ids`` is (batch, length) with padding."""
+    def update(self, tokens: Tokens, input_ids: Tensor, predicted: NDArray[np.int32] | None = None) -> None:
+        """Add the real tokens of a forward.
+
+        Args:
+            tokens: whose they are.
+            input_ids: (batch, length) with padding.
+            predicted: (tokens,) the most likely next tokens; None where nobody asked.
+        """
         ids = tokens.select(input_ids.reshape(-1))
         modality = torch.zeros_like(ids) if tokens.modality is None else tokens.modality
-        parts = (tokens.sequence, tokens.position, ids, modality)
-        self._parts.append(tuple(part.cpu().numpy().astype(np.int64) for part in parts))
+        parts = [part.cpu().numpy() for part in (tokens.sequence, tokens.position, ids, modality)]
+        parts.append(np.full(len(parts[0]), -1) if predicted is None else predicted)
+        self._parts.append(tuple(part.astype(np.int64) for part in parts))
         self.bytes_held += sum(part.nbytes for part in self._parts[-1])
 
     def drain(self) -> dict[str, pl.DataFrame]:
         """Tables ``sequence_token`` and ``vocabulary``; a token id is described once per session."""
         if not self._parts:
             return {}
-        columns = [np.concatenate([part[index] for part in self._parts]) for index in range(4)]
-        sequence, position, ids, modality = columns
+        columns = [np.concatenate([part[index] for part in self._parts]) for index in range(5)]
+        sequence, position, ids, modality, predicted = columns
         self._parts.clear()
         self.bytes_held = 0
         if not len(ids):
             return {}
         order = np.lexsort((position, sequence))
-        sequence, position, ids, modality = (column[order] for column in columns)
+        sequence, position, ids, modality, predicted = (column[order] for column in columns)
         special = np.isin(ids, self._special)
         edges = chunk_edges(sequence, position)
         bounds = list(zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True))
-        fresh = sorted(set(np.unique(ids).tolist()) - self._written)
+        seen = np.union1d(ids, predicted[predicted >= 0])
+        fresh = sorted(set(seen.tolist()) - self._written)
         self._written.update(fresh)
         chunks = pl.DataFrame(
             {
@@ -65,8 +73,9 @@ class TextRecorder:
                 "token_ids": [ids[a:b].tolist() for a, b in bounds],
                 "special": [special[a:b].tolist() for a, b in bounds],
                 "modality": [_named(modality[a:b]) for a, b in bounds],
+                "predicted": [_known(predicted[a:b]) for a, b in bounds],
             },
-            schema_overrides={"modality": pl.List(pl.String)},
+            schema_overrides={"modality": pl.List(pl.String), "predicted": pl.List(pl.UInt32)},
         )
         pieces = [token_bytes(self._tokenizer, token) for token in fresh]
         words = pl.DataFrame({"token_id": fresh, "bytes": pl.Series(pieces, dtype=pl.Binary)})
@@ -76,6 +85,11 @@ class TextRecorder:
 def _named(modality: NDArray[np.int64]) -> list[str] | None:
     """What each token stands for; None where all are text."""
     return [MODALITIES[kind] for kind in modality] if modality.any() else None
+
+
+def _known(predicted: NDArray[np.int64]) -> list[int | None] | None:
+    """The predicted tokens of a chunk; None where nobody asked."""
+    return [token if token >= 0 else None for token in predicted.tolist()] if (predicted >= 0).any() else None
 
 
 def chunk_edges(sequence: NDArray[np.int64], position: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -121,9 +121,7 @@ def collect_streamed(
     job.prepare(checkpoint, parts, expected, on_disk=on_disk, scratch=None if scratch is None else Path(scratch))
     run = job.run()
     if headline:
-        if progress is not None:
-            progress(session.state("compacting", "computing metrics"))
-        compute_metrics(run)
+        compute_metrics(run, session, progress)
     return run
 
 

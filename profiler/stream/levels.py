@@ -7,6 +7,7 @@ from profiler.capture.levels import parse_levels
 
 REFUSED = {
     "gradients": "a backward needs all layers at once",
+    "predictions": "the language-model head is not among the layers that run",
     "lookahead": "the routers of later layers are not in memory while a layer runs",
 }
 """Levels that cannot be, and why."""

@@ -16,7 +16,16 @@ from app.views import PAGES
 
 ROOT = Path(__file__).parents[2] / "app"
 FILES = [f"views/{Path(page.file).name}" for page in PAGES]
-CHARTS = {"overview": 2, "routing": 6, "tokens": 1, "super_experts": 3, "local_consistency": 8, "similarity": 2}
+CHARTS = {
+    "overview": 2,
+    "routing": 6,
+    "tokens": 1,
+    "expert": 2,
+    "super_experts": 3,
+    "local_consistency": 8,
+    "similarity": 2,
+    "compare": 0,
+}
 Opener = Callable[..., AppTest]
 
 

@@ -240,7 +240,7 @@ def test_families_whose_layers_hand_on_more_are_refused(folder: Path, tmp_path: 
 
 def test_what_cannot_be_streamed_is_refused(folder: Path, tmp_path: Path) -> None:
     path = checkpoint(folder, "olmoe")
-    for level in ("gradients", "lookahead"):
+    for level in ("gradients", "lookahead", "predictions"):
         with pytest.raises(InputError, match=f"level {level} cannot be recorded with --layer-stream"):
             stream(folder, path, tmp_path, level=level)
     with pytest.raises(ModelError, match=r"one layer at a time takes .* the memory limit is 0\.0977 GiB"):

@@ -1,0 +1,250 @@
+"""Two runs compared on the same tokens: agreement, margins, load and tokens; and checkpoints against the last one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import polars as pl
+from numpy.typing import NDArray
+
+import store
+from app.frames.axes import layer_label
+from app.frames.expert_tokens import shown
+from profiler.alignment import align
+from profiler.comparison import Comparison, LayerComparison, compare
+from profiler.metrics import comparison as metrics
+from profiler.metrics._arrays import ratio
+from profiler.metrics.comparison import AGREEMENTS
+
+MIN_OCCURRENCES = 10
+"""Occurrences that a token id needs to be listed among the most changed ones."""
+
+Tables = dict[str, pl.DataFrame]
+
+
+def tables(run: store.Run, other: store.Run, *, by_position: bool = False) -> Tables:
+    """All frames of a comparison by the names of :data:`SECTIONS`.
+
+    Raises:
+        InputError: the runs cannot be aligned.
+    """
+    compared = compare(align(run, other, by_position=by_position))
+    return {name: make(compared) for name, make in SECTIONS.items()}
+
+
+def alignment(compared: Comparison) -> pl.DataFrame:
+    """One row per run: run, model, dtype, sequences, compared, left_out, tokens compared, aligned_by."""
+    found = compared.alignment
+    rows = [
+        (run.name, run.info.model, run.info.dtype, run.info.sequences, len(found.pairs), left, found.tokens, found.by)
+        for run, left in zip((found.first, found.second), found.left_out, strict=True)
+    ]
+    return pl.DataFrame(rows, schema=_ALIGNMENT, orient="row")
+
+
+def agreement(compared: Comparison) -> pl.DataFrame:
+    """One row per measure over all layers: measure, value, low, high, chance, popularity, token_layers.
+
+    chance: of uniformly random selections; popularity: of tokens that are shuffled, every expert as often as it is;
+    null where neither is known.
+    """
+    sums = sum(layer.sums for layer in compared.layers)
+    found = metrics.agreement(sums=np.asarray(sums))
+    by_layer = layers(compared).select("tokens", "chance", "popularity", "first_chance", "first_popularity")
+    count = float(by_layer["tokens"].sum())
+    baselines: list[float | None] = [
+        float((by_layer[name] * by_layer["tokens"]).sum()) / count for name in by_layer.columns[1:]
+    ]
+    chance = {"overlap": baselines[:2], "first_choice": baselines[2:]}
+    rows = [
+        (name, *_ends(found[name]), *chance.get(name, (None, None)), int(count)) for name in AGREEMENTS
+    ]  # fmt: skip
+    return pl.DataFrame(rows, schema=_AGREEMENT, orient="row")
+
+
+def layers(compared: Comparison) -> pl.DataFrame:
+    """One row per MoE layer: layer, step, label, tokens; the measures of agreement with low and high (95 %, sequences
+    drawn anew); chance and popularity = overlap, first_chance and first_popularity = first choice, of random and of
+    shuffled selections; total_variation of the loads with low and high (jackknife)."""
+    sums = np.stack([layer.sums for layer in compared.layers], axis=1)
+    found = metrics.agreement(sums=sums)
+    rows = []
+    for axis, layer in enumerate(compared.layers):
+        at = layer.layer
+        moved = metrics.load_difference(first=layer.loads[0], second=layer.loads[1]).total_variation
+        rows.append(
+            (
+                at.layer,
+                at.step,
+                layer_label(at.layer, at.step),
+                int(layer.sums[:, -1].sum()),
+                *(value for name in AGREEMENTS for value in _ends(found[name], axis)),
+                *_baselines(layer),
+                *_ends(moved),
+            )
+        )
+    return pl.DataFrame(rows, schema=_LAYERS, orient="row").fill_nan(None)
+
+
+def domains(compared: Comparison) -> pl.DataFrame:
+    """One row per domain, over all layers: domain, token_layers, the measures of agreement with low and high."""
+    sums = np.asarray(sum(layer.sums for layer in compared.layers))
+    rows = []
+    for domain in np.unique(compared.groups.domain).tolist():
+        mine = sums[compared.groups.domain == domain]
+        found = metrics.agreement(sums=mine)
+        rows.append((domain, int(mine[:, -1].sum()), *(value for name in AGREEMENTS for value in _ends(found[name]))))
+    return pl.DataFrame(rows, schema=_DOMAINS, orient="row").fill_nan(None)
+
+
+def margins(compared: Comparison) -> pl.DataFrame:
+    """One row per margin, layer ("all" = all of them) and part of its range: margin, label, low, high, flipped and
+    unchanged = tokens there, flip_share of both.
+
+    boundary_margin: logit of the last expert taken minus the next one's, in the first run. Of tokens that flip alone:
+    left_weight, share of the first run's gate weight on experts that left, and weight_gap, its difference from the
+    share that came in the second. Only what the runs hold.
+    """
+    parts = []
+    for name, edges in metrics.MARGINS.items():
+        histograms = {layer_label(one.layer.layer, one.layer.step): one.margins[name] for one in compared.layers}
+        pooled = np.asarray(sum(histograms.values()))
+        if pooled.any():
+            parts += [_histogram(name, label, edges, one) for label, one in {"all": pooled, **histograms}.items()]
+    return pl.concat(parts) if parts else pl.DataFrame(schema=_MARGINS)
+
+
+def load(compared: Comparison) -> pl.DataFrame:
+    """One row per MoE layer and expert: layer, step, label, expert, selections in both runs, share of the layer's
+    selections in each, difference = second minus first."""
+    parts = []
+    for layer in compared.layers:
+        at, (first, second) = layer.layer, (load.sum(0) for load in layer.loads)
+        size = len(first)
+        parts.append(
+            pl.DataFrame(
+                {
+                    "layer": np.full(size, at.layer),
+                    "step": np.full(size, at.step),
+                    "label": [layer_label(at.layer, at.step)] * size,
+                    "expert": np.arange(size),
+                    "selections": first,
+                    "other_selections": second,
+                    "share": first / max(first.sum(), 1),
+                    "other_share": second / max(second.sum(), 1),
+                    "difference": second / max(second.sum(), 1) - first / max(first.sum(), 1),
+                },
+                schema=_LOAD,
+            )
+        )
+    return pl.concat(parts)
+
+
+def changed(compared: Comparison, *, count: int = 100) -> pl.DataFrame:
+    """The token ids that agree least, over all layers: token_id, text, occurrences, overlap, exact.
+
+    Ids with ``MIN_OCCURRENCES`` occurrences. Empty where the runs were aligned by position.
+    """
+    found = compared.changes
+    if found is None:
+        return pl.DataFrame(schema=_CHANGED)
+    often = np.flatnonzero((found.occurrences >= MIN_OCCURRENCES) & (found.counted > 0))
+    overlap, exact = (values[often] / found.counted[often] for values in (found.overlap, found.exact))
+    order = np.lexsort((found.token_ids[often], overlap))[:count]
+    chosen = often[order]
+    pieces = compared.alignment.first.token_bytes(found.token_ids[chosen].tolist())
+    return pl.DataFrame(
+        {
+            "token_id": found.token_ids[chosen],
+            "text": [shown(pieces.get(token)) for token in found.token_ids[chosen].tolist()],
+            "occurrences": found.occurrences[chosen],
+            "overlap": overlap[order],
+            "exact": exact[order],
+        },
+        schema=_CHANGED,
+    )
+
+
+SECTIONS: dict[str, Callable[[Comparison], pl.DataFrame]] = {
+    "alignment": alignment,
+    "agreement": agreement,
+    "layers": layers,
+    "domains": domains,
+    "margins": margins,
+    "load": load,
+    "changed": changed,
+}
+"""The frames of a comparison by name, in the order in which the command prints them."""
+
+
+def saturation(runs: Sequence[store.Run], *, by_position: bool = False) -> pl.DataFrame:
+    """Router saturation of every run but the last against the last one, one row per run and MoE layer.
+
+    Columns: run, layer, step, label, tokens, sequences, saturation and first_choice with low and high, chance and
+    popularity of the saturation.
+    """
+    parts = []
+    for run in runs[:-1]:
+        compared = compare(align(run, runs[-1], by_position=by_position), margins=False)
+        names = {"overlap": "saturation", "overlap_low": "saturation_low", "overlap_high": "saturation_high"}
+        frame = layers(compared).rename(names).select(*_SATURATION)
+        frame.insert_column(0, pl.Series("run", [run.name] * len(frame)))
+        parts.append(frame.with_columns(sequences=pl.lit(len(compared.alignment.pairs), pl.Int64)))
+    return pl.concat(parts)
+
+
+def _baselines(layer: LayerComparison) -> tuple[float, float, float, float]:
+    """Overlap by chance and by popularity, first choice by chance and by popularity."""
+    experts, tokens = layer.layer.num_experts, int(layer.sums[:, -1].sum())
+    first, second = (load.sum(0) for load in layer.loads)
+    return (
+        metrics.chance_overlap(top_k=layer.top_k, num_experts=experts),
+        metrics.popularity_overlap(first=first, second=second, tokens=tokens),
+        1.0 / experts,
+        metrics.popularity_overlap(first=layer.firsts[0], second=layer.firsts[1], tokens=tokens),
+    )
+
+
+def _histogram(name: str, label: str, edges: NDArray[np.float64], counts: NDArray[np.int64]) -> pl.DataFrame:
+    flipped, unchanged = counts
+    known = unchanged.any()
+    columns = {
+        "margin": [name] * len(flipped),
+        "label": [label] * len(flipped),
+        "low": edges[:-1],
+        "high": edges[1:],
+        "flipped": flipped,
+        "unchanged": unchanged if known else [None] * len(flipped),
+        "flip_share": ratio(flipped, flipped + unchanged) if known else [None] * len(flipped),
+    }
+    return pl.DataFrame(columns, schema=_MARGINS).fill_nan(None)
+
+
+def _ends(found: metrics.Intervals, axis: int | None = None) -> tuple[float | None, ...]:
+    """Value, low and high of one layer, or of the only one; None for what is not known."""
+    values = (found.value, found.low, found.high)
+    picked = [float(one if axis is None else one[axis]) for one in values]
+    return tuple(None if np.isnan(value) else value for value in picked)
+
+
+_KEYS = {"layer": pl.Int32, "step": pl.Int32, "label": pl.String}
+_MEASURES = {f"{name}{end}": pl.Float64 for name in AGREEMENTS for end in ("", "_low", "_high")}
+_ALIGNMENT = {"run": pl.String, "model": pl.String, "dtype": pl.String, "sequences": pl.Int64, "compared": pl.Int64,
+              "left_out": pl.Int64, "tokens": pl.Int64, "aligned_by": pl.String}  # fmt: skip
+_AGREEMENT = {"measure": pl.String, "value": pl.Float64, "low": pl.Float64, "high": pl.Float64, "chance": pl.Float64,
+              "popularity": pl.Float64, "token_layers": pl.Int64}  # fmt: skip
+_LAYERS = {
+    **_KEYS, "tokens": pl.Int64, **_MEASURES, "chance": pl.Float64, "popularity": pl.Float64,
+    "first_chance": pl.Float64, "first_popularity": pl.Float64, "total_variation": pl.Float64,
+    "total_variation_low": pl.Float64, "total_variation_high": pl.Float64,
+}  # fmt: skip
+_DOMAINS = {"domain": pl.String, "token_layers": pl.Int64, **_MEASURES}
+_MARGINS = {"margin": pl.String, "label": pl.String, "low": pl.Float64, "high": pl.Float64, "flipped": pl.Int64,
+            "unchanged": pl.Int64, "flip_share": pl.Float64}  # fmt: skip
+_LOAD = {**_KEYS, "expert": pl.Int32, "selections": pl.Int64, "other_selections": pl.Int64, "share": pl.Float64,
+         "other_share": pl.Float64, "difference": pl.Float64}  # fmt: skip
+_CHANGED = {"token_id": pl.Int64, "text": pl.String, "occurrences": pl.Int64, "overlap": pl.Float64,
+            "exact": pl.Float64}  # fmt: skip
+_SATURATION = [*_KEYS, "tokens", "saturation", "saturation_low", "saturation_high", "first_choice", "first_choice_low",
+               "first_choice_high", "chance", "popularity"]  # fmt: skip
