@@ -22,8 +22,8 @@ install: .venv/installed  ## set up .venv with everything
 demo: install  ## profile the bundled model and open the dashboard; ARGS=--no-dashboard ends after the summary
 	@$(BIN)/python -P -m app.cli demo $(ARGS)
 
-test: install  ## run all tests; those that need a browser are skipped where there is none
-	$(BIN)/python -P -m pytest $(ARGS)
+test: install  ## run all tests, on two cores; those that need a browser are skipped where there is none
+	$(BIN)/python -P -m pytest -n 2 --dist loadfile $(ARGS)
 
 check: install  ## ruff and mypy
 	$(BIN)/ruff check .
@@ -40,8 +40,8 @@ sample-model: install  ## train the sample model again (Debian 12; hours); its t
 	    MALLOC_TOP_PAD_=268435456 $(BIN)/python -P -m sample_data.train --data build/sample-data --out sample_data/model
 	$(BIN)/python -P -m sample_data.evaluate --data build/sample-data
 	rm -f sample_data/runs/sample*.duckdb
-	$(BIN)/moescope collect sample_data/model --data sample_data/texts/*.jsonl --tokens 150k --dtype float32 \
-	    --level routing,activations,attention \
+	$(BIN)/moescope collect sample_data/model --data sample_data/texts/*.jsonl --tokens 108k --dtype float32 \
+	    --level routing,activations,attention,similarity,lookahead,predictions \
 	    --store sample_data/runs --name sample
 
 screenshots: install  ## shoot every page, light and dark, into docs/screenshots (needs Chromium)

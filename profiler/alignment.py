@@ -60,7 +60,8 @@ class Alignment:
 
 
 def align(first: store.Run, second: store.Run, *, by_position: bool = False) -> Alignment:
-    """Pair the sequences of two runs that have the same token ids, in any order, each once.
+    """Pair the sequences of two runs that have the same token ids (or, of imports that know texts of tokens alone, the
+    same texts token by token), in any order, each once.
 
     by_position: pair sequences of the same number and length instead, for runs that keep no token ids.
 
@@ -74,7 +75,7 @@ def align(first: store.Run, second: store.Run, *, by_position: bool = False) -> 
     if by_position:
         pairs, lengths = _by_position(first, second)
     else:
-        _require_same_tokenizer(first, second)
+        _require_token_ids(first, second)
         pairs, lengths = _by_tokens(first, second)
     left_out = first.info.sequences - len(pairs), second.info.sequences - len(pairs)
     return Alignment(first, second, pairs, lengths, "position" if by_position else "token ids", left_out)
@@ -102,11 +103,11 @@ def _by_position(first: store.Run, second: store.Run) -> tuple[NDArray[np.int64]
 
 def _by_tokens(first: store.Run, second: store.Run) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     waiting: defaultdict[bytes, deque[int]] = defaultdict(deque)
-    for number, mark, _ in _marks(second):
+    for number, mark, _ in _marks(second, _translation(first, second)):
         waiting[mark].append(number)
     pairs, lengths = [], []
     for number, mark, length in _marks(first):
-        if waiting[mark]:
+        if waiting.get(mark):
             pairs.append((number, waiting[mark].popleft()))
             lengths.append(length)
     if not pairs:
@@ -117,12 +118,28 @@ def _by_tokens(first: store.Run, second: store.Run) -> tuple[NDArray[np.int64], 
     return np.array(pairs, np.int64), np.array(lengths, np.int64)
 
 
-def _marks(run: store.Run) -> Iterator[tuple[int, bytes, int]]:
+def _translation(first: store.Run, second: store.Run) -> NDArray[np.int32] | None:
+    """The first run's id for each id of the second, -1 = none, where an import numbered its token texts itself; None
+    where both have the tokenizer's own ids, which must mean the same in both."""
+    one, other = (dict(run.table("vocabulary").iter_rows()) for run in (first, second))
+    if not any(run.info.settings.get("token_ids_by_text") for run in (first, second)):
+        _require_same_tokenizer(first, second, one, other)
+        return None
+    names = {piece: token for token, piece in one.items() if piece}
+    result = np.full(max(other, default=-1) + 1, -1, np.int32)
+    for token, piece in other.items():
+        result[token] = names.get(piece, -1)
+    return result
+
+
+def _marks(run: store.Run, translation: NDArray[np.int32] | None = None) -> Iterator[tuple[int, bytes, int]]:
     """Number, fingerprint and length of every sequence whose tokens are all known."""
     table = run.table("sequence").select("sequence", "tokens").sort("sequence")
     numbers, ends = table["sequence"].to_numpy().astype(np.int64), np.cumsum(table["tokens"].to_numpy(), dtype=np.int64)
     for part in np.split(numbers, np.flatnonzero(np.diff(ends // BLOCK_TOKENS)) + 1):
         for number, ids in token_ids(run, part):
+            if translation is not None:
+                ids = np.where(ids < 0, np.int32(-1), translation[ids])
             if len(ids) and ids.min() >= 0:
                 yield number, hashlib.blake2b(ids.tobytes(), digest_size=16).digest(), len(ids)
 
@@ -170,12 +187,16 @@ def _require_same_layers(first: store.Run, second: store.Run) -> None:
                 )
 
 
-def _require_same_tokenizer(first: store.Run, second: store.Run) -> None:
+def _require_token_ids(first: store.Run, second: store.Run) -> None:
     for run in (first, second):
         if not run.has_tokens:
             reason = run.omissions.get("text", "it was collected with --no-text").rstrip(".")
             raise InputError(f"run {run.name!r} keeps no token ids ({reason}); {BY_POSITION}")
-    one, other = (dict(run.table("vocabulary").iter_rows()) for run in (first, second))
+
+
+def _require_same_tokenizer(
+    first: store.Run, second: store.Run, one: dict[int, bytes], other: dict[int, bytes]
+) -> None:
     shared = [token for token in sorted(one.keys() & other.keys()) if one[token] and other[token]]
     apart = [token for token in shared if one[token] != other[token]]
     if apart:

@@ -135,21 +135,22 @@ def _add(
         mine, experts = one[tokens.counted], load.shape[1]
         load += comparison.load_sums(ids=mine, group=group[tokens.counted], num_groups=len(load), num_experts=experts)
         firsts += np.bincount(mine[:, 0][mine[:, 0] >= 0], minlength=experts)
-    values = {}
+    flips, values = tokens.flipped, {}
     if weights is not None:
-        values["left_weight"] = comparison.left_weight(ids=ids, weights=weights, kept=tokens.kept)
-    if weights is not None and weights_there is not None:
-        values["weight_gap"] = comparison.weight_gap(
-            first=ids, first_weights=weights, second=ids_there, second_weights=weights_there, tokens=tokens
-        )
+        mine, mine_weights = ids[flips], weights[flips]
+        values["left_weight"] = comparison.left_weight(ids=mine, weights=mine_weights, kept=tokens.kept[flips])
+        if weights_there is not None:
+            values["weight_gap"] = comparison.weight_gap(
+                first=mine, first_weights=mine_weights, second=ids_there[flips], second_weights=weights_there[flips]
+            )
     if held.logits:
-        margin = values["boundary_margin"] = _boundary_margin(alignment.first, found.layer, here, ids)
+        margin = _boundary_margin(alignment.first, found.layer, here, ids)
+        values["boundary_margin"] = margin[flips]
         found.margins["boundary_margin"][1] += comparison.histogram(
             values=margin[tokens.exact], edges=comparison.LOGITS
         )
     for name, value in values.items():
-        edges = comparison.MARGINS[name]
-        found.margins[name][0] += comparison.histogram(values=value[tokens.flipped], edges=edges)
+        found.margins[name][0] += comparison.histogram(values=value, edges=comparison.MARGINS[name])
     return np.stack([tokens.counted, tokens.overlap, tokens.exact])
 
 

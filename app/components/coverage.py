@@ -25,7 +25,12 @@ def section(run: Run) -> None:
     needed = data.frame(frames.needed, run)
     if needed.is_empty():
         _nothing(run)
-        return
+    else:
+        _convergence(run, needed)
+    _scores(run)
+
+
+def _convergence(run: Run, needed: pl.DataFrame) -> None:
     scores = needed["score"].unique(maintain_order=True).to_list()
     with st.container(horizontal=True, gap="medium", vertical_alignment="bottom"):
         default = next(name for name in _PREFERRED if name in scores)
@@ -44,11 +49,11 @@ def section(run: Run) -> None:
         read="Two texts of the same kind would agree this far on which experts to keep. Below the target, a plan "
         "made on this text is partly made of its accidents. The dashed line carries the agreement of halves on to "
         "longer texts; where it leaves the measured points, do not trust it beyond them.",
-        rests_on="Mean over the layers of 100 random choices of disjoint parts, sixteenths of the sequences.",
+        rests_on=f"Mean over {len(run.layers)} layers of 100 random choices of disjoint parts, sixteenths of the text: "
+        + _length(run),
         alt="Curve: agreement of two texts over their length, with target and chance",
     )  # fmt: skip
     _table(needed)
-    _scores(run)
 
 
 def sentence(row: dict[str, object]) -> str:
@@ -64,6 +69,12 @@ def sentence(row: dict[str, object]) -> str:
     return f"Ranked by {what}: {row['verdict']} tokens. By its halves, {expected}."
 
 
+def _length(run: Run) -> str:
+    """What the figures rest on, with a full stop."""
+    sequences = f" in {run.info.sequences:,} sequences" if run.info.sequences else ""
+    return f"{run.info.tokens:,} tokens{sequences}."
+
+
 def _words(score: str) -> str:
     return frames.SCORES.get(score, score)
 
@@ -73,7 +84,7 @@ def _table(needed: pl.DataFrame) -> None:
         number = st.column_config.NumberColumn
         st.dataframe(
             needed.with_columns(pl.col("score").replace(frames.SCORES)).select(
-                "score", "goal", "verdict", "half", "low", "high", "chance_high", "whole", "target", "needed"
+                "score", "goal", "verdict", "needed", "whole", "target", "half", "low", "high", "chance_high"
             ),
             hide_index=True,
             alt="Table: per score and goal, agreement of halves, expected agreement and tokens needed",
@@ -110,7 +121,7 @@ def _scores(run: Run) -> None:
             key="score-agreement",
             read="Blue: both scores rank the experts alike, so the cheaper one will do. In brackets: no more alike "
             "than random rankings. Where scores differ, only damage measured after a cut can say which is right.",
-            rests_on=f"{frame['experts'][0]:,} experts.",
+            rests_on=f"{frame['experts'][0]:,} experts, {_length(run)}",
             alt="Map of importance scores by importance scores: rank correlation",
         )  # fmt: skip
 

@@ -31,6 +31,8 @@ _READ = {
 
 def section(run: Run, *, domain: str | None, phase: str | None) -> None:
     """Draw the section."""
+    if not run.layers:  # a live run before its first shard
+        return
     st.subheader("Which experts meet?", anchor=False)
     if header.omitted("Which experts meet, and which follow", run, *_lacks_pairs(run)):
         return
@@ -45,12 +47,15 @@ def section(run: Run, *, domain: str | None, phase: str | None) -> None:
     with st.container(horizontal=True, gap="medium", vertical_alignment="bottom"):
         label = state.choose("Layer", labels, key="layer", default=labels[min(1, len(labels) - 1)])
         measure = state.choose("Pairs by", list(frames.MEASURES), key="pairs", words=frames.MEASURES.__getitem__)
+    if phase:
+        st.caption("Pairs, and what follows, are counted over both phases.")
     _pairs(run, label=label, measure=measure, domain=domain)
     if run.live:
         header.not_yet("What follows, and what can be foreseen,", run)
         return
     _transitions(run, label=label, domain=domain)
-    _foreseen(run, label=label, domain=domain, phase=phase)
+    if len(labels) > 1:
+        _foreseen(run, label=label, domain=domain, phase=phase)
 
 
 def _lacks_pairs(run: Run) -> tuple[str, ...]:
@@ -147,10 +152,11 @@ def _foreseen(run: Run, *, label: str, domain: str | None, phase: str | None) ->
     st.subheader("Can the next experts be foreseen?", anchor=False)
     early = data.frame(frames.lookaheads, run, domain=domain, phase=phase)
     held_out = data.frame(frames.predictability, run)
-    if held_out.is_empty() and len(run.layers) > 1:
+    fitted = held_out.filter(pl.col("predictor") == "transition")
+    if fitted.is_empty():
         header.not_yet("How far experts can be foreseen", run)
     both = _together(held_out, early)
-    if len(both):
+    if len(fitted) or len(early):
         st.markdown(sentence(held_out, early))
         words = {str(extra): "k experts" if not extra else f"k + {extra} experts" for extra in range(EXTRA + 1)}
         extra = int(state.choose("Fetched", list(words), key="fetched", words=words.__getitem__))
@@ -160,15 +166,16 @@ def _foreseen(run: Run, *, label: str, domain: str | None, phase: str | None) ->
             key=f"foreseen-{extra}",
             read="The part of each layer's choices that is in memory in time if so many experts are fetched while the "
             "layer before still computes. What lies above popularity is gained by looking.",
-            rests_on=f"Fitted on one half of the sequences, tried on the other; all text. {_sampled(held_out)}"
-            + (" Early routers are counted, not fitted: no interval." if len(early) else ""),
+            rests_on=f"Fitted on one half of the sequences, tried on the other; all text. {_sampled(fitted)}"
+            + (f" Early routers: {_where(domain, phase)}, counted, not fitted: no interval." if len(early) else ""),
             alt="Curves over the layers: share of choices foreseen by transitions, popularity, early routers, chance",
         )
         chart.show(
             figures.width_curves(both, label=label, theme=state.theme()),
             both.filter(pl.col("label") == label),
             key=f"widths-{label}",
-            read="What fetching more experts buys, and what looking further ahead costs.",
+            read="What fetching more experts buys, and what looking further ahead costs: solid lines look one layer "
+            "ahead, dashed ones two, dotted ones three.",
             alt=f"Curves over experts fetched: share of the choices of layer {label} foreseen",
         )
     if early.is_empty():
@@ -239,6 +246,10 @@ def _sampled(frame: pl.DataFrame) -> str:
         return ""
     tokens, sequences = most(frame["tokens"]), most(frame["sequences"])
     return f"{tokens:,.0f} tokens of {sequences:,.0f} sequences; 95 % intervals over sequences."
+
+
+def _where(domain: str | None, phase: str | None) -> str:
+    return ", ".join(state.plain(part) for part in (domain, phase) if part) or "all text"
 
 
 def _text(frame: pl.DataFrame, domain: str | None) -> str:

@@ -13,9 +13,12 @@ MEASURES = {"overlap": "experts in common", "exact": "same set", "first_choice":
 _BASELINES = {
     "popularity": "experts in common, tokens shuffled", "chance": "experts in common, random",
 }  # fmt: skip
+ZOOMED = 0.9
+"""Where all runs of a figure agree more than this, its axis begins near them and leaves the baselines below."""
+
 MARGINS = {
-    "boundary_margin": ("Margin of the last expert taken over the next", "logits"),
-    "left_weight": ("Gate weight on the experts that left", "share of the token's gate weight"),
+    "boundary_margin": ("Last expert taken over the next", "logits"),
+    "left_weight": ("Gate weight that left", "share of the token's gate weight"),
     "weight_gap": ("Gate weight that left against what came", "difference of the shares"),
 }
 """Titles and units by the name of the margin in ``app.frames.comparison.margins``."""
@@ -43,9 +46,12 @@ def agreement_curves(frame: pl.DataFrame, *, theme: Theme = "light") -> go.Figur
             x=x, y=frame[name], mode="lines", name=words, line={"color": colours.muted, "dash": dash, "width": 1.5},
             hovertemplate=f"layer %{{x}}<br>{words} %{{y:.2%}}<extra></extra>",
         )  # fmt: skip
+    least = float(np.nanmin(frame.select(*MEASURES, *(f"{name}_low" for name in MEASURES)).to_numpy().astype(float)))
     layout(figure, title="Agreement of the selections", x="layer", y="share of tokens", theme=theme, height=420)
     figure.update_xaxes(type="category", showgrid=False, nticks=24)
-    figure.update_yaxes(tickformat=".0%", rangemode="tozero")
+    figure.update_yaxes(tickformat=".1~%" if least > ZOOMED else ".0%", rangemode="tozero")
+    if least > ZOOMED:
+        figure.update_yaxes(range=[least - 0.1 * (1 - least) - 1e-4, 1 + 0.1 * (1 - least) + 1e-4])
     return figure
 
 
@@ -77,11 +83,10 @@ def margin_bars(frame: pl.DataFrame, *, margin: str, where: str = "all layers", 
     """
     words, unit = MARGINS[margin]
     title = f"{words}, {where}"
-    filled = frame.filter((pl.col("flipped") + pl.col("unchanged").fill_null(0)) > 0)
-    if filled.is_empty():
-        return message("No token flips here.", title=title, theme=theme, height=340)
-    first, last = filled["low"].min(), filled["high"].max()
-    shown = frame.filter((pl.col("low") >= first) & (pl.col("high") <= last))
+    filled = np.flatnonzero((frame["flipped"] + frame["unchanged"].fill_null(0)).to_numpy())
+    if not frame["flipped"].sum():
+        return message("No token flips here.", title=title, theme=theme, height=380)
+    shown = frame[int(filled[0]) : int(filled[-1]) + 1]
     colours = palette(theme)
     x = [_range(low, high) for low, high in shown.select("low", "high").iter_rows()]
     figure = go.Figure()
@@ -99,8 +104,10 @@ def margin_bars(frame: pl.DataFrame, *, margin: str, where: str = "all layers", 
             x=x, y=counts / max(int(counts.sum()), 1), customdata=extra, name=label, marker={"color": colour},
             hovertemplate=hover + "<extra></extra>",
         )  # fmt: skip
-    layout(figure, title=title, x=unit, y="share of these tokens", theme=theme, height=380, wide=False)
-    figure.update_xaxes(type="category", showgrid=False)
+    layout(figure, title=title, x=f"{unit}, from", y="share of these tokens", theme=theme, height=380, wide=False)
+    every = 1 if len(x) <= 10 else 2
+    edges = [f"{low:.2g}" for low in shown["low"]]
+    figure.update_xaxes(type="category", showgrid=False, tickvals=x[::every], ticktext=edges[::every], tickangle=0)
     figure.update_yaxes(tickformat=".0%")
     return figure
 
@@ -135,7 +142,7 @@ def _band(figure: go.Figure, x: list[str], low: pl.Series, high: pl.Series, colo
     figure.add_scatter(x=x, y=low, fill="tonexty", fillcolor=colour, **common)
 
 
-def _range(low: float, high: float) -> str:
-    if low == 0.0:
-        return f"< {high:.2g}"
-    return f"≥ {low:.2g}" if np.isinf(high) else f"{low:.2g} – {high:.2g}"
+def _range(low: float, high: float | None) -> str:
+    if high is None:
+        return f"≥ {low:.2g}"
+    return f"< {high:.2g}" if low == 0.0 else f"{low:.2g} – {high:.2g}"

@@ -52,8 +52,9 @@ def convergence_curve(
         )  # fmt: skip
     figure.add_vline(x=tokens, line={"color": colours.muted, "width": 1})
     figure.add_annotation(
-        x=math.log10(max(tokens, 1)), y=1.02, yref="paper", text="this run", showarrow=False, font={"size": 11}
-    )
+        x=math.log10(max(tokens, 1)), y=0.06, yref="paper", xanchor="left", xshift=4, text="this run",
+        showarrow=False, font={"size": 11},
+    )  # fmt: skip
     layout(figure, title=title, x="tokens of each text (log scale)", y="agreement", theme=theme, height=380)
     figure.update_xaxes(**log_ticks(expected["tokens"].to_list()))
     return figure

@@ -25,6 +25,7 @@ MEASURES = {
 PREDICTORS = {
     "transition": "experts of an earlier layer",
     "popularity": "popularity: always the same experts",
+    "previous": "experts of the token before",
     "router": "router run early on the earlier router's input",
     "residual": "router run early through its own norm",
 }
@@ -126,13 +127,15 @@ def recall_curves(frame: pl.DataFrame, *, extra: int, theme: Theme = "light") ->
     for control, name in CONTROLS.items():
         part = near.filter((pl.col("predictor") == "transition") & (pl.col("control") == control))
         _recall(figure, part, name, control, theme)
-    chance = near.unique("label", maintain_order=True)
+    chance = near.unique(["layer", "step"]).sort("layer", "step")
     line = {"color": palette(theme).muted, "width": 1.3, "dash": "dash"}
     figure.add_scatter(
         x=chance["label"], y=chance["chance"], mode="lines", name="random experts", line=line,
         hovertemplate="layer %{x}<br>random experts %{y:.1%}<extra></extra>",
     )  # fmt: skip
-    return _over_layers(figure, title=title, y="choices foreseen (0 to 1)", theme=theme)
+    _over_layers(figure, title=title, y="choices foreseen (0 to 1)", theme=theme)
+    labels = near.unique(["layer", "step"]).sort("layer", "step")["label"].to_list()
+    return figure.update_xaxes(categoryorder="array", categoryarray=labels)
 
 
 def width_curves(frame: pl.DataFrame, *, label: str, theme: Theme = "light") -> go.Figure:
@@ -146,9 +149,10 @@ def width_curves(frame: pl.DataFrame, *, label: str, theme: Theme = "light") -> 
     for predictor, name in PREDICTORS.items():
         of_one = mine.filter(pl.col("predictor") == predictor)
         for (distance,), part in of_one.sort("distance", "extra").group_by(["distance"], maintain_order=True):
-            ahead = f", {distance} layers ahead" if distance and int(distance) > 1 else ""
+            ahead = f", {distance} layers ahead" if int(distance) > 1 else ""
             figure.add_scatter(
-                x=part["extra"], y=part["value"], mode="lines+markers", name=name + ahead,
+                x=part["extra"], y=part["value"], mode="lines+markers", name=name, legendgroup=predictor,
+                showlegend=int(distance) <= 1,
                 line={"color": _colour(predictor, theme), "dash": dashes.get(int(distance), "dot"), "width": 2},
                 marker={"size": 5},
                 hovertemplate=f"{name}{ahead}<br>k + %{{x}} fetched: %{{y:.1%}}<extra></extra>",
@@ -173,7 +177,11 @@ def _recall(figure: go.Figure, part: pl.DataFrame, name: str, key: str, theme: T
 def _colour(key: str, theme: Theme) -> str:
     colours = palette(theme)
     known = {"transition": colours.accent, "popularity": colours.categorical[1], "router": colours.categorical[2]}
-    known |= {"residual": colours.categorical[3], "shuffled": colours.categorical[6]}
+    known |= {
+        "residual": colours.categorical[3],
+        "shuffled": colours.categorical[6],
+        "previous": colours.categorical[4],
+    }
     return known.get(key, colours.categorical[5])
 
 
@@ -219,7 +227,8 @@ def _coloured(
         return (100 * cells).astype(np.float32), {**colours, "colorbar": bar}, f"%{{z:.2f}} {words}"
     with np.errstate(divide="ignore"):
         bits = cells if measure == "pointwise_information" else np.log2(cells)
-    bound = float(np.clip(np.ceil(np.nanmax(np.abs(bits), where=np.isfinite(bits), initial=1.0)), 1.0, 4.0))
+    usual = np.quantile(np.abs(bits[np.isfinite(bits)]), 0.98) if np.isfinite(bits).any() else 1.0
+    bound = float(np.clip(np.ceil(usual), 1.0, 3.0))
     colours = {"colorscale": scale(palette(theme).diverging), "zmid": 0.0, "zmin": -bound, "zmax": bound}
     ticks: dict[str, Any] = {}
     if measure != "pointwise_information":

@@ -148,10 +148,10 @@ def _unsettled(run: store.Run) -> list[Row]:
     found = ranked.filter(pl.col("verdict") != "enough")
     if found.is_empty():
         return []
-    words = [f"{score}: {verdict}" for score, verdict in found.select("score", "verdict").iter_rows()]
+    words = [f"{score}, {verdict}" for score, verdict in found.select("score", "verdict").iter_rows()]
     shown = words if len(words) < 3 else [words[0], "…", words[-1]]
     detail = f"by {len(found)} of {len(ranked)} scores, two texts of {run.info.tokens:,} tokens would order the experts"
-    detail += f" less alike than {found['target'][0]:.2f} (rank correlation); in tokens, {', '.join(shown)}"
+    detail += f" less alike than {found['target'][0]:.2f} (rank correlation); tokens by score: {'; '.join(shown)}"
     settled = ranked.filter(pl.col("verdict") == "enough")["score"].to_list()
     if settled:
         detail += f"; or cut by {', '.join(settled)}"

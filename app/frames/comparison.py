@@ -52,13 +52,13 @@ def agreement(compared: Comparison) -> pl.DataFrame:
     sums = sum(layer.sums for layer in compared.layers)
     found = metrics.agreement(sums=np.asarray(sums))
     by_layer = layers(compared).select("tokens", "chance", "popularity", "first_chance", "first_popularity")
-    count = float(by_layer["tokens"].sum())
+    count = int(by_layer["tokens"].sum())
     baselines: list[float | None] = [
-        float((by_layer[name] * by_layer["tokens"]).sum()) / count for name in by_layer.columns[1:]
+        float((by_layer[name] * by_layer["tokens"]).sum()) / max(count, 1) for name in by_layer.columns[1:]
     ]
     chance = {"overlap": baselines[:2], "first_choice": baselines[2:]}
     rows = [
-        (name, *_ends(found[name]), *chance.get(name, (None, None)), int(count)) for name in AGREEMENTS
+        (name, *_ends(found[name]), *chance.get(name, (None, None)), count) for name in AGREEMENTS
     ]  # fmt: skip
     return pl.DataFrame(rows, schema=_AGREEMENT, orient="row")
 
@@ -99,8 +99,8 @@ def domains(compared: Comparison) -> pl.DataFrame:
 
 
 def margins(compared: Comparison) -> pl.DataFrame:
-    """One row per margin, layer ("all" = all of them) and part of its range: margin, label, low, high, flipped and
-    unchanged = tokens there, flip_share of both.
+    """One row per margin, layer ("all" = all of them) and part of its range: margin, label, low, high (null = no
+    bound), flipped and unchanged = tokens there, flip_share of both.
 
     boundary_margin: logit of the last expert taken minus the next one's, in the first run. Of tokens that flip alone:
     left_weight, share of the first run's gate weight on experts that left, and weight_gap, its difference from the
@@ -213,7 +213,7 @@ def _histogram(name: str, label: str, edges: NDArray[np.float64], counts: NDArra
         "margin": [name] * len(flipped),
         "label": [label] * len(flipped),
         "low": edges[:-1],
-        "high": edges[1:],
+        "high": np.where(np.isfinite(edges[1:]), edges[1:], np.nan),
         "flipped": flipped,
         "unchanged": unchanged if known else [None] * len(flipped),
         "flip_share": ratio(flipped, flipped + unchanged) if known else [None] * len(flipped),

@@ -142,17 +142,20 @@ def information(run: store.Run) -> pl.DataFrame:
 def predictability(run: store.Run) -> pl.DataFrame:
     """One row per MoE layer, predictor, distance, control and experts fetched, from the stored metrics.
 
-    Columns: layer, step, label ("all": the layers together); predictor = transition | popularity; distance (0 for
-    popularity); control; extra = experts beyond k; fetched = k + extra (null for all layers together); value with low
-    and high; chance; tokens, sequences.
+    Columns: layer, step, label ("all": the layers together); predictor = transition | popularity | previous (the
+    experts of the token before: mean overlap); distance (0 for the latter two); control; extra = experts beyond k;
+    fetched = k + extra (null for all layers together); value with low and high; chance; tokens, sequences.
     """
-    parts = []
-    for predictor in ("transition", "popularity"):
-        rows = _with_parameters(run.metrics(f"{predictor}_recall"), {"distance": pl.Int64})
-        parts.append(rows.with_columns(pl.lit(predictor).alias("predictor"), pl.col("distance").fill_null(0)))
-    frame = with_label(pl.concat(parts)).with_columns(pl.col("label").fill_null("all"), pl.col("at").alias("extra"))
+    parts = [run.metrics(metric).with_columns(pl.lit(name).alias("predictor")) for metric, name in _PREDICTORS.items()]
+    frame = with_label(_with_parameters(pl.concat(parts), {"distance": pl.Int64}))
+    overlap = pl.col("predictor") == "previous"
+    frame = frame.filter(~overlap | ((pl.col("at") == 1) & (pl.col("control") == "observed"))).with_columns(
+        pl.col("label").fill_null("all"),
+        pl.col("distance").fill_null(0),
+        pl.when(overlap).then(0).otherwise(pl.col("at")).cast(pl.Int64).alias("extra"),
+    )
     names = ["layer", "step", "label", "predictor", "distance", "control", "extra"]
-    frame = _with_chance(run, frame.with_columns(pl.col("extra").cast(pl.Int64)))
+    frame = _with_chance(run, frame)
     return frame.select(*names, "fetched", "value", "low", "high", "chance", "tokens", "sequences").sort(names)
 
 
@@ -257,6 +260,7 @@ def _with_chance(run: store.Run, frame: pl.DataFrame) -> pl.DataFrame:
     )
 
 
+_PREDICTORS = {"transition_recall": "transition", "popularity_recall": "popularity", "mean_overlap": "previous"}
 _RESTS = ("low", "high", "tokens", "sequences")
 _CELL = {"expert": pl.Int64, "other": pl.Int64, "place": pl.Int64, "other_place": pl.Int64, "joint_tokens": pl.Int64}
 _PAIRS = {**_CELL, "expected": pl.Float64, **dict.fromkeys(MEASURES, pl.Float64), "tokens": pl.Int64}

@@ -49,6 +49,7 @@ def page(run: Run) -> None:
         )  # fmt: skip
     found = _compared(run, others[name], by_position=pairs == "position")
     if found is not None:
+        _doubts(data.open_run(others[name].path))
         _draw(run, found)
 
 
@@ -60,6 +61,13 @@ def _compared(run: Run, entry: Entry, *, by_position: bool) -> frames.Tables | N
         except InputError as error:
             st.info(f"These cannot be compared: {state.plain(str(error), 400)}", icon=":material/compare_arrows:")
             return None
+
+
+def _doubts(other: Run) -> None:
+    """The verdict on the second run's capture where it is no good one; that of the first stands in the title."""
+    if other.badge.status in ("invalid", "warning"):
+        words = f"The capture of {state.code(other.name)} is doubtful: {state.plain(other.badge.reason, 300)}"
+        st.warning(words)
 
 
 def _draw(run: Run, found: frames.Tables) -> None:
@@ -83,7 +91,8 @@ def _alignment(frame: pl.DataFrame) -> str:
 
 
 def _agreement(found: frames.Tables, rests_on: str) -> None:
-    frame = found["agreement"]
+    frame, layers = found["agreement"], found["layers"]
+    (shared,) = frame.filter(measure="overlap").iter_rows(named=True)
     with st.container(horizontal=True, gap="small"):
         for measure, words in figures.MEASURES.items():
             (row,) = frame.filter(measure=measure).iter_rows(named=True)
@@ -92,11 +101,12 @@ def _agreement(found: frames.Tables, rests_on: str) -> None:
             chance = f"Random: {row['chance']:.1%}; shuffled tokens: {row['popularity']:.1%}." if known else ""
             st.metric(words.capitalize(), f"{row['value']:.2%}", help=band + chance, border=True)
     chart.show(
-        figures.agreement_curves(found["layers"], theme=state.theme()),
-        found["layers"],
+        figures.agreement_curves(layers, theme=state.theme()),
+        layers,
         key="compare-agreement",
         read="The share of a token's experts that both runs use, of tokens with the same set, and with the same first "
-        "choice. Shuffled tokens share experts only because some are popular.",
+        f"choice. Random selections have {shared['chance']:.1%} in common, and shuffled tokens, which share what is "
+        f"popular, {shared['popularity']:.1%}.",
         rests_on=rests_on,
         alt="Curves over the layers: experts in common, same set, same first choice, and their baselines",
     )
@@ -117,12 +127,9 @@ def _flips(run: Run, frame: pl.DataFrame) -> None:
         st.write("No token flips, or neither run holds gate weights that would tell how close it was.")
         return
     label = state.choose(
-        "Layer",
-        ["all", *layer_labels(run)],
-        key="flips",
-        words=lambda name: f"{name} layers" if name == "all" else name,
+        "Layer", [state.ALL, *layer_labels(run)], key="flips", words=lambda one: "all layers" if one == "all" else one
     )
-    where = "all layers" if label == "all" else f"layer {safe(label)}"
+    where = "all layers" if label == state.ALL else f"layer {safe(label)}"
     with chart.pair():
         for name in known:
             shown = frame.filter(margin=name, label=label)

@@ -47,11 +47,11 @@ def expert_scores(run: store.Run, *, domain: str | None = None) -> pl.DataFrame:
 
 
 def agreement(run: store.Run, *, domain: str | None = None) -> pl.DataFrame:
-    """Agreement of all pairs of scores, per layer and, with layer null, averaged over the layers.
+    """Agreement of all pairs of scores: with layer null, averaged over the layers; then layer by layer.
 
     Columns: layer, step, first, second; spearman, kendall (tau-b), -1..1; overlap_25, overlap_50 = part of the experts
     in the lowest quarter and half that both would cut, 0..1, by chance 0.25 and 0.5; low, high = what 95 % of random
-    rankings give for spearman; experts. Null where a score is the same for all experts of a layer.
+    rankings give for spearman; experts. Null where a score is the same for all experts of a layer, or not a number.
     """
     scores = expert_scores(run, domain=domain)
     names = scores.columns[3:]
@@ -62,8 +62,11 @@ def agreement(run: store.Run, *, domain: str | None = None) -> pl.DataFrame:
     for (layer, step), part in scores.group_by("layer", "step", maintain_order=True):
         if len(part) < 2 or not pairs:
             continue
-        measured = score_agreement(scores=part.select(names).to_numpy().T, shares=SHARES)
+        values = part.select(names).to_numpy().T
+        unknown = np.isnan(values).any(axis=1)  # a sum that ran over in the model's type
+        measured = score_agreement(scores=np.where(unknown[:, None], 0.0, values), shares=SHARES)
         table = np.stack([measured.spearman, measured.kendall, *measured.overlap])
+        table[:, unknown] = table[:, :, unknown] = np.nan
         band = chance_band(num_experts=[len(part)], measure="spearman", num_draws=400)
         layers.append(table)
         sizes.append(len(part))
@@ -76,7 +79,7 @@ def agreement(run: store.Run, *, domain: str | None = None) -> pl.DataFrame:
         known = np.isfinite(layers)
         with np.errstate(invalid="ignore"):
             mean = np.where(known, layers, 0.0).sum(0) / known.sum(0)
-        rows += [
+        rows = [
             (None, None, names[i], names[j], *mean[:, i, j].tolist(), band.low, band.high, sum(sizes)) for i, j in pairs
-        ]
+        ] + rows
     return pl.DataFrame(rows, schema=_SCHEMA, orient="row").fill_nan(None)

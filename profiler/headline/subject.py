@@ -76,8 +76,9 @@ class Groups:
         return len(self.domain)
 
     @classmethod
-    def of(cls, domains: NDArray[np.str_], max_groups: int = MAX_GROUPS) -> Groups:
+    def of(cls, domains: NDArray[np.str_], max_groups: int | None = None) -> Groups:
         """Every sequence by itself, or, of more than ``max_groups``, groups in proportion to the domains' sequences."""
+        max_groups = max_groups or MAX_GROUPS
         if len(domains) <= max_groups:
             return cls(np.arange(len(domains)), domains)
         group = np.zeros(len(domains), np.int64)

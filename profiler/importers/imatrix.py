@@ -1,7 +1,10 @@
 """llama.cpp's importance matrix: how often each expert was used while it was made.
 
 ``llama-imatrix`` writes, for every weight, ``NAME.counts`` (1, experts): the tokens that went through each expert's
-matrix. The three projections of a layer count the same selections, so one of them is read.
+matrix. The three projections of a layer count the same selections, so one of them is read. Counts are 32-bit floats:
+exact up to 16,777,216.
+
+Source: tools/imatrix/imatrix.cpp of llama.cpp (collect_imatrix, save_imatrix).
 """
 
 from __future__ import annotations
@@ -70,6 +73,10 @@ def _counts(file: gguf.File) -> dict[int, dict[str, NDArray[np.int64]]]:
             raise ImportFileError(f"{file.path}: {name} holds no counts, but {values.min()} to {values.max()}")
         if (values > 2**53).any():
             raise ImportFileError(f"{file.path}: {name} counts up to {values.max():.3g}, which cannot be")
+        if len(values) == 1:
+            raise ImportFileError(
+                f"{file.path}: {name} holds one count for all experts: it was made from a .dat file, which has no more"
+            )
         found.setdefault(int(match[1]), {})[match[2]] = values.astype(np.int64)
     return found
 

@@ -194,11 +194,13 @@ class _Import:
     def _info(self) -> store.RunInfo:
         config, recording = self.options.config, self.recording
         deepest = max(layer.layer for layer in recording.layers) + 1
+        shape = model_shape(config) if config else None
         return store.RunInfo(
             model=self.options.model or recording.model or str(config.get("_name_or_path") or "") or self.path.stem,
             model_type=str(config.get("model_type") or ""),
             model_config=config,
-            num_layers=max(model_shape(config).num_layers, deepest) if config else deepest,
+            num_layers=max(shape.num_layers, deepest) if shape else deepest,
+            hidden_size=shape.hidden_size if shape else 0,
             origin=f"import {self.format}",
             levels="routing",
             settings={"file": self.path.name, **recording.settings},

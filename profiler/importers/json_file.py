@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import io
 import json
 import math
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moescope.errors import ImportFileError
+from profiler.importers.npy import read_header
 
 MAX_BYTES = 1 << 31
 MAX_LINE = 1 << 29
@@ -44,24 +46,24 @@ def responses(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def decoded(value: Any, where: str, *, dtype: str = "int32", shape: tuple[int, ...] | None = None) -> NDArray[np.int64]:
-    """An array of expert ids: nested lists; base64 of raw numbers, whose shape must be given; or both in an object.
+    """An array of expert ids: nested lists; base64 of an .npy file; base64 of raw numbers, whose shape must be given
+    or stand beside them in an object.
 
     Raises:
         ImportFileError: it is none of these, or its bytes do not fill the shape.
     """
     if isinstance(value, dict):
         dtype, given = str(value.get("dtype")), value.get("shape")
-        if value.get("encoding") != "base64" or dtype not in _TYPES or not _is_shape(given):
+        if value.get("encoding", "base64") != "base64" or dtype not in _TYPES or not _is_shape(given):
             raise ImportFileError(
                 f"{where}: encoding {value.get('encoding')!r}, dtype {dtype!r}, shape {given!r} unknown"
             )
         value, shape = value.get("data"), tuple(given or ())
     if isinstance(value, str):
-        try:
-            data = base64.b64decode(value, validate=True)
-        except (binascii.Error, ValueError) as error:
-            raise ImportFileError(f"{where} is no base64: {error}") from error
-        if shape is None or len(data) != math.prod(shape) * np.dtype(dtype).itemsize:
+        data = bytes_of(value, where)
+        if shape is None:
+            return _npy(data, where)
+        if len(data) != math.prod(shape) * np.dtype(dtype).itemsize:
             raise ImportFileError(f"{where} has {len(data)} bytes, which do not fill {shape} of {dtype}")
         return np.frombuffer(data, np.dtype(dtype).newbyteorder("<")).reshape(shape).astype(np.int64)
     try:
@@ -73,8 +75,8 @@ def decoded(value: Any, where: str, *, dtype: str = "int32", shape: tuple[int, .
     return array.astype(np.int64)
 
 
-def bytes_of(value: Any, where: str) -> int:
-    """How many bytes a base64 text stands for.
+def bytes_of(value: Any, where: str) -> bytes:
+    """What a base64 text stands for.
 
     Raises:
         ImportFileError: it is no base64.
@@ -82,9 +84,16 @@ def bytes_of(value: Any, where: str) -> int:
     if not isinstance(value, str):
         raise ImportFileError(f"{where} is no base64 text")
     try:
-        return len(base64.b64decode(value, validate=True))
+        return base64.b64decode(value, validate=True)
     except (binascii.Error, ValueError) as error:
         raise ImportFileError(f"{where} is no base64: {error}") from error
+
+
+def _npy(data: bytes, where: str) -> NDArray[np.int64]:
+    header, length = read_header(io.BytesIO(data), where)
+    if header.dtype.kind not in "iu" or length + header.bytes != len(data):
+        raise ImportFileError(f"{where} declares {header.dtype} {header.shape}, but has {len(data) - length} bytes")
+    return np.frombuffer(data, header.dtype, offset=length).reshape(header.shape).astype(np.int64)
 
 
 def _parsed(text: bytes, where: str) -> Any:

@@ -5,7 +5,8 @@ Source: megatron/core/transformer/moe/router_trace.py. A line holds ``step``, ``
 
 Only counts per step are taken. The file does not say where sequences begin (tokens are flattened from (position,
 batch), and sequence parallelism gives each rank a part), and the ids of a token stand in ascending order, because the
-tracer reads them from a mask.
+tracer reads them from a mask. Layers are numbered from 0 by the hooks of training and inference, from 1 where inference
+records with routing replay (``record_indices`` gets Megatron's layer_number).
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moescope.errors import ImportFileError
+from profiler.importers.model_config import model_shape
 from profiler.importers.recording import CountBlock, ImportOptions, Recording
 from profiler.importers.shape import Axis, layer_axis
 
@@ -49,13 +51,21 @@ def read(path: Path, options: ImportOptions) -> Recording:
     if first is None:
         raise ImportFileError(f"{file} holds no line of a decoder layer")
     numbers = sorted(first.layers)
+    source.first_layer = _first_layer(numbers, options)
+    numbers = [number - source.first_layer for number in numbers]
     source.axis = layer_axis(options=options, path=file, entries=len(numbers), top_k=first.top_k, numbers=numbers)
     recording = Recording(
         layers=source.axis.layers, blocks=iter(()), omissions=dict(OMISSIONS),
-        settings={"engine": "Megatron Core", "file": file.name},
+        settings={"engine": "Megatron Core", "file": file.name, "first_layer": source.first_layer},
     )  # fmt: skip
     recording.blocks = source.blocks(recording.notes)
     return recording
+
+
+def _first_layer(numbers: list[int], options: ImportOptions) -> int:
+    """The number of the first decoder layer: 1 only if the configuration's MoE layers are these when counted from 1."""
+    layers = list(model_shape(options.config).layers) if options.config else []
+    return 1 if layers and numbers != layers and [number - 1 for number in numbers] == layers else 0
 
 
 @dataclass
@@ -74,6 +84,7 @@ class _Source:
     path: Path
     options: ImportOptions
     axis: Axis | None = None
+    first_layer: int = 0
     left_out: int = 0
 
     def steps(self) -> Iterator[_Step]:
@@ -102,7 +113,7 @@ class _Source:
     def blocks(self, notes: list[tuple[str, str, str]]) -> Iterator[CountBlock]:
         """A block of counts per step; what is missing in a step is noted at the end."""
         assert self.axis is not None
-        names = [layer.layer for layer in self.axis.layers]
+        names = [layer.layer + self.first_layer for layer in self.axis.layers]
         experts, incomplete = self.axis.layers[0].num_experts, 0
         for step in self.steps():
             if strange := sorted(set(step.layers) - set(names)):

@@ -20,6 +20,7 @@ _TOP_K = (
 )  # fmt: skip
 _LAYERS = ("num_hidden_layers", "n_layers", "num_layers", "n_layer")
 _SHARED = ("n_shared_experts", "num_shared_experts", "moe_num_shared_experts")
+_HIDDEN = ("hidden_size", "d_model", "n_embd", "dim")
 _WIDTH = ("moe_intermediate_size", "expert_ffn_hidden_size", "intermediate_size")
 _NESTED = ("text_config", "language_config", "llm_config", "thinker_config", "ffn_config", "decoder")
 _TOP_ONE = ("switch_transformers",)
@@ -42,6 +43,7 @@ class ModelShape:
         top_k: experts per token; 0 where the configuration does not say.
         num_shared: shared experts beside them.
         expert_width: neurons per expert; 0 where the configuration does not say.
+        hidden_size: width of what enters a decoder layer; 0 where the configuration does not say.
     """
 
     layers: tuple[int, ...]
@@ -50,6 +52,7 @@ class ModelShape:
     top_k: int = 0
     num_shared: int = 0
     expert_width: int = 0
+    hidden_size: int = 0
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -97,8 +100,9 @@ def model_shape(config: Mapping[str, Any]) -> ModelShape:
         raise ModelError(f"the configuration takes {top_k} of {experts} experts per token, which cannot be")
     sparse = moe_layers(flat, layers)
     return ModelShape(
-        sparse, layers, experts, top_k, num_shared=_first(levels, _SHARED), expert_width=_first([flat], _WIDTH)
-    )
+        sparse, layers, experts, top_k, num_shared=_first(levels, _SHARED), expert_width=_first([flat], _WIDTH),
+        hidden_size=_first([flat], _HIDDEN),
+    )  # fmt: skip
 
 
 def moe_layers(config: Mapping[str, Any], num_layers: int) -> tuple[int, ...]:

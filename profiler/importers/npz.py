@@ -53,7 +53,7 @@ def read(path: Path, options: ImportOptions) -> Recording:
         omissions["text"] = "the file has no array 'token_ids', and no --tokens were given"
     return Recording(
         layers=axis.layers, blocks=source.blocks(texts), labels=source.labels(), total_tokens=tokens,
-        omissions=omissions, settings={"arrays": archive.names},
+        omissions=omissions, settings={"arrays": archive.names, "token_ids_by_text": texts is not None},
         vocabulary=texts.vocabulary if texts else {},
     )  # fmt: skip
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,19 +25,26 @@ Ids = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Request:
-    """One request: ids (tokens, layers, k), how many tokens are the prompt's, their token ids if known, and a name."""
+    """One request: ids (tokens, layers, k), how many tokens are the prompt's, their token ids if known, a name, and how
+    many tokens at its beginning are left out."""
 
     ids: Ids
     prompt: int
     token_ids: list[int] | None = None
     source: str = ""
+    missing: int = 0
 
 
 def read_sglang(path: Path, options: ImportOptions) -> Recording:
-    """SGLang with ``--enable-return-routed-experts``: ``meta_info.routed_experts`` of responses, .json or .jsonl.
+    """SGLang with ``--enable-return-routed-experts``: ``routed_experts`` of responses, .json or .jsonl.
 
-    base64 of int32 (tokens - 1, all decoder layers, k), logical ids; the last token has no row. The text does not say
-    its shape, so the model's configuration is needed. Rows of dense layers are not looked at.
+    In ``meta_info`` of /generate; in ``sglext`` of the OpenAI endpoints, of the response or (older) of a choice. base64
+    of (tokens - 1, all decoder layers, k), logical ids, int32 or what ``routed_experts_dtype`` says; the last token has
+    no row, and ``routed_experts_start_len`` leaves out the first. The text does not say its shape, so the model's
+    configuration is needed. Rows of dense layers stay zero.
+
+    Source: python/sglang/srt/state_capturer/{base,routed_experts,routed_experts_wire}.py,
+    srt/entrypoints/openai/serving_completions.py.
 
     Raises:
         ImportFileError: no configuration, no such field, or bytes that do not fill whole tokens.
@@ -49,31 +56,52 @@ def read_sglang(path: Path, options: ImportOptions) -> Recording:
 
     def requests() -> Iterator[Request]:
         for number, response in enumerate(responses(path)):
-            meta = response.get("meta_info", response)
-            text = meta.get("routed_experts") if isinstance(meta, dict) else None
-            if text is None:
-                raise ImportFileError(f"{path}: response {number} has no meta_info.routed_experts")
             where = f"{path}: routed_experts of response {number}"
-            tokens, rest = divmod(bytes_of(text, where), 4 * max(row, 1))
-            if rest or not row:
-                raise ImportFileError(
-                    f"{where} do not fill whole tokens of {shape.num_layers} layers: another model's?"
-                )
-            ids = decoded(text, where, shape=(tokens, shape.num_layers, row // shape.num_layers))
-            prompt = meta.get("prompt_tokens")
-            yield Request(ids, min(prompt, tokens) if isinstance(prompt, int) and prompt >= 0 else 0,
-                          source=str(meta.get("id", number)))  # fmt: skip
+            places = [place for place in _sglang_places(response) if place.get("routed_experts") is not None]
+            if not places:
+                raise ImportFileError(f"{path}: response {number} has no routed_experts in meta_info or sglext")
+            for index, place in enumerate(places):
+                dtype = str(place.get("routed_experts_dtype") or "int32")
+                width = {"int32": 4, "uint16": 2, "uint8": 1}.get(dtype)
+                if width is None:
+                    raise ImportFileError(f"{where} are of {dtype}; SGLang sends int32, uint16 or uint8")
+                data = bytes_of(place["routed_experts"], where)
+                tokens, rest = divmod(len(data), width * max(row, 1))
+                if rest or not row:
+                    raise ImportFileError(
+                        f"{where} do not fill whole tokens of {shape.num_layers} layers: another model's?"
+                    )
+                ids = np.frombuffer(data, np.dtype(dtype).newbyteorder("<")).astype(np.int64)
+                name = str(place.get("id", response.get("id", number)))
+                yield _request(
+                    ids.reshape(tokens, shape.num_layers, -1), response, _choice(response, index), where,
+                    f"{name}/{index}" if len(places) > 1 else name,
+                )  # fmt: skip
 
-    return _recording(path, options, requests, {"engine": "SGLang"}, dense_is_empty=False)
+    return _recording(path, options, requests, {"engine": "SGLang"})
+
+
+def _sglang_places(response: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Where SGLang's servers put ``routed_experts``."""
+    choices = response.get("choices")
+    for holder in (response, *(choices if isinstance(choices, list) else ())):
+        for name in ("meta_info", "sglext"):
+            if isinstance(holder, dict) and isinstance(place := holder.get(name), dict):
+                yield place
 
 
 def read_vllm(path: Path, options: ImportOptions) -> Recording:
-    """vLLM with ``--enable-return-routed-experts``, in the shapes that its versions are known to give.
+    """vLLM with ``--enable-return-routed-experts``, in the shapes that its versions give.
 
-    .json or .jsonl responses with ``prompt_routed_experts`` (prompt, layers, k) beside ``choices[i].routed_experts``
-    (generated, layers, k), or ``routed_experts`` of the whole sequence; nested lists, or base64 with dtype and shape.
-    .npy: one sequence; .npz: a sequence per array. Positions from the prefix cache are -1. Whether the layers are all
-    or the MoE layers alone is told by the configuration.
+    .json or .jsonl responses with ``choices[i].routed_experts`` of the whole sequence but its last token, as base64 of
+    an .npy file (tokens - 1, all decoder layers, k), zeros in dense layers; ``routed_experts_prompt_start`` leaves out
+    the first tokens. In 0.21: nested lists, ``prompt_routed_experts`` (prompt, MoE layers, k) beside
+    ``choices[i].routed_experts`` (generated, MoE layers, k), with -1 for tokens from the prefix cache. Also base64 in
+    an object with dtype and shape, as servers around vLLM send it. .npy: one sequence; .npz: a sequence per array.
+    Whether the layers are all or the MoE layers alone is told by the configuration.
+
+    Source: vllm/entrypoints/openai/{completion,chat_completion}/protocol.py, vllm/model_executor/layers/fused_moe/
+    routed_experts_capture, docs/training/routed_experts_replay.md of 0.21.
 
     Raises:
         ImportFileError: none of these, or not of the model's shape.
@@ -103,11 +131,16 @@ def _vllm_requests(response: dict[str, Any], where: str, name: str) -> Iterator[
             yield Request(np.zeros((0, 0, 0), np.int64), 0)  # preempted: counted, not read
             continue
         own = decoded(value, f"{where}, routed_experts") if value is not None else None
-        whole = own if before is None or index else (before if own is None else _joined(before, own, where))
-        assert whole is not None
-        of_prompt = len(before) if before is not None and not index else _prompt_tokens(response, len(whole), before)
-        ids = None if index else _token_ids(response, choice, len(whole))
-        yield Request(whole, of_prompt, ids, f"{name}/{index}" if len(parts) > 1 else name)
+        title = f"{name}/{index}" if len(parts) > 1 else name
+        if before is None and own is not None:
+            yield _request(own, response, _choice(response, index), where, title)
+        elif index and own is not None:  # the prompt went to the first choice
+            yield Request(own, 0, source=title)
+        elif before is not None:
+            whole = before if own is None else _joined(before, own, where)
+            ids = _tokens(response, _choice(response, index))
+            fits = ids is not None and 0 <= len(ids[0] + ids[1]) - len(whole) <= 1
+            yield Request(whole, len(before), (ids[0] + ids[1])[: len(whole)] if ids and fits else None, title)
 
 
 def _joined(before: Ids, own: Ids, where: str) -> Ids:
@@ -118,20 +151,60 @@ def _joined(before: Ids, own: Ids, where: str) -> Ids:
     return np.concatenate([before, own])
 
 
-def _prompt_tokens(response: dict[str, Any], tokens: int, before: Ids | None) -> int:
-    """Tokens of the prompt where one array holds the whole sequence."""
-    ids = response.get("prompt_token_ids")
-    return min(len(ids), tokens) if before is None and isinstance(ids, list) else 0
+def _request(ids: Ids, response: dict[str, Any], choice: dict[str, Any], where: str, source: str) -> Request:
+    """A request whose rows are those of its whole sequence up to the last token, perhaps without the first tokens."""
+    prompt, answer = _lengths(response, choice)
+    missing = 0
+    if prompt is not None and answer is not None:
+        missing = prompt + answer - 1 - len(ids)
+        if not -1 <= missing <= prompt:  # one row too many: of the last token
+            raise ImportFileError(
+                f"{where} has {len(ids)} rows for {prompt} tokens of a prompt and {answer} of an answer"
+            )
+        missing = max(missing, 0)
+    tokens = _tokens(response, choice)
+    known = (tokens[0] + tokens[1])[missing : missing + len(ids)] if tokens else []
+    of_prompt = min(max((prompt or 0) - missing, 0), len(ids))
+    return Request(ids, of_prompt, known if len(known) == len(ids) else None, source, missing)
 
 
-def _token_ids(response: dict[str, Any], choice: Any, tokens: int) -> list[int] | None:
-    """Token ids of prompt and answer, where both are there; the last token may have no row."""
-    prompt, answer = response.get("prompt_token_ids"), choice.get("token_ids") if isinstance(choice, dict) else None
+def _choice(response: dict[str, Any], index: int) -> dict[str, Any]:
+    """The choice of that number; a response without choices is its own."""
+    choices = response.get("choices", response.get("outputs"))
+    one = choices[index] if isinstance(choices, list) and index < len(choices) else response
+    return one if isinstance(one, dict) else {}
+
+
+def _lengths(response: dict[str, Any], choice: dict[str, Any]) -> tuple[int | None, int | None]:
+    """Tokens of prompt and answer: by their ids, else by what the engine counted for this one request."""
+    ids = _tokens(response, choice)
+    if ids is not None:
+        return len(ids[0]), len(ids[1])
+    choices, counted = response.get("choices"), {}
+    if not isinstance(choices, list) or len(choices) == 1:  # usage adds up choices
+        places = (choice.get("meta_info"), response.get("meta_info"), response.get("usage"))
+        counted = next((place for place in places if isinstance(place, dict)), {})
+    prompt = _first(response, choice, "prompt_token_ids")
+    before = len(prompt) if isinstance(prompt, list) else counted.get("prompt_tokens")
+    after = counted.get("completion_tokens")
+    return before if _is_number(before) else None, after if _is_number(after) else None
+
+
+def _is_number(value: Any) -> TypeGuard[int]:
+    return type(value) is int and value >= 0
+
+
+def _tokens(response: dict[str, Any], choice: dict[str, Any]) -> tuple[list[int], list[int]] | None:
+    """Token ids of prompt and answer, where both are there."""
+    prompt, answer = _first(response, choice, "prompt_token_ids"), _first(response, choice, "token_ids", "output_ids")
     if not isinstance(prompt, list) or not isinstance(answer, list):
         return None
-    both = prompt + answer
-    whole = all(isinstance(token, int) and not isinstance(token, bool) for token in both)
-    return both[:tokens] if whole and 0 <= len(both) - tokens <= 1 else None
+    return (prompt, answer) if all(map(_is_number, prompt + answer)) else None
+
+
+def _first(response: dict[str, Any], choice: dict[str, Any], *names: str) -> Any:
+    """The first of these fields that is there, the choice's before the response's."""
+    return next((one[name] for one in (choice, response) for name in names if one.get(name) is not None), None)
 
 
 def _arrays(path: Path) -> Iterator[Request]:
@@ -161,8 +234,6 @@ def _recording(
     options: ImportOptions,
     requests: Callable[[], Iterator[Request]],
     settings: dict[str, Any],
-    *,
-    dense_is_empty: bool = True,
 ) -> Recording:
     """A recording of requests, the first of which is read now for its shape."""
     first = next((request for request in requests() if request.ids.size), None)
@@ -177,7 +248,7 @@ def _recording(
         omissions["text"] = "the responses hold no token ids of both prompt and answer"
     recording = Recording(layers=axis.layers, blocks=iter(()), omissions=omissions, settings=settings)
     with_text = first.token_ids is not None
-    recording.blocks = _blocks(path, requests(), axis, (entries, k), options, recording, with_text, dense_is_empty)
+    recording.blocks = _blocks(path, requests(), axis, (entries, k), options, recording, with_text)
     return recording
 
 
@@ -189,9 +260,8 @@ def _blocks(
     options: ImportOptions,
     recording: Recording,
     with_text: bool,
-    dense_is_empty: bool,
 ) -> Iterator[TraceBlock]:
-    number, empty = 0, 0
+    number, empty, cut = 0, 0, 0
     for request in requests:
         if not request.ids.size:
             empty += 1
@@ -199,8 +269,7 @@ def _blocks(
         if request.ids.ndim != 3 or request.ids.shape[1:] != shape or len(request.ids) > MAX_TOKENS:
             raise ImportFileError(f"{path}: a request has {request.ids.shape}, others (tokens, {shape[0]}, {shape[1]})")
         ids = request.ids.transpose(1, 0, 2)
-        if dense_is_empty:
-            require_dense_empty(ids, axis, path)
+        require_dense_empty(ids, axis, path, empty=0)  # both engines' buffers begin as zeros
         tokens = len(request.ids)
         known = request.token_ids if with_text else None
         if with_text and known is None:
@@ -210,7 +279,10 @@ def _blocks(
             ids[axis.kept], None, np.full(tokens, number), np.arange(tokens), np.arange(tokens) >= request.prompt,
             np.asarray(known, np.int64) if known is not None else None,
         )  # fmt: skip
-        number += 1
+        number, cut = number + 1, cut + (request.missing > 0)
     if empty:
         detail = f"{empty} requests came without routed experts (preempted, or nothing generated) and are left out"
         recording.notes.append(("requests without routing", "warning", detail))
+    if cut:
+        detail = f"{cut} requests asked for the routing of their later tokens only: their sequences begin in the middle"
+        recording.notes.append(("requests without beginning", "warning", detail))

@@ -2,7 +2,10 @@
 
 The recorder (``--expert-distribution-recorder-mode``) writes .pt files, which take torch to read, with weights only.
 Counts of mode ``stat`` are of logical experts; ``per_pass`` and ``per_token`` count physical replicas, mapped by the
-file's own ``last_physical_to_logical_map``.
+file's own ``last_physical_to_logical_map``. Without an all-to-all backend every rank counts all tokens it was given,
+and ranks that share their tokens count the same ones.
+
+Source: python/sglang/srt/eplb/expert_distribution.py, eplb/eplb_simulator/reader.py.
 """
 
 from __future__ import annotations
@@ -24,6 +27,9 @@ from profiler.importers.shape import Axis, layer_axis, require_dense_empty
 SLOTS = 8
 """Experts per token that mode ``per_token`` has room for."""
 
+SPECULATIVE = (5, 6)
+"""Values of ``forward_mode`` that verify or make drafts (TARGET_VERIFY, DRAFT_EXTEND)."""
+
 _COUNTS = {
     "trace": "the recorder counted per forward pass, not which token used which expert",
     "order": "counts per forward pass keep no order of tokens",
@@ -44,20 +50,38 @@ def read_stat(path: Path, options: ImportOptions) -> Recording:
     used = np.flatnonzero(counts.any(axis=(1, 2)))  # the ring of steps is longer than what was recorded
     if not len(used):
         raise ImportFileError(f"{path} counts nothing: the recorder was not started, or nothing was served")
-    _require_dense_unused(counts[used].transpose(1, 0, 2), axis, path)
+    steps = counts[_in_time(used, len(counts))]
+    _require_dense_unused(steps.transpose(1, 0, 2), axis, path)
     notes = []
     if len(used) == len(counts):
         notes.append(("ring of steps", "warning", f"all {len(counts)} steps are used: if the ring went round, they are"
                       " not in the order of time"))  # fmt: skip
-    block = CountBlock(counts[used][:, axis.kept], np.arange(len(used)), options.domain)
+    if (factor := int(np.gcd.reduce(steps.astype(np.int64), axis=None))) > 1:
+        notes.append(("ranks added", "warning", f"every count is a multiple of {factor}: if {factor} ranks saw the same"
+                      " tokens, SGLang added them up; shares hold, but there were fewer tokens"))  # fmt: skip
+    block = CountBlock(steps[:, axis.kept], np.arange(len(steps)), options.domain)
     return Recording(
         layers=axis.layers, blocks=iter([block]), omissions=dict(_COUNTS), notes=notes,
-        settings={"mode": "stat", "steps": len(used)},
+        settings={"mode": "stat", "steps": len(steps)},
     )  # fmt: skip
+
+
+def _in_time(used: NDArray[np.int64], length: int) -> NDArray[np.int64]:
+    """Used rows of the ring in the order of time.
+
+    A dump empties the ring, but the next recording goes on where the last one ended: it begins behind the longest
+    stretch of empty rows.
+    """
+    if len(used) == length:
+        return used
+    gaps = np.diff(used, append=used[0] + length)
+    return np.roll(used, -int(gaps.argmax()) - 1)
 
 
 def read_per_pass(path: Path, options: ImportOptions) -> Recording:
     """Mode ``per_pass``: a .pt file per rank, or a folder of them; ranks are added up per forward pass.
+
+    Ranks whose counts are equal in every forward pass saw the same tokens: one of them is taken.
 
     Raises:
         ImportFileError: a file is none of these, or they do not fit each other or the model.
@@ -66,20 +90,32 @@ def read_per_pass(path: Path, options: ImportOptions) -> Recording:
     if not files:
         raise ImportFileError(f"{path} holds no .pt file")
     passes: dict[int, NDArray[np.int64]] = {}
+    first: dict[int, NDArray[np.int64]] = {}
+    ranks: dict[int, set[int]] = {}
+    same = True
     for file in files:
         content = _dictionary(file, "records")
         replicas = _map(content, options, file)
         for record in _records(content, file):
             counts = torch_file.array(record.get("global_physical_count"), "global_physical_count", file, axes=2)
-            number = record.get("forward_pass_id")
-            if not isinstance(number, int):
-                raise ImportFileError(f"{file}: a record has no forward_pass_id")
+            number, rank = record.get("forward_pass_id"), record.get("rank", 0)
+            if not isinstance(number, int) or not isinstance(rank, int):
+                raise ImportFileError(f"{file}: a record has no forward_pass_id, or no rank")
             logical = replicas.counts(counts, file)
             if number in passes and passes[number].shape != logical.shape:
                 raise ImportFileError(f"{file}: forward pass {number} has another shape than in another file")
+            if rank in ranks.setdefault(number, set()):
+                raise ImportFileError(f"{file}: forward pass {number} of rank {rank} stands there twice")
+            ranks[number].add(rank)
+            same = same and np.array_equal(first.setdefault(number, logical), logical)
             passes[number] = passes.get(number, 0) + logical
     if not passes:
         raise ImportFileError(f"{path} holds no forward pass")
+    notes = []
+    if same and min(map(len, ranks.values())) > 1:
+        passes = first
+        notes.append(("ranks that agree", "warning", "the counts of all ranks are equal in every forward pass: they saw"
+                      " the same tokens, and are taken once"))  # fmt: skip
     stacked = [passes[number] for number in sorted(passes)]
     if len({part.shape for part in stacked}) > 1:
         raise ImportFileError(f"{path}: its forward passes have counts of several shapes")
@@ -88,7 +124,7 @@ def read_per_pass(path: Path, options: ImportOptions) -> Recording:
     _require_dense_unused(counts.transpose(1, 0, 2), axis, path)
     block = CountBlock(counts[:, axis.kept], np.arange(len(counts)), options.domain)
     return Recording(
-        layers=axis.layers, blocks=iter([block]), omissions=dict(_COUNTS),
+        layers=axis.layers, blocks=iter([block]), omissions=dict(_COUNTS), notes=notes,
         settings={"mode": "per_pass", "files": [file.name for file in files]},
     )  # fmt: skip
 
@@ -100,7 +136,8 @@ def read_per_token(path: Path, options: ImportOptions) -> Recording:
     sequence ends where it begins; otherwise it begins a sequence of its own.
 
     Raises:
-        ImportFileError: it is no such file, holds fused shared experts, or does not fit the model.
+        ImportFileError: it is no such file, holds fused shared experts or speculative decoding, or does not fit the
+            model.
     """
     content = _dictionary(path, "records")
     records = _records(content, path)
@@ -125,8 +162,13 @@ def _token_blocks(
     for record in records:
         physical = torch_file.array(record.get("topk_ids_of_layer"), "topk_ids_of_layer", path, axes=3)[..., :width]
         tokens = physical.shape[1]
-        token_ids = torch_file.array(record.get("input_ids"), "input_ids", path, axes=1)
-        positions = torch_file.array(record.get("positions"), "positions", path, axes=1).astype(np.int64)
+        mode = record.get("forward_mode")
+        if isinstance(mode, int) and mode in SPECULATIVE:
+            raise ImportFileError(
+                f"{path} holds speculative decoding (forward_mode {mode}): drafts that were refused cannot be told"
+                " from tokens"
+            )
+        token_ids, positions = (_numbers(record.get(name), name, path) for name in ("input_ids", "positions"))
         if len(token_ids) != tokens or len(positions) != tokens:
             raise ImportFileError(
                 f"{path}: a record has {tokens} tokens of ids, but other numbers of positions or inputs"
@@ -140,8 +182,7 @@ def _token_blocks(
         generated = np.repeat([high - low == 1 and positions[low] > 0 for low, high in stretches],
                               [high - low for low, high in stretches])  # fmt: skip
         yield TraceBlock(
-            ids[axis.kept][:, order], None, sequence[order], position[order], generated[order],
-            token_ids.astype(np.int64)[order],
+            ids[axis.kept][:, order], None, sequence[order], position[order], generated[order], token_ids[order],
         )  # fmt: skip
 
 
@@ -150,7 +191,7 @@ def _stretches(record: dict[str, Any], positions: NDArray[np.int64], path: Path)
     lengths = record.get("extend_seq_lens")
     if lengths is None:
         return [(index, index + 1) for index in range(len(positions))]
-    values = [int(length) for length in (lengths.tolist() if hasattr(lengths, "tolist") else lengths)]
+    values = _numbers(lengths, "extend_seq_lens", path).tolist()
     if sum(values) != len(positions) or min(values, default=0) < 0:
         raise ImportFileError(f"{path}: extend_seq_lens do not add up to the {len(positions)} tokens of their record")
     edges = np.cumsum([0, *values]).tolist()
@@ -159,6 +200,15 @@ def _stretches(record: dict[str, Any], positions: NDArray[np.int64], path: Path)
         if (np.diff(positions[low:high]) != 1).any():
             raise ImportFileError(f"{path}: the positions of a prompt skip tokens")
     return parts
+
+
+def _numbers(value: Any, name: str, path: Path) -> NDArray[np.int64]:
+    """A list of whole numbers, as SGLang writes it, or a tensor of them."""
+    if not isinstance(value, list):
+        return torch_file.array(value, name, path, axes=1).astype(np.int64)
+    if not all(type(one) is int and -(1 << 62) < one < 1 << 62 for one in value):
+        raise ImportFileError(f"{path}: {name} is no list of whole numbers")
+    return np.asarray(value, np.int64)
 
 
 def _width(record: dict[str, Any], entries: int, path: Path) -> int:

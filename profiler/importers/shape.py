@@ -84,14 +84,16 @@ def layer_axis(
     return Axis(layers, kept, np.setdiff1d(np.arange(entries), kept))
 
 
-def require_dense_empty(ids: NDArray[np.integer], axis: Axis, path: Path) -> None:
-    """Check that entries of dense layers hold no expert: ids (entries, ...), negative = none.
+def require_dense_empty(ids: NDArray[np.integer], axis: Axis, path: Path, *, empty: int = -1) -> None:
+    """Check that entries of dense layers hold no expert: ids (entries, ...), up to ``empty`` = none.
+
+    ``empty`` is 0 for engines whose buffers begin as zeros, which a dense layer leaves as they are.
 
     Raises:
         ImportFileError: one does; then the configuration is another model's.
     """
     for entry in axis.dropped.tolist():
-        if (ids[entry] >= 0).any():
+        if (ids[entry] > empty).any():
             raise ImportFileError(
                 f"{path}: layer {entry} is dense by --config, but uses expert {ids[entry].max()}: another model's?"
             )

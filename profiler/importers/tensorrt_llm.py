@@ -1,7 +1,10 @@
 """TensorRT-LLM's expert statistics: a folder with ``meta_info.json`` and a .safetensors file per rank.
 
-Keys are ``ITERATION_LAYER``; values are counts (experts,), added up over ranks, or, in ``rank*_raw.safetensors``, the
-selected ids (tokens, k) of that iteration. The raw files do not say which tokens make a sequence, so they are counted.
+Keys are ``ITERATION_LAYER``; values are counts (experts,), added up over ranks, or, in ``rank*_raw.safetensors`` of
+derived versions, the selected ids (tokens, k) of that iteration. The raw files do not say which tokens make a sequence,
+so they are counted. With a load balancer the engine counts slots, and ``num_experts`` is their number.
+
+Source: tensorrt_llm/_torch/expert_statistic.py, examples/wide_ep/ep_load_balancer/utils.py.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ from numpy.typing import NDArray
 
 from moescope.errors import ImportFileError
 from profiler.importers.recording import CountBlock, ImportOptions, Recording
+from profiler.importers.replicas import ReplicaMap
 from profiler.importers.shape import layer_axis
 
 MAX_META = 1 << 20
@@ -43,18 +47,47 @@ def read(path: Path, options: ImportOptions) -> Recording:
     files = counted or sorted(path.glob("rank*_raw.safetensors"))
     if not files:
         raise ImportFileError(f"{path} holds no rank*.safetensors")
-    places = _places(files)
-    layers = sorted({layer for _, layer in places})
+    places, notes = _places(files), []
+    if _agree(places, files):
+        places = {place: holders[:1] for place, holders in places.items()}
+        notes.append(("ranks that agree", "warning", f"all {len(files)} ranks counted the same everywhere: they saw the"
+                      " same tokens, and are taken once"))  # fmt: skip
+    layers, slots = sorted({layer for _, layer in places}), _integer(meta, "num_experts")
+    replicas = _replicas(options, len(layers), slots, path)
     axis = layer_axis(
-        options=options, path=path, entries=len(layers), num_experts=_integer(meta, "num_experts"),
+        options=options, path=path, entries=len(layers), num_experts=replicas.num_experts if replicas else slots,
         top_k=_integer(meta, "num_experts_per_token"), numbers=layers,
     )  # fmt: skip
     return Recording(
         layers=axis.layers,
-        blocks=_blocks(places, layers, axis.layers[0].num_experts, options),
-        omissions=dict(_OMISSIONS),
+        blocks=_blocks(places, layers, slots or axis.layers[0].num_experts, replicas, path, options),
+        omissions=dict(_OMISSIONS), notes=notes,
         settings={"engine": "TensorRT-LLM", "files": [file.name for file in files]},
-    )
+    )  # fmt: skip
+
+
+def _replicas(options: ImportOptions, layers: int, slots: int, path: Path) -> ReplicaMap | None:
+    """The user's map of slots, if there is one."""
+    if "physical_to_logical" not in options.extra:
+        return None
+    replicas = ReplicaMap.read(options.extra["physical_to_logical"])
+    if replicas.experts.shape != (layers, slots):
+        raise ImportFileError(
+            f"{path} counts {slots} slots in {layers} layers; --physical-to-logical maps {replicas.experts.shape}"
+        )
+    return replicas
+
+
+def _agree(places: dict[tuple[int, int], list[Path]], files: list[Path]) -> bool:
+    """Whether there are several ranks, and every tensor is the same in all of them: the ranks share their tokens."""
+    if len(files) == 1 or any(len(holders) != len(files) for holders in places.values()):
+        return False
+    opened = [_open(file) for file in files]
+    for iteration, layer in places:
+        first, *others = (_tensor(one, f"{iteration}_{layer}", file) for one, file in zip(opened, files, strict=True))
+        if not all(np.array_equal(first, other) for other in others):
+            return False
+    return True
 
 
 def _places(files: list[Path]) -> dict[tuple[int, int], list[Path]]:
@@ -72,24 +105,29 @@ def _places(files: list[Path]) -> dict[tuple[int, int], list[Path]]:
 
 
 def _blocks(
-    places: dict[tuple[int, int], list[Path]], layers: list[int], experts: int, options: ImportOptions
+    places: dict[tuple[int, int], list[Path]],
+    layers: list[int],
+    slots: int,
+    replicas: ReplicaMap | None,
+    path: Path,
+    options: ImportOptions,
 ) -> Iterator[CountBlock]:
     iterations = sorted({iteration for iteration, _ in places})
     opened = {file: _open(file) for files in places.values() for file in files}
     for start in range(0, len(iterations), SPANS_AT_ONCE):
         part = iterations[start : start + SPANS_AT_ONCE]
-        counts = np.zeros((len(part), len(layers), experts), np.int64)
+        counts = np.zeros((len(part), len(layers), slots), np.int64)
         for span, iteration in enumerate(part):
             for row, layer in enumerate(layers):
                 for file in places.get((iteration, layer), ()):
-                    counts[span, row] += _counts(opened[file], f"{iteration}_{layer}", experts, file)
+                    counts[span, row] += _counts(opened[file], f"{iteration}_{layer}", slots, file)
+        if replicas is not None:
+            counts = np.stack([replicas.counts(one, path) for one in counts])
         yield CountBlock(counts, start + np.arange(len(part)), options.domain)
 
 
 def _counts(opened: Any, key: str, experts: int, file: Path) -> NDArray[np.int64]:
-    values = np.asarray(opened.get_tensor(key))
-    if values.dtype.kind not in "iu":
-        raise ImportFileError(f"{file}: tensor {key} is {values.dtype}, not integers")
+    values = _tensor(opened, key, file)
     if values.ndim == 1:
         if len(values) != experts or (values.size and int(values.min()) < 0):
             raise ImportFileError(f"{file}: tensor {key} has {len(values)} counts; the model has {experts} experts")
@@ -97,6 +135,16 @@ def _counts(opened: Any, key: str, experts: int, file: Path) -> NDArray[np.int64
     if values.ndim != 2 or (values.size and not 0 <= int(values.min()) <= int(values.max()) < experts):
         raise ImportFileError(f"{file}: tensor {key} {values.shape} holds no ids (tokens, k) of {experts} experts")
     return np.bincount(values.ravel(), minlength=experts).astype(np.int64)
+
+
+def _tensor(opened: Any, key: str, file: Path) -> NDArray[Any]:
+    try:
+        values = np.asarray(opened.get_tensor(key))
+    except (TypeError, ValueError, AttributeError) as error:  # a type that NumPy does not know
+        raise ImportFileError(f"{file}: tensor {key} is not of integers: {str(error)[:80]}") from error
+    if values.dtype.kind not in "iu":
+        raise ImportFileError(f"{file}: tensor {key} is {values.dtype}, not integers")
+    return values
 
 
 def _open(file: Path) -> Any:

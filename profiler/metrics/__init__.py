@@ -15,6 +15,7 @@ from types import ModuleType
 
 __all__ = [
     "co_activation",
+    "comparison",
     "confidence",
     "controls",
     "load",

@@ -18,8 +18,8 @@ from ._stack import compiled
 def count_pairs(first: NDArray[Any], second: NDArray[Any], offsets: IntArray, part: IntArray, counts: IntArray) -> None:
     """Add to counts (parts, experts, other experts) the tokens that use an expert in ``first`` and one in ``second``.
 
-    first, second (tokens, k): selections of the same tokens, -1 = none; the same array twice gives co-activation, with
-    the load on the diagonal. offsets (sequences + 1,); part (sequences,).
+    first, second (tokens, k): selections of two layers for the same tokens, -1 = none. offsets (sequences + 1,); part
+    (sequences,).
     """
     for sequence in range(len(offsets) - 1):
         table = counts[part[sequence]]
@@ -28,6 +28,24 @@ def count_pairs(first: NDArray[Any], second: NDArray[Any], offsets: IntArray, pa
                 if one >= 0:
                     row = table[one]
                     for other in second[token]:
+                        if other >= 0:
+                            row[other] += 1
+
+
+@compiled
+def count_own_pairs(ids: NDArray[Any], offsets: IntArray, part: IntArray, counts: IntArray) -> None:
+    """Add to counts (parts, experts, experts) the pairs of one layer, each once and whichever way round; a token's
+    expert with itself on the diagonal. ids (tokens, k), -1 = none; offsets (sequences + 1,); part (sequences,).
+    """
+    for sequence in range(len(offsets) - 1):
+        table = counts[part[sequence]]
+        for token in range(offsets[sequence], offsets[sequence + 1]):
+            for place in range(ids.shape[1]):
+                one = ids[token, place]
+                if one >= 0:
+                    row = table[one]
+                    for later in range(place, ids.shape[1]):
+                        other = ids[token, later]
                         if other >= 0:
                             row[other] += 1
 

@@ -33,12 +33,14 @@ def pair_counts(
     ids (tokens, k), -1 = none, sequence after sequence; offsets (sequences + 1,): where each begins; part (sequences,):
     which part of the text it belongs to, None = one part. Counts of parts, and of texts, add up.
     """
-    from ._pairs import count_pairs
+    from ._pairs import count_own_pairs
 
     counts = np.zeros((num_parts, num_experts, num_experts), np.int64)
     mine = np.zeros(len(offsets) - 1, np.int64) if part is None else part
-    one = np.ascontiguousarray(ids)
-    count_pairs(one, one, offsets, mine, counts)
+    count_own_pairs(np.ascontiguousarray(ids), offsets, mine, counts)
+    used = np.einsum("pee->pe", counts).copy()
+    counts += counts.transpose(0, 2, 1)
+    np.einsum("pee->pe", counts)[...] = used
     return counts
 
 

@@ -185,21 +185,16 @@ def left_weight(*, ids: Ids, weights: NDArray[np.floating[Any]], kept: BoolArray
 
 
 def weight_gap(
-    *,
-    first: Ids,
-    first_weights: NDArray[np.floating[Any]],
-    second: Ids,
-    second_weights: NDArray[np.floating[Any]],
-    tokens: TokenAgreement,
+    *, first: Ids, first_weights: NDArray[np.floating[Any]], second: Ids, second_weights: NDArray[np.floating[Any]]
 ) -> FloatArray:
     """(tokens,) how differently the experts that left and those that came weigh: 0..1.
 
     The share of gate weight that left in the first run against the share that came in the second: near 0 the router
     saw a tie that rounding decides, near 1 it changed its mind. NaN for tokens without weight in either run.
     """
-    there = token_agreement(first=second, second=first).kept
-    came = left_weight(ids=second, weights=second_weights, kept=there)
-    gap: FloatArray = np.abs(left_weight(ids=first, weights=first_weights, kept=tokens.kept) - came)
+    left = left_weight(ids=first, weights=first_weights, kept=token_agreement(first=first, second=second).kept)
+    came = left_weight(ids=second, weights=second_weights, kept=token_agreement(first=second, second=first).kept)
+    gap: FloatArray = np.abs(left - came)
     return gap
 
 

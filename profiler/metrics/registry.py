@@ -69,7 +69,15 @@ METRICS: tuple[Metric, ...] = (
         differs=True,
     ),
     # coverage.py
-    Metric("starved_experts", "Starved experts", "experts", "0..E", "more experts have too few tokens", "ours"),
+    Metric(
+        "starved_experts",
+        "Starved experts",
+        "experts",
+        "0..E",
+        "more experts have too few tokens",
+        "arXiv 2506.13329",
+        differs=True,
+    ),
     Metric("relative_error", "Relative error", "ratio", "0..inf", "the score is less certain", "standard"),
     Metric(
         "split_half_agreement",
@@ -296,6 +304,16 @@ METRICS: tuple[Metric, ...] = (
     ),
     Metric("similarity_r_squared", "R squared of kinds", "ratio", "0..1", "one kind predicts the other", _CLOSER_LOOK),
     Metric("similarity_p_value", "Chance of agreement", "probability", "0..1", "agreement may be chance", _MANTEL),
+    # comparison.py
+    Metric("run_overlap", "Overlap of two runs", "share", "0..1", "both runs use more of the same experts", _OLMOE),
+    Metric("same_set", "Same set", "share", "0..1", "more tokens use exactly the same experts", "standard"),
+    Metric("same_first_choice", "Same first choice", "share", "0..1", "more tokens have the same top expert", _OLMOE),
+    Metric("run_jaccard", "Jaccard index of two runs", "ratio", "0..1", "the selections are more alike", "standard"),
+    Metric("router_saturation", "Router saturation", "share", "0..1", "routing is nearer to its final form", _OLMOE),
+    Metric("flip_margin", "Margin of flips", "logits", "0..inf", "flips are no matter of rounding", "standard"),
+    Metric("left_weight", "Weight that left", "share", "0..1", "flips change more of the output", "ours"),
+    Metric("weight_gap", "Weight gap of flips", "share", "0..1", "flips are no matter of rounding", "ours"),
+    Metric("load_moved", "Load moved", "share", "0..1", "more selections go to other experts", "standard"),
 )
 
 

@@ -119,6 +119,10 @@ def test_views_and_alert(run: store.Run) -> None:
     unsettled = frames.needed(run).filter((pl.col("goal") == "ranking") & (pl.col("verdict") != "enough"))
     found = alerts.alerts(run).filter(pl.col("alert") == "rankings are not settled")
     assert len(found) == (not unsettled.is_empty())
+    (starved,) = alerts.alerts(run).filter(pl.col("alert") == "starved experts").iter_rows(named=True)
+    assert (
+        starved["layers"] == "1, 2, 3, 5" and "4 were never used: only other text may reach them" in starved["detail"]
+    )
 
 
 def test_counts_per_pass_are_halved_and_counts_alone_are_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -140,9 +144,19 @@ def test_counts_per_pass_are_halved_and_counts_alone_are_not(tmp_path: Path, mon
         assert frames.needed(run).is_empty() and frames.convergence(run).is_empty()
     app = visit(monkeypatch, counted.parent)
     assert "Whether two texts would rank the experts alike cannot be computed" in words(app)
+    assert "Do the importance scores agree with each other?" in [element.label for element in app.expander]
 
 
 def test_the_figure_has_words_for_nothing() -> None:
     empty = pl.DataFrame(schema={"kind": pl.String, "tokens": pl.Float64})
     figure = figures.convergence_curve(empty, title="x", tokens=1, target=0.9)
     assert "too short" in figure.layout.annotations[0].text
+
+
+def test_alerts_say_what_to_do(tmp_path: Path) -> None:
+    few = synthetic.finished(tmp_path, metrics=False, sequences=3)
+    compute_and_store(few)
+    with store.open_run(few) as run:
+        (row,) = alerts.alerts(run).filter(pl.col("alert") == "rankings are not settled").iter_rows(named=True)
+        assert "two texts of 240 tokens" in row["detail"] and ("collect" in row["detail"] or "chance" in row["detail"])
+        assert all(len(detail) <= 300 for detail in alerts.alerts(run)["detail"])

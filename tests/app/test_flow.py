@@ -145,6 +145,10 @@ def test_what_can_be_foreseen_stands_beside_chance(flow: store.Run) -> None:
     assert (row["tokens"], row["sequences"]) == (SEQUENCES * TOKENS, SEQUENCES)
     whole = frame.filter(label="all", predictor="popularity", extra=0).row(0, named=True)
     assert whole["chance"] == pytest.approx(TOP_K / EXPERTS)
+    before = frame.filter(predictor="previous")
+    overlap = flow.metrics("mean_overlap").filter(control="observed", at=1.0).sort("layer")
+    assert before["value"].to_list() == overlap["value"].to_list()
+    assert set(before["extra"]) == {0} and before["label"].to_list() == list(AXIS)
     bits = frames.information(flow).filter(distance=1)
     assert bits.group_by("label").len()["len"].to_list() == [3, 3, 3]
     seen, noise = (bits.filter(control=control)["bits"] for control in ("observed", "shuffled"))
@@ -294,3 +298,22 @@ def test_figures_of_nothing_say_so(flow: store.Run) -> None:
         figures.width_curves(nothing, label="3"),
     ):
         assert figure.layout.annotations[0].text and not figure.data
+
+
+def test_partners_face_each_other() -> None:
+    lift = np.array([[0.1, 0.2, 9.0, 1], [5.0, 0.1, 0.3, 1], [0.2, 4.0, 6.0, 1]])
+    assert frames._facing(lift).tolist() == [2, 0, 1, 3]
+    assert frames._facing(lift.T).tolist() == [1, 2, 0]
+
+
+def test_values_from_the_address_that_are_none_read_as_the_default(monkeypatch: pytest.MonkeyPatch, path: Path) -> None:
+    app, _ = visit(monkeypatch, path.parent, layer="99", pairs="<b>", fetched="k + 99 experts", **{"from": "x"})
+    chosen = [app.selectbox(key=key).value for key in ("layer", "pairs", "from", "fetched")]
+    assert chosen == ["2", "attraction", "1", "0"]
+
+
+def test_hostile_domains_stay_text(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    synthetic.finished(tmp_path, hostile=True)
+    app, _ = visit(monkeypatch, tmp_path, domain=synthetic.HOSTILE)
+    captions = "\n".join(element.value for element in app.caption)
+    assert "tokens of \\<script\\>" in captions and "<script>" not in captions

@@ -49,7 +49,7 @@ def test_a_trace_becomes_a_run_with_its_metrics(
     run = store.open_run(runs / "my-trace.duckdb")
     assert (run.info.model, run.domains, run.layers[0].num_experts) == ("mine", ["chat"], 5)
     assert set(run.table("router_load")["phase"]) == {"prompt"}
-    assert not run.metrics("normalised_entropy").is_empty()
+    assert not run.metrics("normalised_load_entropy").is_empty()
 
 
 def test_json_prints_nothing_else(trace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,7 +16,7 @@ SECTIONS = {
     re.sub(r"[^a-z0-9 -]", "", title.lower()).replace(" ", "-"): text
     for title, text in re.findall(r"^### (.+)\n([^#]*(?:\n(?!#).*)*)", DOCS, flags=re.MULTILINE)
 }
-SHARED_FILES = {"__init__", "entry", "expressions", "registry", "selection", "set_error", "statistics"}
+SHARED_FILES = {"__init__", "agreement", "entry", "expressions", "registry", "selection", "set_error", "statistics"}
 
 
 @pytest.mark.parametrize("one", SCORES, ids=lambda one: one.name)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
-import polars as pl
 import pytest
 
 import profiler.alignment
@@ -17,18 +17,7 @@ from profiler.comparison import compare
 from profiler.importers.job import import_run
 from profiler.importers.recording import ImportOptions
 from profiler.metrics import comparison
-from store import LayerInfo, RunInfo, RunWriter, pack_trace
-
-EXPERTS, TOP_K, LAYERS = 8, 3, (1, 2)
-
-
-def draw(rng: np.random.Generator, tokens: int, *, top_k: int = TOP_K, missing: float = 0.0) -> np.ndarray:
-    """(tokens, k) distinct experts, some missing from the end."""
-    ids = np.argsort(rng.random((tokens, EXPERTS)), axis=1)[:, :top_k].astype(np.int16)
-    for row in np.flatnonzero(rng.random(tokens) < missing):
-        ids[row, rng.integers(0, top_k) :] = -1
-    return ids
-
+from tests.profiler.paired import EXPERTS, TOP_K, draw, routed, texts, write
 
 # --- the arithmetic -------------------------------------------------------------------------------------------------
 
@@ -119,6 +108,13 @@ def test_load_difference_by_hand() -> None:
     moved = found.total_variation
     assert moved.value == pytest.approx(4 / 12)
     assert moved.low == 0.0 and moved.high == 1.0  # two sequences, one of which moved nothing
+    rng = np.random.default_rng(0)
+    loads = rng.integers(0, 50, (2, 20, EXPERTS))
+    shares = [np.delete(loads, out, axis=1).sum(1) for out in range(20)]
+    without = [0.5 * np.abs(b / b.sum() - a / a.sum()).sum() for a, b in shares]
+    found = comparison.load_difference(first=loads[0], second=loads[1]).total_variation
+    error = np.sqrt(19 / 20 * ((without - np.mean(without)) ** 2).sum())
+    assert found.high - found.value == pytest.approx(2.0930 * error, rel=1e-4)  # Student's t of 19 degrees, 97.5 %
     same = comparison.load_difference(first=first, second=first).total_variation
     assert (same.value, same.low, same.high) == (0.0, 0.0, 0.0)
 
@@ -131,7 +127,7 @@ def test_margins_by_hand() -> None:
     left = comparison.left_weight(ids=first, weights=weights, kept=tokens.kept)
     np.testing.assert_allclose(left, [0.25, 0.0, 0.0, np.nan])
     gap = comparison.weight_gap(
-        first=first, first_weights=weights, second=second.astype(np.int16), second_weights=there, tokens=tokens
+        first=first, first_weights=weights, second=second.astype(np.int16), second_weights=there
     )
     np.testing.assert_allclose(gap, [0.0, 0.0, 0.75, np.nan])
     logits = np.array([[3.0, 2.0, 0.5], [3.0, 2.5, 2.5], [3.0, 2.0, 1.0], [np.nan] * 3])
@@ -152,60 +148,6 @@ def test_histogram_equals_counting() -> None:
 
 
 # --- two runs -------------------------------------------------------------------------------------------------------
-
-
-def texts(rng: np.random.Generator, lengths: list[int]) -> list[np.ndarray]:
-    return [rng.integers(0, 12, length) for length in lengths]
-
-
-def write(
-    folder: Path,
-    name: str,
-    tokens: list[np.ndarray],
-    ids: list[np.ndarray],
-    *,
-    experts: int = EXPERTS,
-    layers: tuple[int, ...] = LAYERS,
-    pieces: dict[int, bytes] | None = None,
-    keep_text: bool = True,
-) -> store.Run:
-    """A run of these sequences; ``ids`` (layers, tokens, k) of each. Sequence numbers are 3, 6, 9, ..."""
-    writer = RunWriter.create(folder, name, RunInfo(model="m", num_layers=4, hidden_size=8))
-    numbers = [3 * (place + 1) for place in range(len(tokens))]
-    shard: dict[str, pl.DataFrame] = {
-        "layer": pl.DataFrame(
-            [vars(LayerInfo(layer=layer, num_experts=experts, top_k=TOP_K)) for layer in layers]
-        ),
-        "sequence": pl.DataFrame(
-            {
-                "sequence": numbers, "domain": ["ab"[number % 2] for number in numbers], "source": [""] * len(numbers),
-                "tokens": [len(one) for one in tokens], "prompt_tokens": [len(one) for one in tokens],
-            }
-        ),
-        "route_chunk": pl.concat(
-            pack_trace(
-                layer=layer, sequence=np.full(len(one), number), position=np.arange(len(one)), ids=chosen[axis],
-                weights=np.where(chosen[axis] >= 0, 1.0 / np.arange(1, TOP_K + 1), 0.0), num_experts=experts,
-            )
-            for axis, layer in enumerate(layers)
-            for number, one, chosen in zip(numbers, tokens, ids, strict=True)
-        ),
-    }  # fmt: skip
-    if keep_text:
-        pieces = pieces or {token: f"<{token}>".encode() for token in range(40)}
-        shard["sequence_token"] = pl.DataFrame(
-            {
-                "sequence": numbers, "start": [0] * len(numbers), "token_ids": [one.tolist() for one in tokens],
-                "special": [[False] * len(one) for one in tokens],
-            }
-        )  # fmt: skip
-        shard["vocabulary"] = pl.DataFrame({"token_id": list(pieces), "bytes": list(pieces.values())})
-    writer.write_shard(shard)
-    return store.open_run(writer.finish())
-
-
-def routed(rng: np.random.Generator, tokens: list[np.ndarray], layers: int = len(LAYERS)) -> list[np.ndarray]:
-    return [np.stack([draw(rng, len(one)) for _ in range(layers)]) for one in tokens]
 
 
 def test_a_run_agrees_with_itself(tmp_path: Path) -> None:
@@ -240,6 +182,7 @@ def test_sequences_meet_by_their_tokens_whatever_their_order(
         alignment = align(first, second)
         assert (len(alignment.pairs), alignment.left_out, alignment.by) == (12, (2, 1), "token ids")
         assert alignment.tokens == sum(len(one) for one in common)
+        assert len(set(alignment.pairs[:, 1].tolist())) == 12  # each once
         partner = [order[there // 3 - 2] for there in alignment.pairs[:, 1]]
         assert [4 if at == 7 else at for at in partner] == [4 if at == 7 else at for at in range(12)]
         found = compare(alignment)
@@ -368,6 +311,25 @@ def test_imports_give_their_reason(tmp_path: Path) -> None:
         found = compare(align(trace, trace, by_position=True))
         assert [layer.sums[:, 1].sum() for layer in found.layers] == [40, 40]
         assert not any(margin.any() for layer in found.layers for margin in layer.margins.values())
+
+
+def test_imports_of_token_texts_meet_by_their_texts(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    words = [["the", " cat", " sat"], [" on", " the", " mat", "."], ["", "?"]]
+    experts = [np.stack([draw(rng, len(one)), draw(rng, len(one))], axis=1).astype(np.uint8) for one in words]
+    for name, order in (("a", (0, 1, 2)), ("b", (1, 0))):
+        parts = [experts[at] for at in order]
+        offsets = np.cumsum([0, *map(len, parts)])
+        np.savez(tmp_path / f"{name}.npz", experts=np.concatenate(parts), offsets=offsets, num_experts=np.int64(8))
+        (tmp_path / f"{name}.json").write_text(json.dumps([words[at] for at in order]))
+        options = ImportOptions(extra={"tokens": tmp_path / f"{name}.json"})
+        import_run("npz", tmp_path / f"{name}.npz", directory=tmp_path, name=name, options=options, metrics=False)
+    with store.open_run(tmp_path / "a.duckdb") as first, store.open_run(tmp_path / "b.duckdb") as second:
+        assert not np.array_equal(first.token_ids().ids[:3], second.token_ids().ids[4:7])  # numbered by themselves
+        found = compare(align(first, second))
+    assert found.alignment.pairs.tolist() == [[0, 1], [1, 0]]
+    assert found.alignment.left_out == (1, 0)
+    assert [layer.sums[:, 1].sum() for layer in found.layers] == [7, 7]
 
 
 # --- a real model ---------------------------------------------------------------------------------------------------

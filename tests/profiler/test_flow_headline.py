@@ -128,11 +128,21 @@ def test_distances_reach_back_to_the_layers_before(rows: list[dict[str, Any]]) -
 
 def test_information_is_that_of_the_counts(rows: list[dict[str, Any]]) -> None:
     ids = selections(24)
-    joint = counted(ids[1], ids[2]) / (24 * LENGTH * TOP_K**2)
-    expected = np.nansum(joint * np.log2(np.where(joint > 0, joint, np.nan) / np.outer(joint.sum(1), joint.sum(0))))
+
+    def bits(kept: NDArray[np.bool_]) -> float:
+        joint = counted(ids[1][kept], ids[2][kept]).astype(float)
+        joint /= joint.sum()
+        outer = np.outer(joint.sum(axis=1), joint.sum(axis=0))
+        return float(
+            sum(joint[place] * np.log2(joint[place] / outer[place]) for place in zip(*joint.nonzero(), strict=True))
+        )
+
     found = pick(rows, "transition_information", layer=2, distance=1)
-    assert found["value"] == pytest.approx(expected)
-    assert found["low"] < found["value"] < found["high"]
+    assert found["value"] == pytest.approx(bits(np.ones(24, bool)))
+    part = parts_of(Groups.of(np.array(["a", "b", "b"] * 8)))
+    left = np.array([bits(part != one) for one in range(PARTS)])
+    error = np.sqrt((PARTS - 1) / PARTS * ((left - left.mean()) ** 2).sum())
+    assert (found["high"] - found["low"]) / 2 == pytest.approx(2.1314495 * error)  # Student's t, 15 degrees of freedom
     noise = pick(rows, "transition_information", layer=2, distance=1, control="shuffled")["value"]
     assert noise < 0.1 * found["value"]
     assert pick(rows, "transition_information", layer=4, distance=1)["value"] == pytest.approx(noise, abs=noise)
@@ -199,3 +209,22 @@ def test_lookahead_adds_domains_up_and_leaves_first_positions_out(tmp_path: Path
     assert cosine["value"] == pytest.approx(3.2 / 4)
     assert (cosine["tokens"], cosine["parameters"]) == (4, json.dumps({"distance": 1, "input": "router"}))
     assert lookahead_sums(lookahead_table().clear()).is_empty()
+
+
+def test_recall_is_held_out_both_ways(rows: list[dict[str, Any]]) -> None:
+    before, after = (part.reshape(-1, TOP_K) for part in (selections(24)[2], selections(24)[4]))
+    part = parts_of(Groups.of(np.array(["a", "b", "b"] * 8)))
+    fold = np.repeat(part % 2, LENGTH)
+    hits = popular = 0
+    for half in (0, 1):
+        load = np.bincount(after[fold != half].ravel(), minlength=EXPERTS)
+        joint = counted(before[fold != half], after[fold != half])
+        table = (joint + load / load.sum()) / (joint.sum(axis=1, keepdims=True) + 1)
+        favourites = set(np.argsort(-load, kind="stable")[:TOP_K].tolist())
+        for one, other in zip(before[fold == half], after[fold == half], strict=True):
+            best = np.argsort(-(table[one[0]] + table[one[1]]), kind="stable")[:TOP_K]
+            hits += len(set(best.tolist()) & set(other.tolist()))
+            popular += len(favourites & set(other.tolist()))
+    found = pick(rows, "transition_recall", layer=4, distance=1, at=0.0)["value"]
+    assert found == pytest.approx(hits / after.size)
+    assert pick(rows, "popularity_recall", layer=4, at=0.0)["value"] == pytest.approx(popular / after.size)

@@ -26,7 +26,13 @@ Ids = NDArray[np.int64]
 
 
 def write(
-    directory: Path, *, sequences: int = 48, parts: bool = True, trace: bool = True, spans: bool = False
+    directory: Path,
+    *,
+    sequences: int = 48,
+    parts: bool = True,
+    trace: bool = True,
+    spans: bool = False,
+    top_k: int = TOP_K,
 ) -> tuple[store.Run, Ids]:
     """A run whose experts are ever rarer, the last one unused, and its ids (layers, sequences, tokens, k)."""
     generator = np.random.default_rng(0)
@@ -37,7 +43,7 @@ def write(
     info = RunInfo(model="toy", num_layers=5, tokens=sequences * LENGTH, sequences=sequences)
     writer = RunWriter.create(directory, "toy", info)
     shard: dict[str, Any] = {
-        "layer": {"layer": LAYERS, "step": [0, 0], "num_experts": [EXPERTS] * 2, "top_k": [TOP_K] * 2},
+        "layer": {"layer": LAYERS, "step": [0, 0], "num_experts": [EXPERTS] * 2, "top_k": [top_k] * 2},
         "sequence": {"sequence": range(sequences), "domain": ["d"] * sequences, "tokens": [LENGTH] * sequences},
         "expert_load": pl.concat(table(axis, {"tokens": counts[axis].sum(0)}, load=True) for axis in range(2)),
     }
@@ -152,6 +158,8 @@ def test_starved_by_hand(tmp_path: Path) -> None:
         next(row for row in rows if row["metric"] == "starved_experts" and "layer" not in row)["value"] == by_hand.sum()
     )
     assert [reach.balanced for _, _, reach in layer_reach(run)] == [240.0, 240.0]
+    unsaid, _ = write(tmp_path / "unsaid", parts=False, trace=False, top_k=0)
+    assert [reach.threshold for _, _, reach in layer_reach(unsaid)] == [24.0, 24.0]  # the same without knowing k
 
 
 def test_the_trace_gives_what_the_table_gives(tmp_path: Path) -> None:
@@ -169,6 +177,42 @@ def test_passes_are_parts_in_stretches_of_time(tmp_path: Path) -> None:
     sums = part_sums(Subject(run))[1, 0]["tokens"]
     by_hand = [np.bincount(ids[0, start : start + 3].ravel(), minlength=EXPERTS) for start in range(0, 48, 3)]
     np.testing.assert_array_equal(sums, np.stack(by_hand, axis=1))
+
+
+def test_requests_that_last_do_not_make_passes_agree(tmp_path: Path) -> None:
+    """Eight requests at a time, 40 passes each: dealt out one by one, passes agree more than other traffic would."""
+    generator = np.random.default_rng(0)
+    liking = np.log(generator.gamma(5.0, size=32))
+
+    def traffic() -> NDArray[np.int64]:
+        rates = np.exp(liking + generator.normal(size=(24, 8, 32))).mean(axis=1)
+        return generator.poisson(3 * np.repeat(rates, 40, axis=0))
+
+    expected, dealt, truth = [], [], []
+    for number in range(8):
+        counts = traffic()
+        writer = RunWriter.create(tmp_path, f"passes{number}", RunInfo(model="toy", tokens=int(counts.sum())))
+        spans = pl.DataFrame({"span": range(len(counts)), "tokens": counts.tolist()})
+        writer.write_shard(
+            {
+                "layer": {"layer": [0], "step": [0], "num_experts": [32], "top_k": [0]},
+                "load_span": spans.with_columns(layer=pl.lit(0), step=pl.lit(0)),
+            }
+        )
+        rows = coverage_rows(Subject(store.open_run(writer.finish())))
+        expected.append(
+            found(rows, "split_half_agreement", score="frequency", measure="spearman", length="whole")["value"]
+        )
+        dealt.append(_whole(by_part(counts)))
+        truth.append(float(spearman(first=traffic().sum(0), second=traffic().sum(0))))
+    assert np.mean(expected) == pytest.approx(np.mean(truth), abs=0.04)
+    assert np.mean(dealt) > 0.99 > np.mean(truth) + 0.02
+
+
+def _whole(sums: NDArray[np.int64]) -> float:
+    pairs = coverage.draw_pairs(num_parts=NUM_PARTS, size=8, other=8, num_draws=NUM_DRAWS, seed=SEED)
+    agreed = coverage.part_agreement(parts={"tokens": sums}, name="frequency", first=pairs[0], second=pairs[1])
+    return float(coverage.lengthened(agreement=agreed.spearman.mean(), factor=2))
 
 
 def test_counts_alone_and_single_sequences_say_who_starves(tmp_path: Path) -> None:

@@ -69,13 +69,15 @@ def test_values_are_those_of_the_counts(tmp_path: Path) -> None:
     assert (found(rows, "gini")["sequences"], found(rows, "gini", "prose")["sequences"]) == (6, 2)
 
 
-def test_intervals_are_those_of_sequences_drawn_by_hand(tmp_path: Path) -> None:
-    run, counts = write(tmp_path, [40, 50, 60, 30, 20, 10])
-    row = found(load_rows(Subject(run)), "gini")
-    weights = resample_weights(num_sequences=6, num_resamples=headline.NUM_RESAMPLES, seed=SEED)
+@pytest.mark.parametrize("domain", [None, "code"])
+def test_intervals_are_those_of_sequences_drawn_by_hand(tmp_path: Path, domain: str | None) -> None:
+    run, every = write(tmp_path, [40, 50, 60, 30, 20, 10])
+    row = found(load_rows(Subject(run)), "gini", domain)
+    counts = every if domain is None else every[[1, 2, 4, 5]]
+    weights = resample_weights(num_sequences=len(counts), num_resamples=headline.NUM_RESAMPLES, seed=SEED)
     drawn = []
     for weight in weights.astype(int):
-        text = np.repeat(np.arange(6), weight)  # the sequences of one drawn text, one after the other
+        text = np.repeat(np.arange(len(counts)), weight)  # the sequences of one drawn text, one after the other
         drawn.append(float(load.balance(load=counts[text].sum(0)[None]).gini[0]))
     low, high = interval(
         estimate=np.array(row["value"]), resampled=np.array(drawn), confidence=headline.CONFIDENCE, rule="basic"

@@ -120,14 +120,15 @@ def test_levels_add_up(tmp_path):
     assert list(both.statistics_gib) == ["routing", "activations"]
     assert both.level == "routing,activations"
     assert both.memory_gib > routing.memory_gib > routing.weights_gib["float32"]
-    # by hand, per layer: 36 bytes per neuron, 24 per channel of an expert, the Gram matrix, scalars, weights' norms
+    # by hand, per layer: 36 bytes per neuron, 24 per channel of an expert, the Gram matrix, scalars, weights' norms,
+    # and two sums per expert for each sixteenth of the text
     experts, neurons, channels = 8, 8 * 24, 8 * 32
     layer = 36 * neurons + 24 * channels + 8 * experts**2 + 8 * (14 * experts + 7) + 4 * (3 * neurons + channels)
-    assert both.statistics_gib["activations"] * 2**30 == 3 * (layer + 8 * 9)
+    assert both.statistics_gib["activations"] * 2**30 == 3 * (layer + 8 * 9 + 16 * 2 * 8 * experts)
     assert both.recording_gib > routing.recording_gib > sum(routing.statistics_gib.values())
     more = inspect_model(path, gflops=1.0, domains=7)
-    pairs = 3 * 8 * 2 * experts**2 / 2**30  # pooled over domains
-    assert more.statistics_gib["routing"] - pairs == pytest.approx(7 * (routing.statistics_gib["routing"] - pairs))
+    pooled = 3 * (8 * 2 * experts**2 + 16 * 2 * 8 * experts) / 2**30  # pairs, and the sixteenths of the text
+    assert more.statistics_gib["routing"] - pooled == pytest.approx(7 * (routing.statistics_gib["routing"] - pooled))
     every = inspect_model(path, level="similarity,moments,lookahead,attention,gradients", gflops=1.0)
     assert list(every.statistics_gib) == every.level.split(",")
     assert every.statistics_gib["moments"] * 2**30 == 3 * 8 * 32**2

@@ -104,21 +104,34 @@ def torch_file(path: Path, content: Any) -> Path:
 def record(
     *, ids: NDArray[np.int32], input_ids: Sequence[int], positions: Sequence[int], lengths: Sequence[int] | None
 ) -> dict[str, Any]:
-    """One record of SGLang's mode per_token; ids (layers, tokens, k) become eight slots wide."""
+    """One record of SGLang's mode per_token; ids (layers, tokens, k) become eight slots wide, inputs are lists."""
     wide = np.full((*ids.shape[:2], 8), -1, np.int32)
     wide[..., : ids.shape[2]] = ids
     return {
         "forward_pass_id": 0, "rank": 0, "gatherer_key": "primary", "topk_ids_of_layer": wide,
-        "input_ids": np.asarray(input_ids), "positions": np.asarray(positions),
+        "input_ids": list(input_ids), "positions": list(positions),
         "extend_seq_lens": None if lengths is None else list(lengths), "forward_mode": 2 if lengths is None else 1,
         "global_physical_count": np.zeros((3, 6), np.int64), "misc_objects": [],
     }  # fmt: skip
 
 
-def sglang_response(ids: NDArray[np.int32], *, prompt_tokens: int, name: str = "r") -> dict[str, Any]:
-    """A response with routed_experts: base64 of int32 (tokens - 1, all decoder layers, k)."""
-    data = base64.b64encode(np.ascontiguousarray(ids, "<i4").tobytes()).decode()
-    return {"text": "...", "meta_info": {"id": name, "prompt_tokens": prompt_tokens, "routed_experts": data}}
+def sglang_response(ids: NDArray[np.int32], *, prompt_tokens: int, name: str = "r", **meta: Any) -> dict[str, Any]:
+    """A response of /generate with routed_experts: base64 of int32 (tokens - 1, all decoder layers, k)."""
+    facts = {"id": name, "prompt_tokens": prompt_tokens, "routed_experts": flat(ids), **meta}
+    return {"text": "...", "meta_info": facts}
+
+
+def flat(ids: NDArray[Any], dtype: str = "<i4") -> str:
+    """base64 of the bytes of ids, without their shape."""
+    return base64.b64encode(np.ascontiguousarray(ids, dtype).tobytes()).decode()
+
+
+def npy(ids: NDArray[Any], dtype: str = "uint8") -> str:
+    """base64 of an .npy file of ids: magic, version 1.0, length of the header, header, data."""
+    header = repr({"descr": np.dtype(dtype).str, "fortran_order": False, "shape": ids.shape}).encode()
+    header += b" " * (-(len(header) + 11) % 64) + b"\n"
+    data = b"\x93NUMPY\x01\x00" + struct.pack("<H", len(header)) + header
+    return base64.b64encode(data + np.ascontiguousarray(ids, dtype).tobytes()).decode()
 
 
 def jsonl(path: Path, objects: Sequence[Any]) -> Path:
@@ -128,6 +141,6 @@ def jsonl(path: Path, objects: Sequence[Any]) -> Path:
 
 
 def encoded(ids: NDArray[Any], dtype: str = "int16") -> dict[str, Any]:
-    """Ids as newer versions of vLLM send them."""
+    """Ids as servers around vLLM send them: base64 in an object that says dtype and shape."""
     data = base64.b64encode(np.ascontiguousarray(ids, f"<{np.dtype(dtype).str[1:]}").tobytes()).decode()
     return {"encoding": "base64", "dtype": dtype, "shape": list(ids.shape), "data": data}

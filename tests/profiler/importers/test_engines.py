@@ -49,18 +49,53 @@ def test_sglang_stat_warns_of_a_ring_that_may_have_gone_round(tmp_path: Path) ->
     assert "ring of steps" in run.table("check")["name"].to_list()
 
 
-def test_sglang_per_pass_adds_ranks_and_maps_replicas(tmp_path: Path) -> None:
-    folder = tmp_path / "dump"
+def test_sglang_stat_begins_where_the_ring_was_left(tmp_path: Path) -> None:
+    # the last dump emptied the ring, but left its index at 4
+    counts = np.zeros((6, 2, 4), np.int32)
+    for step, row in enumerate((4, 5, 0)):
+        counts[row, :, 0] = step + 1
+    file = fixtures.torch_file(tmp_path / "a.pt", {"logical_count": counts})
+    run = bring_in("sglang-stat", file, tmp_path / RUNS, config=CONFIG)
+    spans = run.table("load_span").filter(pl.col("layer") == 1).sort("span")["tokens"].to_list()
+    assert [row[0] for row in spans] == [1, 2, 3]
+    assert "ranks added" not in run.table("check")["name"].to_list()
+
+
+def test_sglang_stat_warns_of_ranks_that_were_added(tmp_path: Path) -> None:
+    counts = np.array([[[4, 8, 12, 0], [8, 0, 8, 8]], [[0] * 4] * 2], np.int32)
+    file = fixtures.torch_file(tmp_path / "a.pt", {"logical_count": counts})
+    run = bring_in("sglang-stat", file, tmp_path / RUNS, config=CONFIG)
+    details = dict(run.table("check").select("name", "detail").iter_rows())
+    assert details["ranks added"].startswith("every count is a multiple of 4")
+    assert selections_of(run)[1, 0] == 4
+
+
+def _rank_files(folder: Path, *ranks: np.ndarray) -> Path:
+    """A folder with the file of each rank: its counts (layers, replicas) of forward pass 9."""
     folder.mkdir()
-    counts = np.zeros((3, 6), np.int64)
-    counts[1], counts[2] = [1, 2, 3, 4, 5, 6], [1, 0, 0, 0, 0, 7]
-    for rank in range(2):
+    for rank, counts in enumerate(ranks):
         record = {"forward_pass_id": 9, "rank": rank, "gatherer_key": "primary", "global_physical_count": counts}
         content = {"records": [record], "last_physical_to_logical_map": REPLICAS}
         fixtures.torch_file(folder / f"expert_distribution_recorder_1.0_{rank}.pt", content)
-    run = bring_in("sglang-per-pass", folder, tmp_path / RUNS, config=CONFIG)
-    # layer 1: replicas are experts 3 2 1 0 3 2; layer 2: 1 0 2 3 2 1; twice, for two ranks
-    assert selections_of(run) == {(1, 0): 8, (1, 1): 6, (1, 2): 16, (1, 3): 12, (2, 1): 16}
+    return folder
+
+
+def test_sglang_per_pass_adds_ranks_and_maps_replicas(tmp_path: Path) -> None:
+    one, two = np.zeros((3, 6), np.int32), np.zeros((3, 6), np.int32)
+    one[1], one[2] = [1, 2, 3, 4, 5, 6], [1, 0, 0, 0, 0, 7]
+    two[1], two[2] = [0, 0, 0, 0, 0, 2], [2, 0, 0, 0, 0, 0]
+    run = bring_in("sglang-per-pass", _rank_files(tmp_path / "dump", one, two), tmp_path / RUNS, config=CONFIG)
+    # layer 1: replicas are experts 3 2 1 0 3 2; layer 2: 1 0 2 3 2 1
+    assert selections_of(run) == {(1, 0): 4, (1, 1): 3, (1, 2): 10, (1, 3): 6, (2, 1): 10}
+    assert "ranks that agree" not in run.table("check")["name"].to_list()
+
+
+def test_sglang_per_pass_takes_ranks_that_share_their_tokens_once(tmp_path: Path) -> None:
+    counts = np.zeros((3, 6), np.int32)
+    counts[1] = [1, 2, 3, 4, 5, 6]
+    run = bring_in("sglang-per-pass", _rank_files(tmp_path / "dump", *[counts] * 4), tmp_path / RUNS, config=CONFIG)
+    assert selections_of(run) == {(1, 0): 4, (1, 1): 3, (1, 2): 8, (1, 3): 6}
+    assert "ranks that agree" in run.table("check")["name"].to_list()
 
 
 def test_sglang_per_token_builds_sequences_from_positions(tmp_path: Path) -> None:
@@ -111,6 +146,40 @@ def test_sglang_responses(tmp_path: Path) -> None:
                  config=CONFIG | {"num_hidden_layers": 4, "num_experts_per_tok": 4})  # fmt: skip
 
 
+def test_sglang_responses_of_the_openai_endpoints(tmp_path: Path) -> None:
+    ids, usage = _ids(5, dense=0), {"prompt_tokens": 4, "completion_tokens": 2}
+    objects = [
+        {"id": "cmpl-1", "choices": [{"token_ids": [5, 6], "prompt_token_ids": [1, 2, 3, 4]}], "usage": usage,
+         "sglext": {"routed_experts": fixtures.flat(ids)}},
+        # older: in the choice
+        {"id": "cmpl-2", "usage": usage, "choices": [
+            {"token_ids": [5, 6], "prompt_token_ids": [1, 2, 3, 4], "sglext": {"routed_experts": fixtures.flat(ids)}}]},
+    ]  # fmt: skip
+    run = bring_in("sglang-responses", fixtures.jsonl(tmp_path / "a.jsonl", objects), tmp_path / RUNS, config=CONFIG)
+    assert run.table("sequence").select("tokens", "prompt_tokens", "source").rows() == [
+        (5, 4, "cmpl-1"),
+        (5, 4, "cmpl-2"),
+    ]
+    np.testing.assert_array_equal(run.layer_selections(layer=1).ids, np.concatenate([ids, ids])[:, 1])
+    assert run.table("sequence_token")["token_ids"].to_list() == [[1, 2, 3, 4, 5]] * 2
+
+
+def test_sglang_responses_in_small_types_without_their_beginning(tmp_path: Path) -> None:
+    ids, counts = _ids(6, dense=0), {"prompt_tokens": 4, "completion_tokens": 3}
+    objects = [
+        fixtures.sglang_response(
+            ids, **counts, routed_experts=fixtures.flat(ids, "<u2"), routed_experts_dtype="uint16"
+        ),
+        fixtures.sglang_response(ids, **counts, routed_experts=fixtures.flat(ids, "u1"), routed_experts_dtype="uint8"),
+        fixtures.sglang_response(ids[3:], **counts),  # routed_experts_start_len of 3
+    ]
+    run = bring_in("sglang-responses", fixtures.jsonl(tmp_path / "a.jsonl", objects), tmp_path / RUNS, config=CONFIG)
+    assert run.table("sequence").select("tokens", "prompt_tokens").rows() == [(6, 4), (6, 4), (3, 1)]
+    np.testing.assert_array_equal(run.layer_selections(layer=2).ids, np.concatenate([ids, ids, ids[3:]])[:, 2])
+    notes = dict(run.table("check").select("name", "detail").iter_rows())
+    assert notes["requests without beginning"].startswith("1 requests asked")
+
+
 # --- vLLM ---
 
 
@@ -148,6 +217,33 @@ def test_vllm_cached_prompts_preempted_requests_and_several_choices(tmp_path: Pa
     assert notes["requests without routing"].startswith("1 requests came without")
 
 
+@pytest.mark.parametrize("dtype", ["uint8", "uint16", "int32"])
+def test_vllm_sends_the_whole_sequence_as_npy_with_zeros_in_dense_layers(tmp_path: Path, dtype: str) -> None:
+    first, second = _ids(6, dense=0), _ids(5, dense=0, seed=1)
+    response = {
+        "id": "cmpl-1", "usage": {"prompt_tokens": 4, "completion_tokens": 5},
+        "choices": [
+            {"prompt_token_ids": [1, 2, 3, 4], "token_ids": [5, 6, 7], "routed_experts": fixtures.npy(first, dtype)},
+            {"prompt_token_ids": [1, 2, 3, 4], "token_ids": [8, 9], "routed_experts": fixtures.npy(second, dtype)},
+        ],
+    }  # fmt: skip
+    run = bring_in("vllm", fixtures.jsonl(tmp_path / "a.jsonl", [response]), tmp_path / RUNS, config=CONFIG)
+    assert run.table("sequence").select("tokens", "prompt_tokens").rows() == [(6, 4), (5, 4)]
+    np.testing.assert_array_equal(run.layer_selections(layer=1).ids, np.concatenate([first, second])[:, 1])
+    assert run.table("sequence_token")["token_ids"].to_list() == [[1, 2, 3, 4, 5, 6], [1, 2, 3, 4, 8]]
+
+
+def test_vllm_chat_without_token_ids_and_without_the_beginning(tmp_path: Path) -> None:
+    ids = _ids(6, dense=0)
+    objects = [
+        {"choices": [{"routed_experts": fixtures.npy(part)}], "usage": {"prompt_tokens": 4, "completion_tokens": 3}}
+        for part in (ids, ids[2:])  # routed_experts_prompt_start of 2
+    ]
+    run = bring_in("vllm", fixtures.jsonl(tmp_path / "a.jsonl", objects), tmp_path / RUNS, config=CONFIG)
+    assert run.table("sequence").select("tokens", "prompt_tokens").rows() == [(6, 4), (4, 2)]
+    assert "requests without beginning" in run.table("check")["name"].to_list()
+
+
 @pytest.mark.parametrize("suffix", [".npy", ".npz"])
 def test_vllm_arrays(tmp_path: Path, suffix: str) -> None:
     ids = _ids(6).astype(np.int16)
@@ -170,6 +266,28 @@ def test_tensorrt_llm_adds_ranks(tmp_path: Path) -> None:
     spans = run.table("load_span").filter(pl.col("layer") == 1)["tokens"].to_list()
     assert spans == [[2, 3, 4, 5], [1, 0, 0, 0]]
     assert [layer.top_k for layer in run.layers] == [2, 2]
+
+
+def test_tensorrt_llm_takes_ranks_that_share_their_tokens_once(tmp_path: Path) -> None:
+    one = {"100_1": np.array([1, 2, 3, 4], np.int64), "100_2": np.array([5, 5, 0, 0], np.int64)}
+    run = bring_in("tensorrt-llm", fixtures.tensorrt_llm(tmp_path / "a", [one] * 4), tmp_path / RUNS)
+    assert selections_of(run) == {(1, 0): 1, (1, 1): 2, (1, 2): 3, (1, 3): 4, (2, 0): 5, (2, 1): 5}
+    assert "ranks that agree" in run.table("check")["name"].to_list()
+
+
+def test_tensorrt_llm_slots_of_a_load_balancer(tmp_path: Path) -> None:
+    slots = {"7_1": np.array([1, 2, 3, 4, 5, 6], np.int32), "7_2": np.array([1, 0, 0, 0, 0, 7], np.int32)}
+    folder = fixtures.tensorrt_llm(tmp_path / "a", [slots], num_experts=6)
+    (tmp_path / "map.json").write_text(json.dumps(REPLICAS[1:].tolist()))
+    with pytest.raises(ImportFileError, match="experts per layer are 4 by one source and 6 by another"):
+        bring_in("tensorrt-llm", folder, tmp_path / RUNS, config=CONFIG)
+    run = bring_in("tensorrt-llm", folder, tmp_path / RUNS, config=CONFIG,
+                   extra={"physical_to_logical": tmp_path / "map.json"})  # fmt: skip
+    assert selections_of(run) == {(1, 0): 4, (1, 1): 3, (1, 2): 8, (1, 3): 6, (2, 1): 8}
+    (tmp_path / "map.json").write_text(json.dumps(REPLICAS.tolist()))
+    with pytest.raises(ImportFileError, match=r"counts 6 slots in 2 layers; --physical-to-logical maps \(3, 6\)"):
+        bring_in("tensorrt-llm", folder, tmp_path / RUNS, name="other", config=CONFIG,
+                 extra={"physical_to_logical": tmp_path / "map.json"})  # fmt: skip
 
 
 def test_tensorrt_llm_raw_ids_are_counted(tmp_path: Path) -> None:
@@ -228,8 +346,18 @@ def _imatrix(counts: dict[int, list[float]]) -> Any:
     return lambda folder: fixtures.imatrix(folder / "a.gguf", counts)
 
 
-def _passes(**one: Any) -> Any:
-    return _torch({"records": [fixtures.record(**one)], "last_physical_to_logical_map": REPLICAS})
+def _passes(mode: int = 1, **one: Any) -> Any:
+    record = fixtures.record(**one) | {"forward_mode": mode}
+    return _torch({"records": [record], "last_physical_to_logical_map": REPLICAS})
+
+
+def _twice() -> Any:
+    record = {"forward_pass_id": 9, "rank": 1, "global_physical_count": np.ones((3, 6), int)}
+    return _torch({"records": [record, record], "last_physical_to_logical_map": REPLICAS})
+
+
+def _sglang(ids: np.ndarray, **meta: Any) -> Any:
+    return _lines(fixtures.sglang_response(ids, **meta))
 
 
 @pytest.mark.parametrize(
@@ -246,6 +374,18 @@ def _passes(**one: Any) -> Any:
          "do not fit the map"),
         ("sglang-per-token", _passes(ids=np.zeros((3, 2, 2)), input_ids=[1], positions=[0, 1], lengths=[2]),
          "other numbers of positions"),
+        ("sglang-per-token", _passes(ids=np.zeros((3, 1, 2)), input_ids=[1.5], positions=[0], lengths=[1]),
+         "input_ids is no list of whole numbers"),
+        ("sglang-per-token", _passes(5, ids=np.zeros((3, 2, 2)), input_ids=[1, 2], positions=[4, 5], lengths=None),
+         "holds speculative decoding"),
+        ("sglang-per-pass", _twice(), "forward pass 9 of rank 1 stands there twice"),
+        ("sglang-responses", _lines({"choices": [{}]}), "no routed_experts in meta_info or sglext"),
+        ("sglang-responses", _sglang(_ids(3, dense=0), prompt_tokens=1, routed_experts_dtype="int8"), "are of int8"),
+        ("sglang-responses", _sglang(_ids(9, dense=0), prompt_tokens=3, completion_tokens=4), "9 rows for 3 tokens"),
+        ("sglang-responses", _sglang(_ids(2, dense=1), prompt_tokens=1), "layer 0 is dense by --config, but uses"),
+        ("vllm", _vllm("AAAA"), "no header of an .npy array"),
+        ("vllm", _vllm(fixtures.npy(_ids(4))[:-8]), "declares uint8"),
+        ("vllm", _vllm(fixtures.npy(_ids(4, dense=1))), "layer 0 is dense by --config, but uses"),
         ("vllm", _lines({"choices": []}), "neither prompt_routed_experts nor"),
         ("vllm", _vllm([[[0, 1]], [[1]]]), "not of equal length"),
         ("vllm", _vllm([[[0, 9]] * 2]), "expert 9 is out of range"),
@@ -259,6 +399,7 @@ def _passes(**one: Any) -> Any:
         ("imatrix", _imatrix({1: [0.5, 1, 1, 1]}), "holds no counts"),
         ("imatrix", _imatrix({1: [float("nan"), 1, 1, 1]}), "holds no counts"),
         ("imatrix", _imatrix({0: [1, 1, 1, 1]}), "layer 0, which is dense or missing"),
+        ("imatrix", _imatrix({1: [512]}), "one count for all experts"),
         ("imatrix", _gguf({}, version=1), "GGUF version 1"),
     ],
 )  # fmt: skip

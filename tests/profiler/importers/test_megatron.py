@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from moescope.errors import ImportFileError
+from tests.profiler.importers.fixtures import CONFIG
 from tests.profiler.importers.traces import bring_in, left_behind, selections_of
 
 
@@ -49,6 +50,14 @@ def test_a_layer_without_its_line_is_noted(tmp_path: Path) -> None:
     file = _write(tmp_path / "t.jsonl", _line(0, 0, [[0]]), _line(0, 1, [[1]]), _line(1, 0, [[1]]))
     run = bring_in("megatron", file, tmp_path / "runs", num_experts=2)
     assert dict(run.table("check").select("name", "status").iter_rows())["layers complete"] == "warning"
+
+
+def test_layers_counted_from_one(tmp_path: Path) -> None:
+    # inference with routing replay writes Megatron's layer_number; by the configuration, layers 1 and 2 are routed
+    file = _write(tmp_path / "t.jsonl", _line(0, 2, [[3, 1], [0, 2]]), _line(0, 3, [[1, 2], [1, 0]]))
+    run = bring_in("megatron", file, tmp_path / "runs", config=CONFIG)
+    assert selections_of(run) == {(1, 0): 1, (1, 1): 1, (1, 2): 1, (1, 3): 1, (2, 0): 1, (2, 1): 2, (2, 2): 1}
+    assert run.info.settings["first_layer"] == 1
 
 
 _MANY = np.argsort(np.random.default_rng(0).random((16, 4)), axis=1)[:, :2].tolist()
