@@ -18,7 +18,9 @@ FLAGS = [
     "--disable-component-update",
     "--disable-sync",
 ]
-PAGES = ("", "routing", "tokens", "expert", "super-experts", "local-consistency", "similarity", "compare")
+PAGES = ("", "routing", "tokens", "expert", "super-experts", "local-consistency", "similarity")
+"""Pages that draw something on every run; Compare needs a second one."""
+
 # The frontend probes for a base path below sub-pages; both answers are 404 by design.
 _HARMLESS = ("_stcore/health", "_stcore/host-config", "GPU stall", "GL Driver Message")
 
