@@ -1,0 +1,73 @@
+"""What two plans do differently, unit by unit."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from compressor.plan.document import Plan
+from compressor.plan.result import NewExpert, experts_after, kept_layers, neurons_after
+from compressor.plan.source import LayerKey
+from moescope.errors import PlanError
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One unit that two plans treat differently.
+
+    Attributes:
+        layer: decoder layer.
+        step: call of the layer's experts.
+        expert: number in the source; -1 for the layer as a whole.
+        role: routed | shared | layer.
+        first: what the first plan does to it.
+        second: what the second one does.
+    """
+
+    layer: int
+    step: int
+    expert: int
+    role: str
+    first: str
+    second: str
+
+
+def differences(first: Plan, second: Plan) -> list[Difference]:
+    """The units that two plans treat differently, in the order of the model.
+
+    Raises:
+        PlanError: they are for models of different shape.
+    """
+    if first.source.layers != second.source.layers or first.source.num_layers != second.source.num_layers:
+        raise PlanError(f"the plans are for models of different shape: {first.source.model} and {second.source.model}")
+    one, two = _fates(first), _fates(second)
+    return [
+        Difference(*unit, one.get(unit, "kept"), two.get(unit, "kept"))
+        for unit in sorted({*one, *two})
+        if one.get(unit, "kept") != two.get(unit, "kept")
+    ]
+
+
+def _fates(plan: Plan) -> dict[tuple[int, int, int, str], str]:
+    fates: dict[tuple[int, int, int, str], str] = {}
+    stays = set(kept_layers(plan))
+    for layer in range(plan.source.num_layers):
+        if layer not in stays:
+            fates[layer, 0, -1, "layer"] = "dropped"
+    after = experts_after(plan)
+    for shape in plan.source.layers:
+        if shape.layer in stays:
+            for expert, fate in _of_layer(shape.key, after[shape.key], shape.num_experts).items():
+                fates[(*shape.key, expert, "routed")] = fate
+    for (layer, step, expert, role), mask in neurons_after(plan).items():
+        unit = (layer, step, expert, role)
+        if layer in stays and fates.get(unit, "kept") != "dropped" and not mask.all():
+            fates[unit] = f"{int(mask.sum())} of {len(mask)} neurons"
+    return fates
+
+
+def _of_layer(key: LayerKey, experts: list[NewExpert], count: int) -> dict[int, str]:
+    fates = dict.fromkeys(range(count), "dropped")
+    for expert in experts:
+        for member in expert.members:
+            fates[member] = f"merged into {expert.lead}" if expert.merged else "kept"
+    return fates

@@ -1,0 +1,114 @@
+"""The plan as one JSON document."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, ValidationError
+
+from compressor.plan.evidence import Estimate, Evidence, Provenance, Target
+from compressor.plan.source import Source
+from compressor.plan.steps import Record, Step
+from moescope.errors import PlanError
+
+VERSION = 1
+
+
+class Plan(Record):
+    """What to do to a checkpoint, and why. Made by a planner, or read with :meth:`load`.
+
+    Attributes:
+        version: of this format.
+        provenance: the run it comes from.
+        source: the model it is for.
+        target: what was asked for.
+        steps: what to do, in order.
+        estimate: what it is expected to save and to cost.
+        evidence: what each decision rests on.
+    """
+
+    version: Literal[1] = VERSION
+    provenance: Provenance
+    source: Source
+    target: Target
+    steps: tuple[Step, ...] = Field(min_length=1)
+    estimate: Estimate
+    evidence: tuple[Evidence, ...] = ()
+
+    def text(self) -> str:
+        """The document, the same for the same plan."""
+        return json.dumps(self.model_dump(mode="json"), indent=1, sort_keys=True, ensure_ascii=False) + "\n"
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the document."""
+        return hashlib.sha256(self.text().encode()).hexdigest()
+
+    def checked(self) -> Plan:
+        """The plan itself.
+
+        Raises:
+            PlanError: it asks for what no checkpoint or engine could hold; the message names the layer.
+        """
+        from compressor.plan.rules import check
+
+        check(self)
+        return self
+
+    def save(self, path: str | Path) -> None:
+        """Write the document; a file of that name is replaced at once.
+
+        Raises:
+            PlanError: it cannot be written.
+        """
+        path = Path(path)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        try:
+            temporary.write_text(self.text(), encoding="utf-8")
+            os.replace(temporary, path)
+        except OSError as error:
+            raise PlanError(f"{path} cannot be written: {error.strerror or error}") from error
+
+    @classmethod
+    def load(cls, path: str | Path) -> Plan:
+        """Read and check a document.
+
+        Raises:
+            PlanError: it cannot be read, is no plan, is of another version, or asks for what cannot be.
+        """
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise PlanError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
+        return cls.parse(text, str(path))
+
+    @classmethod
+    def parse(cls, text: str, name: str = "the document") -> Plan:
+        """A plan from its text.
+
+        Raises:
+            PlanError: as :meth:`load`.
+        """
+        try:
+            content: Any = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise PlanError(f"{name} is no plan: {error}") from error
+        if not isinstance(content, dict) or "steps" not in content:
+            raise PlanError(f"{name} is no plan of moescope: it has no steps")
+        if content.get("version") != VERSION:
+            raise PlanError(f"{name} has version {content.get('version')!r}; this moescope reads {VERSION}: plan again")
+        try:
+            return cls.model_validate(content).checked()
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            place = ".".join(map(str, first["loc"]))
+            raise PlanError(f"{name} is no plan that can be followed: {place}: {first['msg']}") from error
+
+
+def json_schema() -> dict[str, Any]:
+    """The JSON Schema of a plan."""
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **Plan.model_json_schema()}

@@ -1,0 +1,112 @@
+"""Why a plan decides as it does: the scores, what is protected, and what the plan is expected to save and to cost."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from compressor.plan.steps import Record, Role
+
+
+class Provenance(Record):
+    """Where a plan comes from.
+
+    Attributes:
+        run: name of the run.
+        corpus: SHA-256 of the text it was recorded on; empty = unknown.
+        tokens: tokens of the run.
+        domains: whose text counted; all of the run's, or the ones asked for.
+        badge: verdict of the run's checks.
+        tool_version: of the planner.
+    """
+
+    run: str
+    corpus: str = ""
+    tokens: int = Field(default=0, ge=0)
+    domains: tuple[str, ...] = ()
+    badge: str = ""
+    tool_version: str
+
+
+class Target(Record):
+    """What was asked for.
+
+    Attributes:
+        share: part of the routed experts, neurons or layers to remove, 0..1; null where bytes were asked for.
+        memory: bytes that the weights may take; null where a share was asked for.
+        engine: ``any`` = what every engine loads; ``transformers`` = through compressor.load.
+        preset: named preset whose defaults were taken.
+    """
+
+    share: float | None = Field(default=None, gt=0, lt=1)
+    memory: int | None = Field(default=None, ge=1)
+    engine: str = "any"
+    preset: str
+
+
+class LayerValues(Record):
+    """The scores of one layer's experts: what the decision rests on.
+
+    Attributes:
+        layer: decoder layer.
+        step: call of the layer's experts.
+        values: per routed expert; larger = more important; null where there is none.
+    """
+
+    layer: int
+    step: int = 0
+    values: tuple[float | None, ...]
+
+
+class Protected(Record):
+    """A unit that no step may cut, and why."""
+
+    layer: int
+    step: int = 0
+    expert: int
+    role: Role = "routed"
+    reason: str
+
+
+class Evidence(Record):
+    """What the decisions rest on.
+
+    Attributes:
+        score: name of the importance score or measure.
+        unit: of its values.
+        source: where it was published.
+        layers: its values.
+        protected: units that were kept whatever their value; empty where the guard was off or found none.
+        guard: whether super experts were protected.
+        notes: sentences for the reader: what the choice rests on, what it does not know.
+    """
+
+    score: str
+    unit: str = ""
+    source: str = ""
+    layers: tuple[LayerValues, ...] = ()
+    protected: tuple[Protected, ...] = ()
+    guard: bool = True
+    notes: tuple[str, ...] = ()
+
+
+class Estimate(Record):
+    """What the plan is expected to save and to cost; measured figures stand in receipts beside a plan, never in it.
+
+    Attributes:
+        expert_parameters: parameters of routed and shared experts before.
+        expert_parameters_after: and after.
+        active_parameters: expert parameters that one token uses, before.
+        active_parameters_after: and after.
+        bytes_saved: of weights in the run's type; 0 where the form saves nothing.
+        kept_mass: part of the score that stays, over all layers, 0..1; null where the score does not add up.
+        layer_error: predicted relative squared error of the MoE layers' outputs before anything is routed anew, mean over
+            layers; null where the run cannot say.
+    """
+
+    expert_parameters: int = Field(ge=0)
+    expert_parameters_after: int = Field(ge=0)
+    active_parameters: int = Field(ge=0)
+    active_parameters_after: int = Field(ge=0)
+    bytes_saved: int = Field(ge=0)
+    kept_mass: float | None = None
+    layer_error: float | None = None
