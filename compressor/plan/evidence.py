@@ -99,8 +99,8 @@ class Estimate(Record):
         active_parameters_after: and after.
         bytes_saved: of weights in the run's type; 0 where the form saves nothing.
         kept_mass: part of the score that stays, over all layers, 0..1; null where the score does not add up.
-        layer_error: predicted relative squared error of the MoE layers' outputs before anything is routed anew, mean over
-            layers; null where the run cannot say.
+        layer_error: predicted relative squared error of the MoE layers' outputs before anything is routed anew, mean
+            over layers; null where the run cannot say.
     """
 
     expert_parameters: int = Field(ge=0)

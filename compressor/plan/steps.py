@@ -22,9 +22,9 @@ Form = Literal["uniform", "per_layer", "padded", "masked"]
 """How an edit is stored.
 
 ``uniform``: all layers alike; any engine loads it. ``per_layer``: each layer has its own count or width;
-``compressor.load`` loads it. ``padded``: all layers as wide as the widest; experts that fill up are never selected, which
-needs a selection bias (drop, merge). ``masked``: shapes stay, what is cut is zero; any engine loads it, nothing is saved
-(slim).
+``compressor.load`` loads it. ``padded``: all layers have as many experts as the largest; those that fill up are never
+selected, which needs a selection bias (drop, merge). ``masked``: shapes stay, what is cut is zero; any engine loads it,
+nothing is saved (slim).
 """
 
 
@@ -126,8 +126,8 @@ class MergeLayer(Record):
 MergeMethod = Literal["average", "aligned", "nearest", "subspace", "segments"]
 """How the members of a group become one expert.
 
-``average``: weighted mean, neuron by neuron as they are numbered. ``aligned``: the same after the neurons of each member
-were matched to the lead's (M-SMoE). ``nearest``: the member whose weights are nearest to the group's mean, with its own
+``average``: weighted mean, neuron by neuron as they are numbered. ``aligned``: the same after each member's neurons were
+matched to the lead's (M-SMoE). ``nearest``: the member whose weights are nearest to the group's mean, with its own
 router row (STUN). ``subspace``: the average, projected on the leading output directions of the members (Sub-MoE,
 truncated). ``segments``: kept experts are rebuilt from their own neurons and those of the experts given up (DERN).
 """
