@@ -126,10 +126,10 @@ class MergeLayer(Record):
 MergeMethod = Literal["average", "aligned", "nearest", "subspace", "segments"]
 """How the members of a group become one expert.
 
-``average``: weighted mean, neuron by neuron as they are numbered. ``aligned``: the same, after the neurons of each member
-were matched to those of the lead (M-SMoE). ``nearest``: the member whose weights are nearest to the group's mean, with
-its own router row (STUN). ``subspace``: the average, projected on the leading output directions of the members (Sub-MoE,
-truncated). ``segments``: kept experts are rebuilt from their own neurons and those of the experts given up (DERN).
+``average``: weighted mean, neuron by neuron as they are numbered. ``aligned``: the same, after each member's neurons
+were matched to the lead's (M-SMoE). ``nearest``: the member whose weights are nearest to the group's mean, with its own
+router row (STUN). ``subspace``: the average, projected on the leading output directions of the members (Sub-MoE,
+truncated). ``segments``: kept experts are rebuilt from their own neurons and from those of experts given up (DERN).
 """
 
 
