@@ -13,6 +13,7 @@ from store.derived import write_metrics
 from store.evaluations import Document, evaluation_text, list_evaluations, read_evaluation, write_evaluation
 from store.info import IMPORTED, Badge, LayerInfo, Progress, RunInfo
 from store.parts import NUM_PARTS, part_of_sequence
+from store.plans import list_plans, plan_path, read_plan, read_plan_document, write_plan
 from store.run import Run, SequenceText, open_run, version_of
 from store.schema import SCHEMA_VERSION, tables
 from store.scores import RouterScores, pack_scores
@@ -44,14 +45,19 @@ __all__ = [
     "attach",
     "evaluation_text",
     "list_evaluations",
+    "list_plans",
     "none_value",
     "open_run",
     "pack_scores",
     "pack_trace",
     "part_of_sequence",
+    "plan_path",
     "read_evaluation",
+    "read_plan",
+    "read_plan_document",
     "tables",
     "version_of",
     "write_evaluation",
     "write_metrics",
+    "write_plan",
 ]
