@@ -84,7 +84,7 @@ def sequence_losses(
     done = 0
     with evaluating(model):
         for batch in batches:
-            _require_positions(model, batch.input_ids.shape[1])
+            require_positions(model, batch.input_ids.shape[1])
             ids = torch.from_numpy(batch.input_ids).to(device)
             mask = torch.from_numpy(batch.attention_mask).to(device)
             losses, predicted = token_losses(model, ids, mask)
@@ -158,7 +158,7 @@ def logit_chunks(model: nn.Module, input_ids: Tensor, attention_mask: Tensor) ->
     Raises:
         ModelError: the model has no language-model head.
     """
-    vocabulary = _vocabulary(model)
+    vocabulary = vocabulary_of(model)
     batch, length = input_ids.shape
     size = max(1, ENTRIES // (batch * vocabulary))
     inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
@@ -175,7 +175,8 @@ def logit_chunks(model: nn.Module, input_ids: Tensor, attention_mask: Tensor) ->
     for start in range(0, length, size):
         part = slice(start, start + size)
         with _answering(base, _part_of(kept[0], part)):
-            yield start, model(input_ids=input_ids[:, part], use_cache=False).logits
+            logits = model(input_ids=input_ids[:, part], use_cache=False).logits
+        yield start, logits  # outside: whoever reads the parts may run the model in between
 
 
 @contextmanager
@@ -197,7 +198,12 @@ def _part_of(output: Any, part: slice) -> Any:
     return type(output)(last_hidden_state=output.last_hidden_state[:, part])
 
 
-def _require_positions(model: Any, length: int) -> None:
+def require_positions(model: Any, length: int) -> None:
+    """Refuse sequences that are longer than the model has positions for.
+
+    Raises:
+        ModelError: such a one.
+    """
     config: Any = getattr(model, "config", None)
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
     limit = getattr(config, "max_position_embeddings", None)
@@ -208,7 +214,12 @@ def _require_positions(model: Any, length: int) -> None:
         )
 
 
-def _vocabulary(model: Any) -> int:
+def vocabulary_of(model: Any) -> int:
+    """How many tokens a model predicts.
+
+    Raises:
+        ModelError: it has no language-model head, or an encoder.
+    """
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     if head is None:
         raise ModelError(f"{type(model).__name__} has no language-model head, so that it predicts no text")

@@ -18,6 +18,7 @@ __all__ = [
     "comparison",
     "confidence",
     "controls",
+    "divergence",
     "load",
     "local_consistency",
     "lookahead",

@@ -165,6 +165,10 @@ METRICS: tuple[Metric, ...] = (
         "sink_mass", "Sink mass", "probability", "0..1", "the first position draws more attention", "arXiv 2309.17453"
     ),
     Metric("sink_decay", "Sink decay", "ratio", "-inf..1", "less is left of the attention sink", _SUPER),
+    # divergence.py
+    Metric("kl_divergence", "KL divergence", "nats", "0..inf", "the change did more harm", "standard"),
+    Metric("top1_agreement", "Top-1 agreement", "share", "0..1", "more likeliest tokens stay the same", "standard"),
+    Metric("accuracy_difference", "Accuracy difference", "share", "-1..1", "the change did less harm", "standard"),
     # temporal.py
     Metric("first_choice_repeat", "First-choice repeat", "share", "0..1", "neighbours agree more often", _MIXTRAL),
     Metric("overlap_repeat", "Overlap repeat", "share", "0..1", "neighbours agree more often", _MIXTRAL),
