@@ -96,6 +96,39 @@ def choose_number(label: str, *, key: str, low: int, high: int, default: int = 0
     return int(value) if value is not None and low <= value <= high else default
 
 
+def choose_size(label: str, *, key: str, low: float, high: float, default: float, help: str | None = None) -> float:
+    """A number between ``low`` and ``high``, bound to the query parameter ``key``."""
+    held = st.session_state.get(key)
+    if held is not None and not (isinstance(held, int | float) and low <= held <= high):
+        del st.session_state[key]
+    value = st.number_input(
+        label, min_value=low, max_value=high, value=default, key=key, help=help, format="%.4g", bind="query-params"
+    )
+    return float(value) if value is not None and low <= value <= high else default
+
+
+def choose_share(label: str, *, key: str, default: int, help: str | None = None) -> int:
+    """A share in per cent, 1 to 95, bound to the query parameter ``key``."""
+    held = st.session_state.get(key)
+    if held is not None and not (isinstance(held, int) and 1 <= held <= 95):
+        del st.session_state[key]
+    value = st.slider(label, 1, 95, default, format="%d %%", key=key, help=help, bind="query-params")
+    return int(value) if 1 <= value <= 95 else default
+
+
+def choose_some(label: str, options: Sequence[str], *, key: str, none: str, help: str | None = None) -> list[str]:
+    """Some of ``options``, bound to the query parameter ``key``; values that are not among them are left out."""
+    if key in st.session_state:
+        st.session_state[key] = [name for name in st.session_state[key] if name in options]
+    chosen = st.multiselect(label, options, key=key, placeholder=none, help=help, bind="query-params")
+    return [name for name in chosen if name in options]
+
+
+def choose_flag(label: str, *, key: str, default: bool, help: str | None = None) -> bool:
+    """Yes or no, bound to the query parameter ``key``."""
+    return bool(st.toggle(label, value=default, key=key, help=help, bind="query-params"))
+
+
 def domain_of(choice: str) -> str | None:
     """The domain that a choice names; None for all text."""
     return None if choice == ALL else choice

@@ -41,6 +41,15 @@ def duration(seconds: float | None) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
 
 
+def size(count: float) -> str:
+    """Bytes as ``512 B``, ``3.4 MiB`` or ``1.25 GiB``."""
+    for unit in ("B", "KiB", "MiB"):
+        if abs(count) < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.3g} {unit}"
+        count /= 1024
+    return f"{count:,.0f} GiB" if abs(count) >= 1000 else f"{count:.3g} GiB"
+
+
 def _line(cells: list[str], widths: list[int], right: list[bool]) -> str:
     parts = [
         cell.rjust(width) if is_number else cell.ljust(width)

@@ -1,0 +1,279 @@
+"""What a plan does, unit by unit and layer by layer, and what it rests on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import polars as pl
+
+from app.frames.axes import layer_label
+from app.text import size
+from compressor.plan import (
+    DropStep,
+    Evidence,
+    LayerKey,
+    MergeStep,
+    NewExpert,
+    Plan,
+    differences,
+    experts_after,
+    kept_layers,
+)
+from compressor.plan.result import neurons_after
+
+FATES = ("kept", "dropped", "merged", "silenced")
+"""What becomes of a routed expert; ``merged``: goes into another; ``silenced``: its whole block puts out
+nothing any more."""
+
+_UNITS = {
+    "layer": pl.Int32,
+    "step": pl.Int32,
+    "label": pl.String,
+    "expert": pl.Int32,
+    "fate": pl.String,
+    "into": pl.Int32,
+    "part": pl.Float64,
+    "members": pl.Int32,
+    "score": pl.Float64,
+    "place": pl.Int32,
+    "experts": pl.Int32,
+    "protected": pl.Boolean,
+    "neurons_kept": pl.Float64,
+    "why": pl.String,
+}
+_LAYERS = {
+    "label": pl.String,
+    "experts": pl.Int32,
+    "kept": pl.Int32,
+    "dropped": pl.Int32,
+    "merged": pl.Int32,
+    "protected": pl.Int32,
+    "neurons_kept": pl.Float64,
+    "highest_cut": pl.Float64,
+    "lowest_kept": pl.Float64,
+}
+_FIGURES = {"figure": pl.String, "before": pl.String, "after": pl.String, "change": pl.String}
+
+
+def units(plan: Plan) -> pl.DataFrame:
+    """One row per routed expert of the source, in the order of the model.
+
+    Columns: layer, step, label, expert; fate: one of :data:`FATES`; into: the expert in whose place it stands, itself
+    where it stays, null where it goes; part: its part of the merged expert; members: experts that the merged one is
+    made of; score, null where the plan holds none; place: of the score in its layer, 1 = the most important; experts of
+    the layer; protected; neurons_kept: share 0..1, null where the expert goes; why, in words.
+    """
+    after, stays, masks = experts_after(plan), set(kept_layers(plan)), neurons_after(plan)
+    silenced = {layer for step in plan.steps if isinstance(step, DropStep) for layer in step.blocks}
+    scores, reasons, given_up = _scores(plan), _protected(plan), _given_up(plan)
+    rows: list[dict[str, Any]] = []
+    for shape in plan.source.layers:
+        key = shape.key
+        homes = {member: expert for expert in after.get(key, []) for member in expert.members}
+        values, places = scores.get(key, {}), _places(scores.get(key, {}))
+        for expert in range(shape.num_experts):
+            home, mask = homes.get(expert), masks.get((*key, expert, "routed"))
+            row: dict[str, Any] = {"layer": key[0], "step": key[1], "label": layer_label(*key), "expert": expert}
+            row |= _fate(expert, home, key[0] in stays, key[0] in silenced)
+            row |= {"score": values.get(expert), "place": places.get(expert), "experts": shape.num_experts}
+            row["protected"] = (*key, expert) in reasons
+            stands = row["fate"] == "kept"
+            row["neurons_kept"] = None if not stands else 1.0 if mask is None else float(mask.mean())
+            row["why"] = _why(row, home, reasons.get((*key, expert), ""), key[0] in stays)
+            if (*key, expert) in given_up:
+                row["why"] = f"its neurons go to experts that stay; {row['why']}".rstrip("; ")
+            rows.append(row)
+    return pl.DataFrame(rows, schema=_UNITS)
+
+
+def layers(plan: Plan) -> pl.DataFrame:
+    """One row per MoE layer: label, experts, kept, dropped (silenced ones too), merged into others, protected,
+    neurons_kept: share over the experts that stay; highest_cut and lowest_kept: scores at the edge of the cut.
+    """
+    gone = pl.col("fate") != "kept"
+    frame = units(plan).group_by("layer", "step", maintain_order=True).agg(
+        pl.col("label").first(),
+        pl.len().alias("experts"),
+        (~gone).sum().alias("kept"),
+        pl.col("fate").is_in(["dropped", "silenced"]).sum().alias("dropped"),
+        (pl.col("fate") == "merged").sum().alias("merged"),
+        pl.col("protected").sum(),
+        pl.col("neurons_kept").mean(),
+        pl.col("score").filter(gone).max().alias("highest_cut"),
+        pl.col("score").filter(~gone & ~pl.col("protected")).min().alias("lowest_kept"),
+    )  # fmt: skip
+    return frame.select(pl.col(name).cast(kind) for name, kind in _LAYERS.items())
+
+
+def reasons(plan: Plan) -> pl.DataFrame:
+    """What happens to each layer, and why: label, what, experts, why; a row per layer and what happens in it.
+
+    Experts are a list of numbers and ranges; of merged ones, ``3>1`` means that 3 becomes a part of 1.
+    """
+    rows = []
+    for part in units(plan).partition_by("layer", "step", maintain_order=True):
+        label, stays = part["label"][0], part.filter(pl.col("fate") == "kept")
+        for what in ("dropped", "silenced", "merged"):
+            gone = part.filter(pl.col("fate") == what)
+            if len(gone):
+                rows.append((label, what, _listed(gone, what), _edge(gone, stays)))
+        guarded = part.filter("protected")
+        if len(guarded):
+            why = "; ".join(text.removeprefix("protected: ") for text in guarded["why"].unique(maintain_order=True))
+            rows.append((label, "protected", _ranges(guarded["expert"].to_list()), why))
+        slimmed = stays.filter(pl.col("neurons_kept") < 1)
+        if len(slimmed):
+            shares = sorted(slimmed["neurons_kept"])
+            why = f"keep {shares[0]:.1%} to {shares[-1]:.1%} of their neurons"
+            rows.append((label, "slimmed", _ranges(slimmed["expert"].to_list()), why))
+    schema = {"label": pl.String, "what": pl.String, "experts": pl.String, "why": pl.String}
+    return pl.DataFrame(rows, schema=schema, orient="row")
+
+
+def key_figures(plan: Plan) -> pl.DataFrame:
+    """What a plan saves and what it is expected to cost: figure, before, after, change."""
+    found, estimate = units(plan), plan.estimate
+    kept = int((found["fate"] == "kept").sum())
+    rows = [_counted("routed experts", len(found), kept)]
+    rows.append(_counted("expert parameters", estimate.expert_parameters, estimate.expert_parameters_after))
+    rows.append(_counted("expert parameters per token", estimate.active_parameters, estimate.active_parameters_after))
+    rows.append(("weights saved", "", size(estimate.bytes_saved), ""))
+    layer_count = len(kept_layers(plan))
+    if layer_count != plan.source.num_layers:
+        rows.append(_counted("decoder layers", plan.source.num_layers, layer_count))
+    if estimate.layer_error is not None:
+        rows.append(("predicted layer error", "0", f"{estimate.layer_error:.4g}", ""))
+    if estimate.kept_mass is not None:
+        rows.append(("score that stays", "100 %", f"{estimate.kept_mass:.1%}".replace("%", " %"), ""))
+    return pl.DataFrame(rows, schema=_FIGURES, orient="row")
+
+
+def rests_on(plan: Plan) -> list[str]:
+    """Sentences: on which run and text a plan rests, and what its makers want the reader to know."""
+    source = plan.provenance
+    domains = ", ".join(source.domains) or "all of the run's"
+    lines = [f"Run {source.run}: {source.tokens:,} tokens, domains {domains}; capture {source.badge or 'unknown'}."]
+    for evidence in plan.evidence:
+        unit = f" ({evidence.unit})" if evidence.unit else ""
+        origin = f", {evidence.source}" if evidence.source else ""
+        lines.append(f"Decided by {evidence.score}{unit}{origin}.")
+        if not evidence.guard:
+            lines.append("Super experts were not protected.")
+        lines += evidence.notes
+    return list(dict.fromkeys(lines))
+
+
+def difference(first: Plan, second: Plan) -> pl.DataFrame:
+    """Units that two plans treat differently: label, expert (null: the layer), role, first, second.
+
+    Raises:
+        PlanError: they are for models of different shape.
+    """
+    rows = [
+        (layer_label(one.layer, one.step), one.expert if one.expert >= 0 else None, one.role, one.first, one.second)
+        for one in differences(first, second)
+    ]
+    schema = {"label": pl.String, "expert": pl.Int32, "role": pl.String, "first": pl.String, "second": pl.String}
+    return pl.DataFrame(rows, schema=schema, orient="row")
+
+
+def title(plan: Plan) -> str:
+    """A plan in a few words: preset and what was asked for."""
+    target = plan.target
+    asked = f"{target.share:.0%}".replace("%", " %") if target.share is not None else size(target.memory or 0)
+    forms = ", ".join(dict.fromkeys(step.form for step in plan.steps))
+    domains = f", {', '.join(plan.provenance.domains)}" if plan.provenance.domains else ""
+    return f"{target.preset}, {asked}, {forms}{domains}"
+
+
+def evidence_of(plan: Plan) -> Evidence | None:
+    """The evidence whose values the pages show: the first that has some."""
+    return next((evidence for evidence in plan.evidence if evidence.layers), None)
+
+
+def _scores(plan: Plan) -> dict[LayerKey, dict[int, float]]:
+    evidence = evidence_of(plan)
+    if evidence is None:
+        return {}
+    return {
+        (layer.layer, layer.step): {expert: value for expert, value in enumerate(layer.values) if value is not None}
+        for layer in evidence.layers
+    }
+
+
+def _protected(plan: Plan) -> dict[tuple[int, int, int], str]:
+    return {
+        (unit.layer, unit.step, unit.expert): unit.reason
+        for evidence in plan.evidence
+        for unit in evidence.protected
+        if unit.role == "routed"
+    }
+
+
+def _given_up(plan: Plan) -> set[tuple[int, int, int]]:
+    """Experts in no group of a merge, whose neurons others take (method ``segments``)."""
+    steps = [step for step in plan.steps if isinstance(step, MergeStep)]
+    return {(at.layer, at.step, one.expert) for step in steps for at in step.layers for one in at.given_up}
+
+
+def _places(values: Mapping[int, float]) -> dict[int, int]:
+    ordered = sorted(values, key=lambda expert: (-values[expert], expert))
+    return {expert: place for place, expert in enumerate(ordered, 1)}
+
+
+def _fate(expert: int, home: NewExpert | None, layer_stays: bool, silenced: bool) -> dict[str, Any]:
+    if not layer_stays or home is None:
+        return {"fate": "dropped", "into": None, "part": None, "members": 0}
+    part = home.weights[home.members.index(expert)]
+    fate = "silenced" if silenced else "kept" if home.lead == expert else "merged"
+    return {"fate": fate, "into": home.lead, "part": part, "members": len(home.members)}
+
+
+def _why(row: Mapping[str, Any], home: NewExpert | None, reason: str, layer_stays: bool) -> str:
+    if not layer_stays:
+        return "the whole decoder layer goes"
+    if reason:
+        return f"protected: {reason}"
+    place = f"place {row['place']} of {row['experts']} by score" if row["place"] is not None else ""
+    words = {"silenced": "its MoE block puts out nothing any more"}.get(row["fate"], "")
+    if row["fate"] == "merged":
+        words = f"becomes {row['part']:.0%} of expert {row['into']}"
+    elif row["fate"] == "kept" and home is not None and home.merged:
+        others = [str(member) for member in home.members if member != row["expert"]]
+        words = f"takes in {', '.join(others[:8])}" + (f" and {len(others) - 8} more" if len(others) > 8 else "")
+    elif row["neurons_kept"] is not None and row["neurons_kept"] < 1:
+        words = f"keeps {row['neurons_kept']:.0%} of its neurons"
+    return "; ".join(part for part in (words, place) if part)
+
+
+def _listed(gone: pl.DataFrame, what: str) -> str:
+    if what != "merged":
+        return _ranges(gone["expert"].to_list())
+    return " ".join(f"{expert}>{into}" for expert, into in gone.select("expert", "into").iter_rows())
+
+
+def _ranges(numbers: list[int]) -> str:
+    """``0-3 7 9-12``."""
+    parts: list[list[int]] = []
+    for number in numbers:
+        if parts and number == parts[-1][1] + 1:
+            parts[-1][1] = number
+        else:
+            parts.append([number, number])
+    return " ".join(f"{first}-{last}" if last > first else str(first) for first, last in parts)
+
+
+def _edge(gone: pl.DataFrame, stays: pl.DataFrame) -> str:
+    """Scores of what goes, beside those of what stays."""
+    scores = sorted(gone["score"].drop_nulls())
+    if not scores:
+        return gone["why"][0] if gone["why"].n_unique() == 1 else ""
+    free = sorted(stays.filter(~pl.col("protected"))["score"].drop_nulls())
+    beside = f"; what stays scores {free[0]:.4g} and more" if free else ""
+    return f"scores {scores[0]:.4g} to {scores[-1]:.4g}{beside}"
+
+
+def _counted(name: str, before: int, after: int) -> tuple[str, str, str, str]:
+    change = f"{(after - before) / before:+.1%}".replace("%", " %") if before else ""
+    return name, f"{before:,}", f"{after:,}", change

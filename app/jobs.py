@@ -1,0 +1,304 @@
+"""Commands that the dashboard starts in the background: apply a plan, then measure what came of it.
+
+A job is a process of its own, ``python -m app.jobs JOB.json``, which runs ``moescope`` commands one after the other. It
+outlives the page, the tab and the dashboard. Two files beside the run say all about it: ``NAME.plans/job-ID.json``,
+written by whoever starts it, and ``progress-ID.json``, written by the job itself. What it prints is in ``log-ID.txt``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+import store
+from moescope.errors import InputError, RunError, StoreError
+
+State = Literal["running", "done", "failed", "stopped", "lost", "elsewhere"]
+"""``lost``: the process went away without a word. ``elsewhere``: it was started on another machine."""
+
+_LOG_BYTES = 4096
+_STARTUP = 20.0
+"""Seconds that a process may take before it says its first word."""
+_GUARD = threading.Lock()
+_STARTED: list[subprocess.Popen[bytes]] = []
+"""Jobs of this process, so that they are reaped when they end."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One job, as its file says.
+
+    Attributes:
+        name: what its files are called by.
+        plan: file name of the plan.
+        digest: of the plan.
+        source: folder of the checkpoint.
+        destination: folder of the new one.
+        commands: arguments of ``moescope``, one list per command.
+        host: machine that it runs on.
+        pid: number of its process.
+        started: seconds since the epoch.
+        run: path of the run beside which it lies.
+    """
+
+    name: str
+    plan: str
+    digest: str
+    source: str
+    destination: str
+    commands: tuple[tuple[str, ...], ...]
+    host: str
+    pid: int
+    started: float
+    run: str
+
+    @property
+    def path(self) -> Path:
+        """Its file."""
+        return store.plan_path(self.run, "job", self.name)
+
+    @property
+    def log(self) -> Path:
+        """What it prints."""
+        return self.path.with_name(f"log-{self.name}.txt")
+
+
+@dataclass(frozen=True)
+class Status:
+    """How far a job is.
+
+    Attributes:
+        state: see :data:`State`.
+        step: number of the command it is at, from 1.
+        share: 0..1 of that command's bytes; None = unknown.
+        words: the last line that it printed.
+        log: the end of what it printed.
+    """
+
+    state: State
+    step: int
+    share: float | None
+    words: str
+    log: str
+
+
+def start(run: Path, *, plan: Path, digest: str, source: Path, destination: Path, held_out: Sequence[str] = ()) -> Job:
+    """Apply a plan in the background; afterwards measure the result on held-out text, where some is given.
+
+    A job of the same plan, source and destination that was stopped goes on where it stopped.
+
+    Args:
+        run: the run that the plan lies beside.
+        plan: its file.
+        digest: of the plan.
+        source: folder of the checkpoint.
+        destination: folder of the new checkpoint.
+        held_out: files or folders of text, as ``moescope evaluate --data`` takes them.
+
+    Raises:
+        InputError: a job is writing to that folder already.
+        StoreError: the job's file cannot be written.
+    """
+    source, destination = source.resolve(), destination.resolve()
+    name = hashlib.sha256("\n".join((digest, str(source), str(destination))).encode()).hexdigest()[:12]
+    with _GUARD:
+        for other in jobs(run):
+            if other.destination == str(destination) and status(other).state == "running":
+                raise InputError(f"a job is writing to {destination} already: wait for it, or stop it")
+        bytes_file = store.plan_path(run, "progress", f"{name}-bytes")
+        commands = [_apply_command(run, plan, source, destination, bytes_file)]
+        if held_out:
+            commands.append(_evaluate_command(run, source, destination, held_out))
+        return _launch(
+            Job(
+                name=name,
+                plan=plan.name,
+                digest=digest,
+                source=str(source),
+                destination=str(destination),
+                commands=tuple(map(tuple, commands)),
+                host=socket.gethostname(),
+                pid=0,
+                started=time.time(),
+                run=str(run.resolve()),
+            )
+        )
+
+
+def _apply_command(run: Path, plan: Path, source: Path, destination: Path, progress: Path) -> list[str]:
+    where = ["--store", str(run.resolve().parent), "--progress-file", str(progress.resolve())]
+    return ["apply", str(plan.resolve()), str(source), "-o", str(destination), *where]
+
+
+def _evaluate_command(run: Path, source: Path, destination: Path, held_out: Sequence[str]) -> list[str]:
+    data = ["--data", *held_out]
+    return ["evaluate", str(destination), "--against", str(source), "--beside", str(run.resolve()), *data]
+
+
+def _launch(job: Job) -> Job:
+    for kind in (job.name, f"{job.name}-bytes"):
+        store.plan_path(job.run, "progress", kind).unlink(missing_ok=True)
+    _write(job)
+    command = [sys.executable, "-P", "-m", "app.jobs", str(job.path)]
+    with job.log.open("wb") as log:
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True, cwd=Path(job.run).parent
+        )
+    _STARTED.append(process)
+    started = Job(**{**_fields(job), "pid": process.pid})
+    _write(started)
+    return started
+
+
+def jobs(run: Path) -> list[Job]:
+    """The jobs beside a run, the newest first; files that are none are left out."""
+    found = []
+    for path in store.list_plans(run, "job"):
+        try:
+            found.append(_read(path, run))
+        except (StoreError, KeyError, TypeError, ValueError):
+            continue
+    return sorted(found, key=lambda job: -job.started)
+
+
+def status(job: Job) -> Status:
+    """How far a job is: from its files, and from whether its process is still that one."""
+    for process in _STARTED:
+        process.poll()
+    said = _document(job, job.name)
+    log = _tail(job.log)
+    words = next((line.strip() for line in reversed(log.replace("\r", "\n").split("\n")) if line.strip()), "")
+    counted = _document(job, f"{job.name}-bytes")
+    total = counted.get("total_bytes") or 0
+    step = int(said.get("step") or 1)
+    share = min(1.0, counted.get("done_bytes", 0) / total) if total and step == 1 else None
+    return Status(_state(job, said), step, share, words, log)
+
+
+def _state(job: Job, said: dict[str, Any]) -> State:
+    told: dict[object, State] = {"done": "done", "failed": "failed", "stopped": "stopped"}
+    if said.get("state") in told:
+        return told[said["state"]]
+    if job.host != socket.gethostname():
+        return "elsewhere"
+    return "running" if is_alive(job) or _just_started(job, said) else "lost"
+
+
+def is_alive(job: Job) -> bool:
+    """Whether the job's process runs, and is still that command: numbers of processes are given out again."""
+    if job.pid <= 0 or job.host != socket.gethostname():
+        return False
+    return str(job.path) in _command_line(job.pid)
+
+
+def stop(job: Job) -> bool:
+    """Ask the job's process to stop; what it has written stays, so that it can go on. False: it does not run.
+
+    Raises:
+        RunError: the process is someone else's.
+    """
+    if not is_alive(job):
+        return False
+    try:
+        os.kill(job.pid, signal.SIGTERM)
+    except ProcessLookupError:
+        return False
+    except PermissionError as error:
+        raise RunError(f"process {job.pid} cannot be stopped: {error.strerror}") from error
+    return True
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run the commands of a job file, one after the other, until one fails."""
+    from app.cli import main as moescope
+    from app.progress import Stoppable
+
+    with Stoppable() as stoppable:
+        job = _read(Path(arguments[0]), None)
+        code, step = 0, 1
+        try:
+            for step, command in enumerate(job.commands, 1):
+                _say(job, state="running", step=step)
+                code = moescope(command)
+                if code:
+                    break
+        except KeyboardInterrupt:  # between two commands
+            code = 130
+        except SystemExit as error:  # an option that a command has not
+            code = error.code if isinstance(error.code, int) else 2
+        except BaseException:
+            code = 1
+            raise
+        finally:
+            ended = "done" if not code else "stopped" if stoppable.stopped or code == 130 else "failed"
+            _say(job, state=ended, step=step, code=code)
+    return code
+
+
+def _say(job: Job, **what: object) -> None:
+    store.write_plan(job.run, json.dumps(what) + "\n", kind="progress", name=job.name)
+
+
+def _write(job: Job) -> None:
+    store.write_plan(job.run, json.dumps(asdict(job), indent=1) + "\n", kind="job", name=job.name)
+
+
+def _fields(job: Job) -> dict[str, Any]:
+    return {field.name: getattr(job, field.name) for field in fields(job)}
+
+
+def _read(path: Path, run: Path | None) -> Job:
+    """A job from its file; beside ``run``, wherever the store lies now."""
+    document = store.read_plan_document(path)
+    job = Job(**{**document, "commands": tuple(map(tuple, document["commands"]))})
+    if f"job-{job.name}.json" != path.name:
+        raise StoreError(f"{path} is another job's file")
+    return job if run is None else Job(**{**_fields(job), "run": str(run.resolve())})
+
+
+def _document(job: Job, name: str) -> dict[str, Any]:
+    try:
+        return store.read_plan_document(store.plan_path(job.run, "progress", name))
+    except StoreError:
+        return {}
+
+
+def _just_started(job: Job, said: dict[str, Any]) -> bool:
+    """Between its file and its process: another tab may look just then."""
+    return not said and job.pid == 0 and time.time() - job.started < _STARTUP
+
+
+def _command_line(pid: int) -> str:
+    """The command line of a process; empty where there is none, or only its remains."""
+    proc = Path("/proc")
+    try:
+        if (proc / "self").exists():
+            return (proc / str(pid) / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+        asked = subprocess.run(["ps", "-o", "command=", "-p", str(pid)], capture_output=True, text=True, check=False)
+    except OSError:
+        return ""
+    return asked.stdout
+
+
+def _tail(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, path.stat().st_size - _LOG_BYTES))
+            return file.read().decode("utf-8", errors="replace")
+    except OSError:
+        return ""
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
