@@ -1,1 +1,42 @@
-"""Turns a run into plans: what to drop, merge, slim, quantize, factor, cache, place or route, and why."""
+"""Turns a run into plans: what to drop, merge, slim, quantize, factor, cache, place or route, and why.
+
+::
+
+    plan = planner.make(run, preset="reap", share=0.25)
+    plan.save("plan.json")
+
+    ranking = planner.choose([plan, other], measure)      # measure(plan) -> Measurement; the planner runs no model
+
+Importing this loads neither torch nor numpy; the names below do, when they are first used.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from planner.presets import DEFAULT, PRESETS
+
+if TYPE_CHECKING:
+    from planner.entry import make
+    from planner.finalists import Measurement, choose
+
+_LAZY = {
+    "Measurement": "planner.finalists",
+    "choose": "planner.finalists",
+    "make": "planner.entry",
+}
+
+__all__ = ["DEFAULT", "PRESETS", "Measurement", "choose", "make"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(_LAZY[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(set(globals()) | set(__all__))

@@ -46,14 +46,10 @@ def super_expert_rows(subject: Subject) -> Rows:
 
 def _maxima(output: pl.DataFrame, layers: Sequence[int], column: str, kind: str) -> NDArray[np.float64]:
     """(layers, experts) largest value over domains and phases; NaN where an expert was never used."""
-    part = output.filter(pl.col("kind") == kind).group_by("layer", "expert").agg(pl.col(column).max())
-    width = int(part["expert"].max() or 0) + 1 if len(part) else 0  # type: ignore[arg-type]
-    maxima = np.full((len(layers), width), np.nan)
-    place = {layer: axis for axis, layer in enumerate(layers)}
-    for layer, expert, value in part.iter_rows():
-        if value is not None:
-            maxima[place[layer], expert] = value
-    return maxima
+    part = output.filter((pl.col("kind") == kind) & pl.col(column).is_not_null())
+    return super_experts.maxima_by_layer(
+        layer=part["layer"].to_numpy(), expert=part["expert"].to_numpy(), value=part[column].to_numpy(), layers=layers
+    )
 
 
 def _forming_layers(run: store.Run) -> list[int] | None:
@@ -61,9 +57,7 @@ def _forming_layers(run: store.Run) -> list[int] | None:
     frame = run.table("residual").filter(pl.col("absolute_max").is_not_null())
     if frame.is_empty():
         return None
-    peaks = frame.sort("absolute_max").group_by("layer", maintain_order=True).last().sort("layer")
-    return super_experts.forming_layers(
-        residual_max=peaks["absolute_max"].to_numpy(),
-        residual_median=peaks["median_there"].to_numpy(),
-        layers=peaks["layer"].to_list(),
+    peaks = super_experts.residual_peaks(
+        layer=frame["layer"], absolute_max=frame["absolute_max"], median_there=frame["median_there"]
     )
+    return super_experts.forming_layers(**peaks)

@@ -184,6 +184,33 @@ def forming_layers(
     return [layer for layer in massive if layer in forming]
 
 
+def residual_peaks(*, layer: ArrayLike, absolute_max: ArrayLike, median_there: ArrayLike) -> dict[str, Any]:
+    """The largest |hidden state| after each layer and the median beside it: the arguments of ``forming_layers``.
+
+    Args:
+        layer, absolute_max, median_there: (rows,) each, a row per domain and phase.
+    """
+    rows, largest = np.asarray(layer, dtype=np.int64), np.asarray(absolute_max, dtype=np.float64)
+    order = np.lexsort((largest, rows))
+    last = order[np.append(np.diff(rows[order]) > 0, True)] if len(order) else order
+    median = np.asarray(median_there, dtype=np.float64)
+    return {"residual_max": largest[last], "residual_median": median[last], "layers": rows[last].tolist()}
+
+
+def maxima_by_layer(*, layer: ArrayLike, expert: ArrayLike, value: ArrayLike, layers: Sequence[int]) -> FloatArray:
+    """(layers, experts) largest value of each expert, as the rules take it; NaN where an expert was never used.
+
+    Args:
+        layer, expert, value: (rows,) each, a row per domain and phase; NaN = no token there.
+        layers: decoder layers in ascending order, one row of the result each.
+    """
+    numbers, values = np.asarray(expert, dtype=np.int64), np.asarray(value, dtype=np.float64)
+    maxima = np.full((len(layers), int(numbers.max(initial=-1)) + 1), np.nan)
+    rows = np.searchsorted(np.asarray(layers), np.asarray(layer, dtype=np.int64))
+    np.fmax.at(maxima, (rows, numbers), values)
+    return maxima
+
+
 def fill_never_used(*, output_max: NDArray[Any]) -> FloatArray:
     """``output_max`` with 0 for experts that were never used: what the published code sees where all are called."""
     return np.nan_to_num(np.asarray(output_max, dtype=np.float64), nan=0.0)

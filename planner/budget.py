@@ -1,0 +1,66 @@
+"""A budget in bytes: which shares may meet it, by exact arithmetic on the experts' parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from compressor.plan import Plan
+from moescope.errors import PlanError
+from planner.allocation import least_kept
+from planner.estimate.parameters import expert_parameters, sizes_after, sizes_before
+from planner.presets import Preset
+from planner.source import value_bytes
+from planner.task import Task
+
+
+def bytes_after(task: Task, plan: Plan) -> int:
+    """Bytes of the experts' weights that a plan stores, in the run's type."""
+    return expert_parameters(plan.source, sizes_after(plan)) * _value_bytes(task)
+
+
+def shares_that_may_fit(task: Task, preset: Preset, *, memory: int, other: int) -> Iterator[float]:
+    """Shares to try, ascending, each of which removes one unit more; those that cannot fit are left out.
+
+    A unit is one expert per layer, one neuron per expert, or one layer. Even where layers lose different numbers, a
+    share removes no more than its part of all experts' weights, so smaller ones cannot fit.
+
+    Raises:
+        PlanError: everything fits as it is, the form saves nothing, or the type of the weights is not known.
+    """
+    if task.form == "masked" or preset.name == "moe_blocks":
+        raise PlanError(
+            f"form masked and preset 'moe_blocks' keep all shapes and save no memory: give preset {preset.name!r} a"
+            " share, or another form"
+        )
+    source, size = task.source, _value_bytes(task)
+    whole = expert_parameters(source, sizes_before(source)) * size
+    if other + whole <= memory:
+        raise PlanError(f"the weights take {other + whole:,} bytes and fit into {memory:,}: nothing has to be removed")
+    units, most = _units(task, preset)
+    if units is None:
+        yield from (count / source.num_layers for count in range(1, source.num_layers))
+        return
+    shared = sum(shape.shared_width for shape in source.layers) * (3 if source.gated else 2) * source.hidden_size * size
+    needed = (other + whole - memory) / (whole - shared)
+    yield from (count / units for count in range(1, most + 1) if (count + 1) / units > needed)
+
+
+def _units(task: Task, preset: Preset) -> tuple[int | None, int]:
+    """How many units the widest layer has, and how many of them can go; None for layers."""
+    if preset.name == "block_influence":
+        return None, 0
+    if preset.step == "slim":
+        width = max(shape.width for shape in task.layers)
+        return width, width - 1
+    widest = max(task.layers, key=lambda shape: shape.num_experts)
+    return widest.num_experts, widest.num_experts - least_kept(widest)
+
+
+def _value_bytes(task: Task) -> int:
+    size = value_bytes(task.run)
+    if size is None:
+        raise PlanError(
+            f"run {task.run.name!r} does not say in which type its weights are ({task.run.info.dtype or 'none'}), so"
+            " bytes cannot be counted: give a share"
+        )
+    return size

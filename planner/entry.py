@@ -1,0 +1,213 @@
+"""The one entry to all plans: a run, a preset and a budget in, a checked plan out."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import store
+from compressor.plan import Estimate, Evidence, LayerValues, Plan, Provenance, Source, Target
+from moescope import __version__
+from moescope.errors import PlanError
+from planner import presets
+from planner.budget import bytes_after, shares_that_may_fit
+from planner.estimate import estimate
+from planner.guard import Guard, Rule, guard_of
+from planner.importance.statistics import Statistics
+from planner.source import source_of
+from planner.task import Draft, Task
+
+ENGINES = ("any", "transformers")
+
+
+def make(
+    run: store.Run,
+    *,
+    preset: str = presets.DEFAULT,
+    share: float | None = None,
+    memory: int | None = None,
+    other_weights: int = 0,
+    domains: Sequence[str] | None = None,
+    form: Literal["uniform", "per_layer", "padded", "masked"] | None = None,
+    engine: str = "any",
+    guard: bool | Rule = True,
+    allow_invalid: bool = False,
+    **parameters: Any,
+) -> Plan:
+    """A plan from one run. The same run and arguments give the same plan, byte for byte.
+
+    Args:
+        run: a finished run.
+        preset: a method with its defaults, one of :data:`planner.presets.PRESETS`.
+        share: part of the experts, neurons or layers to remove, above 0 and below 1.
+        memory: bytes that weights may take, instead of a share: the smallest share that fits is taken. It counts the
+            weights of the experts (biases left out) and ``other_weights``.
+        other_weights: bytes of all other weights of the model, which a run does not know.
+        domains: whose text counts; None = all of the run's.
+        form: how the result is stored; None = the first of the preset's forms that the engine loads.
+        engine: ``any`` = what every engine loads; ``transformers`` = through ``compressor.load``.
+        guard: keep super experts whatever their score, see :func:`planner.guard.guard_of`.
+        allow_invalid: take a run whose checks failed.
+        parameters: of the method, in place of the preset's; docs/plan.md lists them.
+
+    Raises:
+        PlanError: what cannot be, with the number and what would do; before anything is computed where possible.
+    """
+    chosen = presets.find(preset)
+    _require_usable(run, chosen, allow_invalid)
+    settings = _settings(chosen, parameters)
+    source = source_of(run)
+    task = Task(
+        run=run, source=source, domains=_domains(run, domains), share=_share(share, memory),
+        form=_form(chosen, form, engine, source, settings), guard=guard_of(run, guard),
+    )  # fmt: skip
+    target = Target(share=share, memory=memory, engine=engine, preset=preset)
+    if memory is None:
+        return assemble(task, chosen.function(task, **settings), target)
+    return _within(task, chosen, settings, target, memory, other_weights)
+
+
+def assemble(task: Task, draft: Draft, target: Target) -> Plan:
+    """The checked plan that a draft becomes, with provenance, estimate and evidence.
+
+    Raises:
+        PlanError: it asks for what no checkpoint or engine could hold.
+    """
+    run = task.run
+    plan = Plan(
+        provenance=Provenance(
+            run=run.name, corpus=str(run.info.settings.get("corpus_sha256", "")), tokens=run.info.tokens,
+            domains=task.domains, badge=run.badge.status, tool_version=__version__,
+        ),
+        source=task.source,
+        target=target,
+        steps=draft.steps,
+        estimate=Estimate(
+            expert_parameters=0, expert_parameters_after=0, active_parameters=0, active_parameters_after=0,
+            bytes_saved=0,
+        ),
+        evidence=(_evidence(draft, task.guard, presets.find(target.preset)),),
+    ).checked()  # fmt: skip
+    return plan.model_copy(update={"estimate": estimate(plan, task, draft)})
+
+
+def _within(
+    task: Task, preset: presets.Preset, settings: Mapping[str, Any], target: Target, memory: int, other: int
+) -> Plan:
+    """The plan with the smallest share whose weights fit; shares are tried upwards, from the first that may."""
+    smallest: int | None = None
+    refusal: PlanError | None = None
+    for share in shares_that_may_fit(task, preset, memory=memory, other=other):
+        tried = Task(**{**vars(task), "share": share})
+        try:
+            plan = assemble(tried, preset.function(tried, **settings), target)
+        except PlanError as error:
+            refusal = error
+            continue
+        size = other + bytes_after(task, plan)
+        if size <= memory:
+            return plan
+        smallest = size if smallest is None else min(smallest, size)
+    if smallest is None and refusal is not None:
+        raise PlanError(f"no plan of preset {preset.name!r} fits into {memory:,} bytes: {refusal}")
+    reached = f"it reaches {smallest:,} at best" if smallest is not None else "no share removes enough"
+    raise PlanError(f"no plan of preset {preset.name!r} fits into {memory:,} bytes: {reached}")
+
+
+def _require_usable(run: store.Run, preset: presets.Preset, allow_invalid: bool) -> None:
+    if run.live:
+        raise PlanError(f"run {run.name!r} is still being collected: plan when it is finished")
+    recorded = {level.strip() for level in run.info.levels.split(",")}
+    missing = [level for level in preset.level.split(",") if level not in recorded]
+    if missing:
+        raise PlanError(
+            f"run {run.name!r} was recorded at level {run.info.levels}, and preset {preset.name!r} needs"
+            f" {', '.join(missing)}: collect it with --level {preset.level}"
+        )
+    if run.badge.status == "invalid" and not allow_invalid:
+        raise PlanError(
+            f"the checks of run {run.name!r} failed ({run.badge.reason}): collect it again, or allow an invalid run"
+        )
+
+
+def _settings(preset: presets.Preset, parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """The preset's defaults with what was asked for in their place."""
+    signature = inspect.signature(preset.function).parameters.values()
+    known = [one.name for one in list(signature)[1:] if one.kind is not inspect.Parameter.VAR_KEYWORD]
+    open_end = any(one.kind is inspect.Parameter.VAR_KEYWORD for one in signature)
+    unknown = sorted(set(parameters) - set(known))
+    if unknown and not open_end:
+        near = difflib.get_close_matches(unknown[0], known, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"it takes {', '.join(known) or 'none'}"
+        raise PlanError(f"preset {preset.name!r} has no parameter {unknown[0]!r}: {hint}")
+    return {**preset.defaults, **parameters}
+
+
+def _share(share: float | None, memory: int | None) -> float:
+    if (share is None) == (memory is None):
+        raise PlanError("a plan takes a share to remove or a memory budget: give one of the two")
+    if memory is not None:
+        if memory < 1:
+            raise PlanError(f"memory {memory} is no number of bytes: give at least 1")
+        return 0.5
+    assert share is not None
+    if not 0 < share < 1:
+        raise PlanError(f"share {share:g} is outside (0, 1): give the part that is to be removed, such as 0.25")
+    return float(share)
+
+
+def _domains(run: store.Run, wanted: Sequence[str] | None) -> tuple[str, ...]:
+    known = Statistics(run, level="routing").domains
+    if wanted is None:
+        return tuple(known)
+    names = sorted({wanted} if isinstance(wanted, str) else set(wanted))
+    if not names:
+        raise PlanError(f"no domain is left: name some of {', '.join(known)}, or leave domains out")
+    for name in names:
+        if name not in known:
+            near = difflib.get_close_matches(str(name), known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(known)}"
+            raise PlanError(f"run {run.name!r} has no domain {name!r}: {hint}")
+    return tuple(names)
+
+
+def _form(
+    preset: presets.Preset, form: str | None, engine: str, source: Source, settings: Mapping[str, Any]
+) -> str:
+    if engine not in ENGINES:
+        raise PlanError(f"engine {engine!r} is not known: use {' or '.join(ENGINES)}")
+    loads = [one for one in preset.forms if one != "per_layer" or engine == "transformers"]
+    loads = [one for one in loads if one != "padded" or source.selection_bias]
+    if settings.get("allocation") == "budgeted" and form is None:
+        loads = [one for one in loads if one != "uniform"]
+    if form is None and loads:
+        return loads[0]
+    if form in loads:
+        return form
+    if form is not None and form not in preset.forms:
+        raise PlanError(f"preset {preset.name!r} has no form {form!r}: it has {', '.join(preset.forms)}")
+    if form == "padded":
+        raise PlanError(
+            f"{source.model_type} chooses experts without a bias, so an expert that only fills up could be chosen: use"
+            " form per_layer with engine transformers"
+        )
+    raise PlanError(
+        f"layers that differ are loaded by compressor.load only: use engine transformers{'' if form is None else ', or form ' + preset.forms[0]}"
+    )
+
+
+def _evidence(draft: Draft, guard: Guard, preset: presets.Preset) -> Evidence:
+    return Evidence(
+        score=draft.score,
+        unit=draft.unit,
+        source=preset.source,
+        layers=tuple(
+            LayerValues(layer=layer, step=step, values=tuple(None if value != value else value for value in values.tolist()))
+            for (layer, step), values in sorted(draft.values.items())
+        ),
+        protected=guard.protected,
+        guard=guard.active,
+        notes=(*draft.notes, *guard.notes),
+    )

@@ -1,0 +1,35 @@
+"""What a plan is expected to save and to cost, from the run alone."""
+
+from __future__ import annotations
+
+from compressor.plan import Estimate, Plan
+from planner.estimate.layer_error import layer_error
+from planner.estimate.parameters import active_parameters, expert_parameters, sizes_after, sizes_before
+from planner.source import value_bytes
+from planner.task import Draft, Task, rounded
+
+
+def estimate(plan: Plan, task: Task, draft: Draft) -> Estimate:
+    """The estimate of a plan.
+
+    Args:
+        plan: with its steps; its own estimate does not count.
+        task: what was planned.
+        draft: what the method says of it.
+    """
+    before, after = sizes_before(plan.source), sizes_after(plan)
+    whole, left = expert_parameters(plan.source, before), expert_parameters(plan.source, after)
+    error = layer_error(plan, task)
+    return Estimate(
+        expert_parameters=whole,
+        expert_parameters_after=left,
+        active_parameters=active_parameters(plan.source, before),
+        active_parameters_after=active_parameters(plan.source, after),
+        bytes_saved=(whole - left) * (value_bytes(task.run) or 0),
+        kept_mass=None if draft.kept_mass is None else _short(draft.kept_mass),
+        layer_error=None if error is None else _short(error),
+    )
+
+
+def _short(value: float) -> float:
+    return float(rounded(value))  # type: ignore[arg-type]

@@ -1,0 +1,120 @@
+"""Every preset by its published name: which method, with which defaults, from where. Plain data.
+
+``planner.make(run, preset=NAME, ...)`` takes them; docs/plan.md has a section for each.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any, Literal, cast
+
+from moescope.errors import PlanError
+
+StepWord = Literal["drop", "merge", "slim"]
+
+
+@dataclass(frozen=True)
+class Preset:
+    """One published method, or one of ours, with its defaults.
+
+    Attributes:
+        name: how it is asked for.
+        title: its section in docs/plan.md.
+        step: what it does: drop, merge or slim.
+        target: module of the method, whose function ``draft(task, **parameters)`` is called.
+        level: what the run has to record, a comma list.
+        source: where it was published.
+        defaults: parameters of the method.
+        forms: how its result may be stored; the first is taken unless another is asked for.
+        differs: ours differs from what was published, and the section says how.
+    """
+
+    name: str
+    title: str
+    step: StepWord
+    target: str
+    level: str
+    source: str
+    defaults: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+    forms: tuple[str, ...] = ("uniform", "per_layer", "padded")
+    differs: bool = True
+
+    @property
+    def function(self) -> Callable[..., Any]:
+        """``draft(task, **parameters)`` -> Draft."""
+        return cast(Callable[..., Any], importlib.import_module(self.target).draft)
+
+    @property
+    def docs_anchor(self) -> str:
+        """Anchor of the preset's section in docs/plan.md."""
+        return "".join(letter for letter in self.title.lower().replace(" ", "-") if letter.isalnum() or letter in "-_")
+
+
+_R, _X, _S, _G = "routing", "activations", "similarity", "gradients"
+_SLIM_MASKED, _SLIM_UNIFORM = ("masked", "uniform", "per_layer"), ("uniform", "per_layer", "masked")
+_WHOLE = ("uniform",)
+
+
+def _scored(name: str, title: str, level: str, source: str, *, differs: bool = True, **parameters: Any) -> Preset:
+    defaults = MappingProxyType({"score": name, **parameters})
+    return Preset(name, title, "drop", "planner.drop.scored", level, source, defaults, differs=differs)
+
+
+def _preset(
+    name: str, title: str, step: StepWord, target: str, level: str, source: str, *,
+    forms: tuple[str, ...] = ("uniform", "per_layer", "padded"), differs: bool = True, **parameters: Any,
+) -> Preset:  # fmt: skip
+    return Preset(name, title, step, f"planner.{target}", level, source, MappingProxyType(parameters), forms, differs)
+
+
+DEFAULT = "set_search"
+"""The preset that is taken where none is named."""
+
+PRESETS: tuple[Preset, ...] = (
+    _preset("set_search", "Set search", "drop", "drop.set_search", _X, "ours", differs=False),
+    _scored("reap", "REAP", _X, "arXiv 2510.13999"),
+    _scored("ean", "EAN", _X, "REAP's code, ean_sum"),
+    _scored("frequency", "Frequency", _R, "arXiv 2303.01610"),
+    _scored("gate_mass", "Gate mass", _R, "standard", differs=False),
+    _preset("dern_score", "DERN-style score", "drop", "drop.scored", _R, "DERN, EMNLP Findings 2025", score="dern"),
+    _scored("man", "MAN", _X, "arXiv 2606.15716"),
+    _scored("msan", "MSAN", _X, "arXiv 2606.15716"),
+    _scored("easy_ep", "EASY-EP", _X, "arXiv 2504.06792"),
+    _scored("tcess", "TCESS", _R, "PreMoe, arXiv 2505.17639", rank=1),
+    _scored("masking_error", "Masking error", _X, "ours", differs=False),
+    _preset("random", "Random", "drop", "drop.random", _R, "control", differs=False, seed=0),
+    _preset("block_influence", "Decoder layers", "drop", "drop.depth", _X, "ShortGPT, arXiv 2403.03853", forms=_WHOLE,
+            what="layers"),
+    _preset("moe_blocks", "MoE blocks", "drop", "drop.depth", _X, "ours", forms=_WHOLE, differs=False, what="blocks"),
+    _preset("m_smoe", "M-SMoE", "merge", "merge.m_smoe", _R, "MC-SMoE, ICLR 2024"),
+    _preset("stun", "STUN, first stage", "merge", "merge.stun", _X, "STUN, ACL 2025", forms=_WHOLE,
+            coactivation_weight=1.0),
+    _preset("sub_moe", "Sub-MoE", "merge", "merge.sub_moe", _S, "arXiv 2506.23266", forms=_WHOLE, seed=0),
+    _preset("sub_moe_truncated", "Sub-MoE, truncated", "merge", "merge.sub_moe", f"{_S},moments", "arXiv 2506.23266",
+            forms=_WHOLE, seed=0, truncation=0.1),
+    _preset("hc_smoe", "HC-SMoE", "merge", "merge.hc_smoe", _S, "HC-SMoE, arXiv 2410.08589", forms=_WHOLE),
+    _preset("dern", "DERN-style recombination", "merge", "merge.dern", _R, "DERN, EMNLP Findings 2025", threshold=0.6),
+    _preset("copies", "Copies", "merge", "merge.copies", _S, "ours", forms=("per_layer", "uniform", "padded"),
+            differs=False, threshold=0.99),
+    _preset("camera_p", "CAMERA-P", "slim", "slim.camera_p", _X, "CAMERA, AAAI 2026", forms=_SLIM_MASKED, alpha=0.9),
+    _preset("heapr", "HEAPr", "slim", "slim.heapr", _G, "HEAPr, ICLR 2026", forms=_SLIM_MASKED, weighting="mean"),
+    _preset("width", "Width", "slim", "slim.width", _X, "arXiv 2512.02351", forms=_SLIM_UNIFORM),
+)  # fmt: skip
+
+
+def find(name: str) -> Preset:
+    """The preset of that name.
+
+    Raises:
+        PlanError: there is none; the message names the nearest.
+    """
+    known = {one.name: one for one in PRESETS}
+    if name not in known:
+        near = difflib.get_close_matches(str(name), known, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(known)}"
+        raise PlanError(f"no preset {name!r}: {hint}")
+    return known[name]

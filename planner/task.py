@@ -1,0 +1,76 @@
+"""What a method is asked to do, and what it answers: the two ends that all methods of planning share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+import store
+from compressor.plan import LayerKey, LayerShape, Source, Step
+from planner.guard import Guard
+
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is to be planned.
+
+    Attributes:
+        run: the run that it rests on.
+        source: its model.
+        domains: whose text counts, sorted.
+        share: part of the experts, neurons or layers to remove, above 0 and below 1.
+        form: how the result is stored.
+        guard: what may not be cut.
+        kept: what was computed for this run and domains before, so that another share costs little.
+    """
+
+    run: store.Run
+    source: Source
+    domains: tuple[str, ...]
+    share: float
+    form: str
+    guard: Guard
+    kept: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
+
+    @property
+    def every_domain(self) -> bool:
+        """All domains of the run count."""
+        return not set(self.run.domains) - set(self.domains)
+
+    @property
+    def layers(self) -> tuple[LayerShape, ...]:
+        """The MoE layers in order."""
+        return self.source.layers
+
+
+@dataclass(frozen=True)
+class Draft:
+    """What a method decides.
+
+    Attributes:
+        steps: of the plan.
+        score: what the decision rests on.
+        unit: of its values.
+        values: (layer, step) -> (experts,); larger = more important; NaN where there is none.
+        kept_mass: part of the score that stays, 0..1; None where the score does not add up.
+        notes: sentences for the reader.
+    """
+
+    steps: tuple[Step, ...]
+    score: str
+    unit: str
+    values: Mapping[LayerKey, Array]
+    kept_mass: float | None = None
+    notes: tuple[str, ...] = ()
+
+
+def rounded(values: Array) -> Array:
+    """Values to 6 significant digits: what decisions are made on and what plans show, the same on every machine."""
+    flat = np.asarray(values, dtype=np.float64)
+    return np.array([float(f"{value:.6g}") for value in flat.ravel()]).reshape(flat.shape)
