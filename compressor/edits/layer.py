@@ -105,6 +105,18 @@ class LayerEdit:
         kept = self.kept.get((0, "shared"))
         return self.shape.shared_width if kept is None or self.masked else max(int(kept.sum()), 1)
 
+    @property
+    def same_experts(self) -> bool:
+        """All experts of the source in their order, each made of itself alone: nothing changes for the router."""
+        leads = [slot.lead if slot is not None and not slot.merged else -1 for slot in self.slots]
+        return leads == list(range(self.shape.num_experts))
+
+    @property
+    def changes(self) -> bool:
+        """Whether anything of the layer changes."""
+        cut = self.zero_output or self.width != self.shape.width or self.merge is not None
+        return cut or not self.same_experts or not all(bool(kept.all()) for kept in self.kept.values())
+
     def decide(self, read: Read) -> None:
         """What depends on weights: which member stands for its group, and which neurons move where. Only done once.
 

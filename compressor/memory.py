@@ -1,0 +1,120 @@
+"""The same edit on a model in memory: ``edit`` for good, ``edited`` for as long as a block runs.
+
+::
+
+    with edited(model, plan):
+        result = perplexity(model, batches)      # the model as the plan leaves it
+    # here it is as it was, bit for bit
+
+The model's configuration says what its modules hold afterwards, layer by layer where layers differ, so that
+``save_pretrained`` and :func:`compressor.load.load` go on working where the family's classes can say it. To write a
+checkpoint, use ``compressor.apply``: it also fills up what a family ties together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from compressor.edits.layer import LayerEdit, layer_edits
+from compressor.edits.moments import LayerMoments
+from compressor.journal import Journal
+from compressor.plan import LayerKey, LayerShape, Plan, kept_layers
+from compressor.removal import remove_layers, require_removable
+from compressor.replacement import changes_shared, replace_experts, replace_router, replace_shared, require_shared
+from compressor.sites import Decoder, Site, find_decoder
+from compressor.sizes import require_sizes, write_sizes
+from moescope.errors import ModelError, PlanError
+
+
+def edit(model: nn.Module, plan: Plan, *, moments: Mapping[LayerKey, LayerMoments] | None = None) -> None:
+    """Drop, merge and slim the experts of a loaded model, in place.
+
+    What can be refused is refused before the first change. Old tensors are let go layer by layer.
+
+    Args:
+        model: of transformers; on any device, its weights plain tensors.
+        plan: numbers are those of the model as it is now.
+        moments: (layer, step) -> second moments, for method ``subspace``.
+
+    Raises:
+        PlanError: the plan is for another model, or lacks what its method needs.
+        ModelError: weights that are packed, offloaded or of a family that cannot be edited.
+    """
+    _change(Journal(remember=False), model, plan, moments)
+
+
+@contextmanager
+def edited(model: nn.Module, plan: Plan, *, moments: Mapping[LayerKey, LayerMoments] | None = None) -> Iterator[None]:
+    """While entered, the model is as :func:`edit` leaves it; afterwards as it was, whatever happens.
+
+    Tensors that the plan does not touch stay the same objects, so that many plans can be measured on one loaded model;
+    old and new tensors of touched layers are in memory together.
+
+    Raises:
+        PlanError, ModelError: as :func:`edit`; the model is as it was.
+    """
+    journal = Journal()
+    try:
+        _change(journal, model, plan, moments)
+        yield
+    finally:
+        journal.undo()
+
+
+@torch.no_grad()
+def _change(journal: Journal, model: nn.Module, plan: Plan, moments: Mapping[LayerKey, LayerMoments] | None) -> None:
+    decoder = find_decoder(model, plan.source)
+    edits = layer_edits(plan, moments)
+    kept = kept_layers(plan)
+    changed = {key: edit for key, edit in edits.items() if edit.changes}
+    for key, edit in changed.items():
+        _require_editable(decoder, edit.shape, edit, key)
+    require_removable(decoder, kept)
+    require_sizes(decoder, edits)
+    for key, edit in changed.items():
+        site = decoder.sites[key]
+        edit.decide(site.read)
+        replace_experts(journal, site, edit)
+        if not edit.same_experts:
+            replace_router(journal, site, edit)
+        replace_shared(journal, site, edit)
+    write_sizes(journal, model, decoder, edits, kept)
+    remove_layers(journal, decoder, kept)
+
+
+def _require_editable(decoder: Decoder, shape: LayerShape, edit: LayerEdit, key: LayerKey) -> None:
+    if key not in decoder.sites:
+        raise ModelError(
+            f"layer {key[0]} runs its experts several times: those of its step {key[1]} are no list of their own that"
+            " could be edited"
+        )
+    site = decoder.sites[key]
+    layout = site.layout
+    kind = type(site.experts).__name__
+    if layout is None:
+        raise ModelError(f"{site.name} ({kind}) keeps its weights packed: load the model dequantized to edit it")
+    if (layout.num_weighted, layout.width) != (shape.num_experts, shape.width):
+        raise PlanError(
+            f"the plan is for {shape.num_experts} experts of width {shape.width} in layer {key[0]}; the model has"
+            f" {layout.num_weighted} of width {layout.width}"
+        )
+    if any(tensor.is_meta for tensor in site.experts.parameters()):
+        raise ModelError(f"{site.name} is not in memory: load the model without offloading to edit it")
+    if edit.zero_output and layout.weightless:
+        raise ModelError(f"{site.name} has experts that give back their input: its block cannot be silenced")
+    if site.shared is not None and changes_shared(edit):
+        require_shared(site)
+    if not edit.same_experts:
+        _require_router(site, key)
+
+
+def _require_router(site: Site, key: LayerKey) -> None:
+    kind = type(site.experts).__name__
+    if site.router is None:
+        raise ModelError(f"{site.name} ({kind}) has no router with one row per expert: its experts cannot go")
+    if getattr(site.router, "tid2eid", None) is not None:
+        raise ModelError(f"layer {key[0]} chooses experts by a table of token ids: its experts cannot go")
