@@ -7,6 +7,8 @@ Importing this package loads no torch; the names below do, when they are first u
     base = BaseDistribution.of(model, corpus.batches())      # once
     found = base.against(edited)                             # for each of many edited variants
     found.kl, found.low, found.high, found.per_domain["code"].kl
+
+    everything = evaluate(edited, model, corpus.batches, tokenizer=tokenizer, kept=kept)
 """
 
 from __future__ import annotations
@@ -15,15 +17,21 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from profiler.evaluation.compare import PARTS, Evaluation, evaluate
     from profiler.evaluation.distribution import BaseDistribution, Divergence, divergence
+    from profiler.evaluation.report import document
 
 _LAZY = {
     "BaseDistribution": "profiler.evaluation.distribution",
+    "Evaluation": "profiler.evaluation.compare",
+    "PARTS": "profiler.evaluation.compare",
+    "evaluate": "profiler.evaluation.compare",
+    "document": "profiler.evaluation.report",
     "Divergence": "profiler.evaluation.distribution",
     "divergence": "profiler.evaluation.distribution",
 }
 
-__all__ = ["BaseDistribution", "Divergence", "divergence"]
+__all__ = ["PARTS", "BaseDistribution", "Divergence", "Evaluation", "divergence", "document", "evaluate"]
 
 
 def __getattr__(name: str) -> Any:

@@ -29,10 +29,19 @@ from profiler.metrics.perplexity import Estimate
 from profiler.running import evaluating, input_device
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
     from profiler.corpus import TokenBatch
 
 Chunks = Iterator[tuple[int, Tensor]]
 """(first position, (batch, positions, vocabulary)) in order, of logits or of log-probabilities."""
+
+ChunkSource = Callable[[Tensor, Tensor], Chunks]
+"""(input_ids, attention_mask) of a batch -> its parts."""
+
+See = Callable[["TokenBatch", "NDArray[np.bool_]", "NDArray[np.bool_]"], None]
+"""``see(batch, right, base_right)``: which next tokens were the likeliest, (batch, length - 1); False on padding."""
 
 MOST_BYTES = 8 << 30
 """Log-probabilities that may be held of a base."""
@@ -109,10 +118,10 @@ class BaseDistribution:
         kept = []
         with evaluating(model):
             for batch in held:
-                ids, mask = _tensors(model, batch)
+                ids, mask = tensors_of(model, batch)
                 kind = getattr(torch, dtype)
                 chunks = evaluate.logit_chunks(model, ids, mask)
-                kept.append([(start, _log_softmax(part).to("cpu", kind)) for start, part in chunks])
+                kept.append([(start, log_softmax(part).to("cpu", kind)) for start, part in chunks])
         return cls(held, kept)
 
     def against(self, model: nn.Module, *, progress: evaluate.Progress | None = None) -> Divergence:
@@ -124,7 +133,8 @@ class BaseDistribution:
             RunError: a model puts out NaN or infinity.
         """
         kept = iter(self.log_probabilities)
-        return _measure(model, self.batches, lambda ids, mask: iter(next(kept)), progress)
+        rows = sequence_sums(model, self.batches, lambda ids, mask: iter(next(kept)), progress=progress)
+        return summarize(rows)
 
 
 def divergence(
@@ -150,10 +160,10 @@ def divergence(
 
     def chunks(ids: Tensor, mask: Tensor) -> Chunks:
         found = evaluate.logit_chunks(base, ids.to(device), mask.to(device))
-        return ((start, _log_softmax(part)) for start, part in found)
+        return ((start, log_softmax(part)) for start, part in found)
 
     with evaluating(base):
-        return _measure(model, batches, chunks, progress)
+        return summarize(sequence_sums(model, batches, chunks, progress=progress))
 
 
 def summarize(sequences: pl.DataFrame) -> Divergence:
@@ -175,64 +185,85 @@ def aligned(first: Chunks, second: Chunks) -> Iterator[tuple[int, Tensor, Tensor
             start, one, other = start + size, one[:, size:], other[:, size:]
 
 
-def _measure(
+def sequence_sums(
     model: nn.Module,
     batches: Iterable[TokenBatch],
-    base: Callable[[Tensor, Tensor], Chunks],
-    progress: evaluate.Progress | None,
-) -> Divergence:
+    base: ChunkSource,
+    *,
+    logits: ChunkSource | None = None,
+    see: See | None = None,
+    progress: evaluate.Progress | None = None,
+) -> pl.DataFrame:
+    """One row per sequence, as :class:`Divergence` has them.
+
+    Args:
+        model: what is measured.
+        batches: the text.
+        base: gives the base's log-probabilities of a batch.
+        logits: gives the model's logits of a batch, where somebody watches it meanwhile.
+        see: told after each batch which next tokens were right.
+        progress: told after each batch how many tokens have been read.
+
+    Raises: as :meth:`BaseDistribution.against`.
+    """
     rows: list[pl.DataFrame] = []
     done = 0
     with evaluating(model):
         for batch in batches:
             evaluate.require_positions(model, batch.input_ids.shape[1])
-            ids, mask = _tensors(model, batch)
-            sums = _token_sums(model, base(ids, mask), ids, mask)
+            ids, mask = tensors_of(model, batch)
+            chunks = evaluate.logit_chunks(model, ids, mask) if logits is None else logits(ids, mask)
+            sums, right, base_right = _token_sums(chunks, base(ids, mask), ids, mask)
             columns = {name: values.cpu().numpy() for name, values in sums.items()}
             rows.append(pl.DataFrame({"sequence": batch.sequences, "domain": batch.domains, **columns}))
             done += int(batch.attention_mask.sum())
+            if see is not None:
+                see(batch, right.cpu().numpy(), base_right.cpu().numpy())
             if progress is not None:
                 progress(done)
-    return summarize(_checked(rows))
+    return _checked(rows)
 
 
 @torch.no_grad()
-def _token_sums(model: nn.Module, base: Chunks, ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
-    """(batch,) sums over the predicted tokens of each sequence, in float64."""
+def _token_sums(logits: Chunks, base: Chunks, ids: Tensor, mask: Tensor) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+    """Sums over the predicted tokens of each sequence (batch,), and which were right (batch, length - 1)."""
     real = mask.bool()
     counted, targets = real[:, 1:] & real[:, :-1], ids[:, 1:]
-    sums = {
-        name: torch.zeros(len(ids), dtype=torch.float64, device=ids.device)
-        for name in ("kl_sum", "agreed", "loss_sum", "base_loss_sum")
-    }
-    for start, logits, before in aligned(evaluate.logit_chunks(model, ids, mask), base):
-        if logits.shape[-1] != before.shape[-1]:
+    names = ("kl_sum", "agreed", "loss_sum", "base_loss_sum")
+    sums = {name: torch.zeros(len(ids), dtype=torch.float64, device=ids.device) for name in names}
+    right, base_right = torch.zeros_like(counted), torch.zeros_like(counted)
+    for start, part, before in aligned(logits, base):
+        if part.shape[-1] != before.shape[-1]:
             raise ModelError(
-                f"the models predict {logits.shape[-1]} and {before.shape[-1]} tokens: KL takes one vocabulary"
+                f"the models predict {part.shape[-1]} and {before.shape[-1]} tokens: KL takes one vocabulary"
             )
-        stop = min(start + logits.shape[1], targets.shape[1])
+        stop = min(start + part.shape[1], targets.shape[1])
         if stop <= start:
             break
-        p, q = before[:, : stop - start].to(logits.device).float(), _log_softmax(logits[:, : stop - start])
+        p, q = before[:, : stop - start].to(part.device).float(), log_softmax(part[:, : stop - start])
         chosen, there = targets[:, start:stop].to(q.device), counted[:, start:stop].to(q.device)
+        first, base_first = q.argmax(-1), p.argmax(-1)
         # A token that the base excludes (p = 0) adds nothing, whatever the model says of it.
-        terms = torch.where(p == -torch.inf, 0.0, p.exp() * (p - q)).sum(-1)
         found = {
-            "kl_sum": terms,
-            "agreed": p.argmax(-1) == q.argmax(-1),
+            "kl_sum": torch.where(p == -torch.inf, 0.0, p.exp() * (p - q)).sum(-1),
+            "agreed": first == base_first,
             "loss_sum": -q.gather(-1, chosen[..., None])[..., 0],
             "base_loss_sum": -p.gather(-1, chosen[..., None])[..., 0],
         }
         for name, values in found.items():
             sums[name] += torch.where(there, values.double(), 0.0).sum(1).to(ids.device)
-    return {"predictions": counted.sum(1), **sums}
+        right[:, start:stop] = (there & (first == chosen)).to(ids.device)
+        base_right[:, start:stop] = (there & (base_first == chosen)).to(ids.device)
+    return {"predictions": counted.sum(1), **sums}, right, base_right
 
 
-def _log_softmax(logits: Tensor) -> Tensor:
+def log_softmax(logits: Tensor) -> Tensor:
+    """ln p over the last axis, in float32."""
     return torch.log_softmax(logits.float(), -1)
 
 
-def _tensors(model: nn.Module, batch: TokenBatch) -> tuple[Tensor, Tensor]:
+def tensors_of(model: nn.Module, batch: TokenBatch) -> tuple[Tensor, Tensor]:
+    """Ids and mask of a batch where the model wants them, both (batch, length)."""
     device = input_device(model)
     return torch.from_numpy(batch.input_ids).to(device), torch.from_numpy(batch.attention_mask).to(device)
 
