@@ -1,0 +1,144 @@
+"""The model card of a result: what was done to which model, layer by layer, and what nobody has measured."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from compressor.checkpoint.companions import CARD
+from compressor.plan import DropStep, LayerShape, MergeStep, NewExpert, Plan, experts_after, kept_layers, widths_after
+from compressor.plan.result import neurons_after
+
+_CARRIED = ("license", "license_name", "license_link", "language", "pipeline_tag")
+
+
+def model_card(plan: Plan, source: Path, *, name: str, loads_with: str, notes: tuple[str, ...], sizes: tuple[int, int]) -> str:
+    """README.md of a result.
+
+    Args:
+        plan: what was done.
+        source: folder of the source, whose card says the licence.
+        name: of the result.
+        loads_with: ``transformers`` or ``compressor.load``.
+        notes: sentences of the job.
+        sizes: bytes of all weights before and after.
+    """
+    parts = [
+        _front_matter(plan, source),
+        f"# {name}\n",
+        f"This is [{plan.source.model}](https://huggingface.co/{plan.source.model}) with fewer or smaller experts."
+        if re.fullmatch(r"[\w.-]+/[\w.-]+", plan.source.model)
+        else f"This is {plan.source.model} with fewer or smaller experts.",
+        f"Its weights take {_gib(sizes[1])} instead of {_gib(sizes[0])}. `moescope_plan.json` holds the plan that was"
+        " applied, with the score of every expert.\n",
+        _steps(plan),
+        _layers(plan),
+        _unmeasured(plan, notes),
+        _loading(loads_with),
+    ]
+    return "\n".join(part for part in parts if part)
+
+
+def _front_matter(plan: Plan, source: Path) -> str:
+    lines = _carried(source / CARD)
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", plan.source.model):
+        lines.append(f"base_model: {plan.source.model}")
+    kinds = sorted({step.step for step in plan.steps})
+    lines += ["library_name: transformers", "tags:", "- mixture-of-experts", *(f"- expert-{kind}" for kind in kinds)]
+    return "\n".join(["---", *lines, "---\n"])
+
+
+def _carried(card: Path) -> list[str]:
+    """Licence and language lines of the source's front matter, with the lines of their lists."""
+    try:
+        text = card.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return []
+    found = re.match(r"\ufeff?---\r?\n(.*?)\r?\n---\s*(\r?\n|$)", text, re.DOTALL)
+    lines, inside = [], False
+    for line in found[1].splitlines() if found else []:
+        if not line.startswith((" ", "-", "\t")):
+            inside = line.partition(":")[0].strip() in _CARRIED
+        if inside and line.strip():
+            lines.append(line.rstrip())
+    return lines
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.2f} GiB" if size >= 2**28 else f"{size / 2**20:.2f} MiB"
+
+
+def _steps(plan: Plan) -> str:
+    run = plan.provenance
+    text = ["## What was done\n"]
+    for step in plan.steps:
+        method = step.grouping if isinstance(step, MergeStep) else step.method
+        how = f", merged by `{step.method}`" if isinstance(step, MergeStep) else ""
+        text.append(f"- **{step.step}** by `{method}`{how}; stored in form `{step.form}`.")
+        if isinstance(step, DropStep) and step.decoder_layers:
+            text.append(f"  Decoder layers removed: {', '.join(map(str, step.decoder_layers))}.")
+        if isinstance(step, DropStep) and step.blocks:
+            text.append(f"  MoE blocks that put out nothing any more: {', '.join(map(str, step.blocks))}.")
+    domains = f", domains {', '.join(run.domains)}" if run.domains else ""
+    text.append(f"\nDecided on run `{run.run}` ({run.tokens:,} tokens{domains}) with moescope {run.tool_version}.")
+    for evidence in plan.evidence:
+        unit = f" ({evidence.unit})" if evidence.unit else ""
+        source = f", {evidence.source}" if evidence.source else ""
+        text.append(f"Score: `{evidence.score}`{unit}{source}.")
+        if evidence.protected:
+            units = ", ".join(f"layer {unit.layer} expert {unit.expert}" for unit in evidence.protected)
+            text.append(f"Protected: {units}.")
+        elif not evidence.guard:
+            text.append("Super experts were not protected.")
+    return "\n".join(text) + "\n"
+
+
+def _layers(plan: Plan) -> str:
+    """One row per MoE layer."""
+    after, widths, masks = experts_after(plan), widths_after(plan), neurons_after(plan)
+    places = {old: new for new, old in enumerate(kept_layers(plan))}
+    rows = ["| layer | now | experts | merged from several | neurons per expert |", "|---|---|---|---|---|"]
+    for shape in plan.source.layers:
+        if shape.key not in after:
+            rows.append(f"| {shape.layer} | removed | {shape.num_experts} → 0 | | |")
+            continue
+        experts = after[shape.key]
+        merged = sum(expert.merged for expert in experts)
+        rows.append(
+            f"| {shape.layer} | {places[shape.layer]} | {_change(shape.num_experts, len(experts))} | {merged or ''} |"
+            f" {_neurons(shape, experts, widths[shape.key], masks)} |"
+        )
+    return "\n".join(rows) + "\n"
+
+
+def _neurons(shape: LayerShape, experts: list[NewExpert], width: int, masks: object) -> str:
+    assert isinstance(masks, dict)
+    kept = [int(mask.sum()) for (layer, step, expert, role), mask in masks.items()
+            if (layer, step) == shape.key and role == "routed" and any(own.lead == expert for own in experts)]  # fmt: skip
+    text = _change(shape.width, width)
+    return f"{text} (kept {min(kept)} to {max(kept)})" if kept and (min(kept), max(kept)) != (width, width) else text
+
+
+def _change(before: int, after: int) -> str:
+    return str(before) if before == after else f"{before} → {after}"
+
+
+def _unmeasured(plan: Plan, notes: tuple[str, ...]) -> str:
+    text = [
+        "## What was not measured\n",
+        "Nothing was measured on the result when this page was written. The plan was made from statistics of calibration"
+        " text; what it does to other text, other languages or tasks is not known. Measure it on your own text"
+        " (`moescope evaluate`) before you use it.\n",
+    ]
+    text += [f"- {note}" for note in (*notes, *(note for evidence in plan.evidence for note in evidence.notes))]
+    return "\n".join(text) + "\n"
+
+
+def _loading(loads_with: str) -> str:
+    if loads_with == "transformers":
+        lines = "from transformers import AutoModelForCausalLM\n\nmodel = AutoModelForCausalLM.from_pretrained(FOLDER)"
+        return f"## How to load it\n\nLike the model that it comes from.\n\n```python\n{lines}\n```\n"
+    return (
+        "## How to load it\n\nIts layers differ, which stock classes do not load (`per_layer_config`).\n\n"
+        "```python\nimport compressor\n\nmodel = compressor.load(FOLDER)\n```\n"
+    )

@@ -1,0 +1,192 @@
+"""One MoE layer of the source and its edit -> its tensors in the result."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from compressor.checkpoint.files import Reader
+from compressor.checkpoint.headers import Entry, size_of
+from compressor.checkpoint.layers import ExpertReader, StoredLayer, Tensor
+from compressor.checkpoint.outputs import Copied, Made, Output, Piece, Zeros, whole
+from compressor.checkpoint.slots import find_slots
+from compressor.families.checkpoint import TensorName
+from moescope.errors import PlanError
+
+if TYPE_CHECKING:
+    import torch
+
+    from compressor.edits.layer import LayerEdit
+    from compressor.weights import ExpertWeights
+
+
+@dataclass(frozen=True)
+class LayerEditing:
+    """Makes the tensors of one layer.
+
+    Attributes:
+        layer: the layer as it is stored.
+        edit: what becomes of it.
+        place: its number in the result.
+        shared_width: neurons that the shared experts are stored with.
+        experts: reads its experts; None where they are quantized, so that they can only be copied or left out.
+        hidden: channels of the residual stream, which shared experts read and write.
+        model_type: of the family.
+    """
+
+    layer: StoredLayer
+    edit: LayerEdit
+    place: int
+    shared_width: int
+    experts: ExpertReader | None
+    hidden: int
+    model_type: str
+
+    def outputs(self) -> Iterator[tuple[Entry, Output]]:
+        """(a tensor of the source in whose file it goes, tensor of the result)."""
+        yield from self._separate() if self.layer.separate else self._fused()
+        for name, entry in self.layer.shared:
+            yield entry, self._shared(name, entry)
+        for name, entry in self.layer.around:
+            yield entry, self._around(name, entry)
+
+    @property
+    def _late(self) -> bool:
+        """Which expert stands where is only known from the weights."""
+        return self.edit.merge is not None and self.edit.merge[0].method in ("nearest", "segments")
+
+    def _source_of(self, index: int, name: TensorName) -> int | None:
+        """The expert whose bytes are copied; a dropped block keeps the bytes of all but down projections."""
+        if self._late or (self.edit.zero_output and name.part == "down"):
+            return None
+        return replace(self.edit, zero_output=False).untouched(index)
+
+    def _separate(self) -> Iterator[tuple[Entry, Output]]:
+        by_expert: dict[int, list[Tensor]] = {}
+        for name, entry in self.layer.experts:
+            by_expert.setdefault(name.expert or 0, []).append((name, entry))
+        for index, slot in enumerate(self.edit.slots):
+            lead = index if slot is None else slot.lead
+            for name, entry in by_expert[lead]:
+                new, source = name.renumbered(layer=self.place, expert=index), self._source_of(index, name)
+                if source is not None and source == lead:
+                    yield entry, whole(entry, new)
+                    continue
+                shape = self._slot_shape(name)
+                yield entry, Output(new, entry.dtype, shape, (self._piece(index, name, entry),), edited=True)
+
+        for number in sorted(set(by_expert) - set(range(self.edit.shape.num_experts))):
+            behind = number - self.edit.shape.num_experts + self.edit.count
+            for name, entry in by_expert[number]:
+                yield entry, whole(entry, name.renumbered(layer=self.place, expert=behind))
+
+    def _fused(self) -> Iterator[tuple[Entry, Output]]:
+        for name, entry in self.layer.experts:
+            rows = self._reader.rows(name)
+            size = size_of(entry.dtype, entry.shape[1:]) * rows
+            pieces: list[Piece] = []
+            for index in range(self.edit.count):
+                source = self._source_of(index, name)
+                if source is None:
+                    pieces.append(self._piece(index, name, entry))
+                else:
+                    pieces.append(Copied(entry, entry.start + source * size, size))
+            own = self._slot_shape(name)
+            shape = (self.edit.count * own[0], *own[1:]) if name.packed else (self.edit.count, *own)
+            same = shape == entry.shape and all(isinstance(piece, Copied) for piece in pieces) and not self._moved
+            yield entry, Output(name.renumbered(layer=self.place), entry.dtype, shape, tuple(pieces), edited=not same)
+
+    @property
+    def _moved(self) -> bool:
+        return [slot.lead if slot else -1 for slot in self.edit.slots] != list(range(self.edit.shape.num_experts))
+
+    @property
+    def _reader(self) -> ExpertReader:
+        if self.experts is None:
+            raise PlanError(
+                f"the experts of layer {self.layer.layer} are quantized: {self.layer.quantized}; whole experts can be"
+                " dropped where they are stored one by one; for anything else dequantize the checkpoint first"
+            )
+        return self.experts
+
+    def _slot_shape(self, name: TensorName) -> tuple[int, ...]:
+        reader = self._reader
+        return reader.slots[name.name].shape(self.edit.width, reader.hidden)
+
+    def _piece(self, index: int, name: TensorName, entry: Entry) -> Piece:
+        shape = self._slot_shape(name)
+        size = size_of(entry.dtype, shape)
+        if self.edit.slots[index] is None or (self.edit.zero_output and name.part == "down"):
+            return Zeros(size)
+        slot = self._reader.slots[name.name]
+        return Made(("expert", self.layer.layer, index), lambda reader: self._expert(index, reader), slot.of, size)
+
+    def _expert(self, index: int, reader: Reader) -> ExpertWeights:
+        experts = self._reader
+        return self.edit.expert(index, lambda number: experts.read(reader, number))
+
+    def _decide(self, reader: Reader) -> None:
+        if self._late:
+            experts = self._reader
+            self.edit.decide(lambda number: experts.read(reader, number))
+
+    def _shared(self, name: TensorName, entry: Entry) -> Output:
+        new = name.renumbered(layer=self.place)
+        kept = self.edit.kept.get((0, "shared"))
+        same = (kept is None or bool(kept.all())) and self.shared_width == self.edit.shape.shared_width
+        if self.edit.zero_output and name.part == "down":
+            if same:
+                return Output(new, entry.dtype, entry.shape, (Zeros(entry.size),), edited=True)
+        elif same:
+            return whole(entry, new)
+        if len(entry.shape) > 2 or name.what not in ("weight", "bias"):
+            raise PlanError(f"{name.name} holds several shared experts or is quantized: they cannot be slimmed")
+        slot = self._shared_slots()[name.name]
+        shape = slot.shape(self.shared_width, self.hidden)
+        made = Made(("shared", self.layer.layer), self._shared_experts, slot.of, size_of(entry.dtype, shape))
+        return Output(new, entry.dtype, shape, (made,), edited=True)
+
+    def _shared_slots(self) -> dict[str, Any]:
+        tensors = [(name, entry.shape) for name, entry in self.layer.shared]
+        width = self.edit.shape.shared_width
+        slots = find_slots(tensors, width=width, hidden=self.hidden, model_type="")
+        return {name.name: slot for (name, _), slot in zip(tensors, slots, strict=True)}
+
+    def _shared_experts(self, reader: Reader) -> ExpertWeights:
+        from compressor.edits.slim import widen
+        from compressor.weights import ExpertWeights
+
+        parts: dict[str, torch.Tensor] = {}
+        for name, entry in self.layer.shared:
+            parts.update(self._shared_slots()[name.name].parts(reader.tensor(entry)))
+        return widen(self.edit.shared(ExpertWeights(**parts)), self.shared_width)
+
+    def _around(self, name: TensorName, entry: Entry) -> Output:
+        new = name.renumbered(layer=self.place)
+        if name.kind == "output_bias":
+            return (
+                Output(new, entry.dtype, entry.shape, (Zeros(entry.size),), edited=True)
+                if self.edit.zero_output
+                else whole(entry, new)
+            )
+        if not self._moved and not any(slot is not None and slot.merged for slot in self.edit.slots):
+            return whole(entry, new)
+        if name.kind == "table":
+            raise PlanError(
+                f"layer {self.layer.layer} chooses experts by a table of token ids ({name.name}): none of them can go"
+            )
+        # Ernie keeps its bias as (1, E).
+        flat = (entry.shape[1],) if len(entry.shape) == 2 and entry.shape[0] == 1 else entry.shape
+        rows = flat[0] - self.edit.shape.num_experts + self.edit.count
+        shape = (1, rows) if flat != entry.shape else (rows, *entry.shape[1:])
+
+        def make(reader: Reader) -> torch.Tensor:
+            self._decide(reader)
+            values = reader.tensor(entry).reshape(flat)
+            if name.kind in ("router_bias", "selection_bias"):
+                return self.edit.bias(values, selection=name.kind == "selection_bias").reshape(shape)
+            return self.edit.rows(values).reshape(shape)
+
+        made = Made((name.name,), make, lambda values: values, size_of(entry.dtype, shape))
+        return Output(new, entry.dtype, shape, (made,), edited=True)
