@@ -14,6 +14,7 @@ import polars as pl
 import streamlit as st
 
 import store
+from compressor.plan import Plan
 from store import Catalog, Entry, Run
 
 STORE_VARIABLE = "MOESCOPE_STORE"
@@ -50,6 +51,15 @@ def frame(maker: FrameMaker, run: Run, **arguments: Any) -> pl.DataFrame:
     """What ``maker(run, **arguments)`` returns, computed once per version of the run. Do not change it in place."""
     key = (f"{maker.__module__}.{maker.__qualname__}", tuple(sorted(arguments.items())))
     return _frame(str(run.path), run.version, key, _maker=maker, _run=run, _arguments=arguments)
+
+
+def plan(run: Run, **arguments: Any) -> Plan:
+    """What ``planner.make(run, **arguments)`` returns, computed once per version of the run.
+
+    Raises:
+        PlanError: no such plan can be made of this run.
+    """
+    return _plan(str(run.path), run.version, tuple(sorted(arguments.items())), _run=run, _arguments=arguments)
 
 
 def detail(maker: FrameMaker, run: Run, **arguments: Any) -> pl.DataFrame:
@@ -91,6 +101,15 @@ def _frame(
     _arguments: dict[str, Any],
 ) -> pl.DataFrame:
     return _maker(_run, **_arguments)
+
+
+@st.cache_resource(max_entries=32, show_spinner="Planning")
+def _plan(
+    path: str, version: tuple[object, ...], key: tuple[object, ...], _run: Run, _arguments: dict[str, Any]
+) -> Plan:
+    import planner
+
+    return planner.make(_run, **_arguments)
 
 
 @st.cache_resource(max_entries=8, show_spinner=False)

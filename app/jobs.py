@@ -1,8 +1,9 @@
 """Commands that the dashboard starts in the background: apply a plan, then measure what came of it.
 
-A job is a process of its own, ``python -m app.jobs JOB.json``, which runs ``moescope`` commands one after the other. It
-outlives the page, the tab and the dashboard. Two files beside the run say all about it: ``NAME.plans/job-ID.json``,
-written by whoever starts it, and ``progress-ID.json``, written by the job itself. What it prints is in ``log-ID.txt``.
+A job is a process of its own, ``python -m app.job_runner JOB.json``, which runs ``moescope`` commands one after the
+other. It outlives the page, the tab and the dashboard. Two files beside the run say all about it:
+``NAME.plans/job-ID.json``, written by whoever starts it, and ``progress-ID.json``, written by the job itself. What it
+prints is in ``log-ID.txt``.
 """
 
 from __future__ import annotations
@@ -113,9 +114,7 @@ def start(run: Path, *, plan: Path, digest: str, source: Path, destination: Path
     source, destination = source.resolve(), destination.resolve()
     name = hashlib.sha256("\n".join((digest, str(source), str(destination))).encode()).hexdigest()[:12]
     with _GUARD:
-        for other in jobs(run):
-            if other.destination == str(destination) and status(other).state == "running":
-                raise InputError(f"a job is writing to {destination} already: wait for it, or stop it")
+        _require_free(run, destination)
         bytes_file = store.plan_path(run, "progress", f"{name}-bytes")
         commands = [_apply_command(run, plan, source, destination, bytes_file)]
         if held_out:
@@ -136,6 +135,23 @@ def start(run: Path, *, plan: Path, digest: str, source: Path, destination: Path
         )
 
 
+def again(job: Job) -> Job:
+    """Start a job that ended once more; what it wrote before is taken up.
+
+    Raises:
+        InputError: it runs, or another one is writing to its folder.
+    """
+    with _GUARD:
+        _require_free(Path(job.run), Path(job.destination))
+        return _launch(Job(**{**_fields(job), "pid": 0, "started": time.time(), "host": socket.gethostname()}))
+
+
+def _require_free(run: Path, destination: Path) -> None:
+    for other in jobs(run):
+        if other.destination == str(destination) and status(other).state == "running":
+            raise InputError(f"a job is writing to {destination} already: wait for it, or stop it")
+
+
 def _apply_command(run: Path, plan: Path, source: Path, destination: Path, progress: Path) -> list[str]:
     where = ["--store", str(run.resolve().parent), "--progress-file", str(progress.resolve())]
     return ["apply", str(plan.resolve()), str(source), "-o", str(destination), *where]
@@ -150,7 +166,7 @@ def _launch(job: Job) -> Job:
     for kind in (job.name, f"{job.name}-bytes"):
         store.plan_path(job.run, "progress", kind).unlink(missing_ok=True)
     _write(job)
-    command = [sys.executable, "-P", "-m", "app.jobs", str(job.path)]
+    command = [sys.executable, "-P", "-m", "app.job_runner", str(job.path)]
     with job.log.open("wb") as log:
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True, cwd=Path(job.run).parent
@@ -166,7 +182,7 @@ def jobs(run: Path) -> list[Job]:
     found = []
     for path in store.list_plans(run, "job"):
         try:
-            found.append(_read(path, run))
+            found.append(read(path, run))
         except (StoreError, KeyError, TypeError, ValueError):
             continue
     return sorted(found, key=lambda job: -job.started)
@@ -219,37 +235,6 @@ def stop(job: Job) -> bool:
     return True
 
 
-def main(arguments: Sequence[str]) -> int:
-    """Run the commands of a job file, one after the other, until one fails."""
-    from app.cli import main as moescope
-    from app.progress import Stoppable
-
-    with Stoppable() as stoppable:
-        job = _read(Path(arguments[0]), None)
-        code, step = 0, 1
-        try:
-            for step, command in enumerate(job.commands, 1):
-                _say(job, state="running", step=step)
-                code = moescope(command)
-                if code:
-                    break
-        except KeyboardInterrupt:  # between two commands
-            code = 130
-        except SystemExit as error:  # an option that a command has not
-            code = error.code if isinstance(error.code, int) else 2
-        except BaseException:
-            code = 1
-            raise
-        finally:
-            ended = "done" if not code else "stopped" if stoppable.stopped or code == 130 else "failed"
-            _say(job, state=ended, step=step, code=code)
-    return code
-
-
-def _say(job: Job, **what: object) -> None:
-    store.write_plan(job.run, json.dumps(what) + "\n", kind="progress", name=job.name)
-
-
 def _write(job: Job) -> None:
     store.write_plan(job.run, json.dumps(asdict(job), indent=1) + "\n", kind="job", name=job.name)
 
@@ -258,8 +243,13 @@ def _fields(job: Job) -> dict[str, Any]:
     return {field.name: getattr(job, field.name) for field in fields(job)}
 
 
-def _read(path: Path, run: Path | None) -> Job:
-    """A job from its file; beside ``run``, wherever the store lies now."""
+def read(path: Path, run: Path | None = None) -> Job:
+    """A job from its file; beside ``run``, wherever the store lies now.
+
+    Raises:
+        StoreError: it cannot be read, or is another job's.
+        KeyError, TypeError, ValueError: it is none.
+    """
     document = store.read_plan_document(path)
     job = Job(**{**document, "commands": tuple(map(tuple, document["commands"]))})
     if f"job-{job.name}.json" != path.name:
@@ -298,7 +288,3 @@ def _tail(path: Path) -> str:
             return file.read().decode("utf-8", errors="replace")
     except OSError:
         return ""
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

@@ -8,6 +8,19 @@ from __future__ import annotations
 
 from types import ModuleType
 
-from app.commands import ablate, collect, compare, dashboard, demo, import_, inspect, runs, show
+from app.commands import ablate, apply, collect, compare, dashboard, demo, evaluate, import_, inspect, plan, runs, show
 
-COMMANDS: tuple[ModuleType, ...] = (demo, inspect, collect, import_, runs, show, compare, ablate, dashboard)
+COMMANDS: tuple[ModuleType, ...] = (
+    demo,
+    inspect,
+    collect,
+    import_,
+    runs,
+    show,
+    compare,
+    ablate,
+    plan,
+    apply,
+    evaluate,
+    dashboard,
+)

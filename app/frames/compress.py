@@ -179,12 +179,11 @@ def difference(first: Plan, second: Plan) -> pl.DataFrame:
 
 
 def title(plan: Plan) -> str:
-    """A plan in a few words: preset and what was asked for."""
+    """A plan in a few words: preset, what was asked for, form."""
     target = plan.target
     asked = f"{target.share:.0%}".replace("%", " %") if target.share is not None else size(target.memory or 0)
     forms = ", ".join(dict.fromkeys(step.form for step in plan.steps))
-    domains = f", {', '.join(plan.provenance.domains)}" if plan.provenance.domains else ""
-    return f"{target.preset}, {asked}, {forms}{domains}"
+    return f"{target.preset}, {asked}, {forms}"
 
 
 def evidence_of(plan: Plan) -> Evidence | None:

@@ -29,4 +29,5 @@ PAGES = (
     PageInfo(_file("local_consistency"), "Local consistency", ":material/timeline:", "local-consistency"),
     PageInfo(_file("similarity"), "Similarity", ":material/join_inner:", "similarity"),
     PageInfo(_file("compare"), "Compare", ":material/compare_arrows:", "compare"),
+    PageInfo(_file("compress"), "Compress", ":material/compress:", "compress"),
 )

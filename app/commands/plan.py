@@ -1,0 +1,177 @@
+"""``moescope plan``: from a run, what to cut and what it is expected to cost; and what two plans do differently."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from app.commands.options import add_config, add_json, add_store
+
+if TYPE_CHECKING:
+    import store
+    from compressor.plan import Plan
+
+NAME = "plan"
+SUMMARY = "plan what to drop, merge or slim, from a run; or compare two plans"
+FORMS = ("uniform", "per_layer", "padded", "masked")
+ROWS = {"layers": 100, "difference": 60}
+"""Rows that the terminal gets of long tables; --json prints all."""
+
+_UNITS = {"": 1, "B": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of the command."""
+    parser.add_argument("target", nargs="?", metavar="RUN", help="path of a run, or its name in --store")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--preset", metavar="NAME", help="how to choose; --list names them (default: set_search)")
+    what.add_argument("--list", action="store_true", help="the presets, what they need, and whether the run has it")
+    what.add_argument("--diff", nargs=2, metavar=("PLAN", "PLAN"), type=Path, help="what two plans do differently")
+    budget = parser.add_mutually_exclusive_group()
+    budget.add_argument("--share", type=_share, metavar="S", help="part to remove, such as 0.25")
+    budget.add_argument("--memory", type=memory, metavar="SIZE", help="what the weights may take, such as 3GiB")
+    parser.add_argument(
+        "--other-weights", type=memory, default=0, metavar="SIZE",
+        help="what the model's other weights take of --memory (default: it is for the experts alone)",
+    )  # fmt: skip
+    parser.add_argument("--domains", metavar="LIST", help="comma list: only their text counts (default: all)")
+    parser.add_argument("--form", choices=FORMS, help="how it is stored (default: what every engine loads)")
+    parser.add_argument("--allocation", metavar="NAME", help="how the cut is spread over the layers")
+    parser.add_argument(
+        "--engine", choices=("any", "transformers"), default="any",
+        help="what shall load it; form per_layer takes transformers, through compressor.load (default: any)",
+    )  # fmt: skip
+    parser.add_argument("--no-guard", action="store_true", help="do not protect super experts")
+    parser.add_argument("--allow-invalid", action="store_true", help="take a run whose checks failed all the same")
+    parser.add_argument(
+        "--set", action="append", default=[], type=_setting, metavar="NAME=VALUE", help="a parameter of the preset"
+    )
+    parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="write the plan to this file too")
+    add_store(parser)
+    add_config(parser)
+    add_json(parser)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Make a plan, list what could be made, or compare two."""
+    from moescope.errors import InputError
+
+    if options.diff:
+        return _print_difference(options)
+    if options.target is None:
+        raise InputError("of which run? moescope plan RUN --share 0.25, or moescope plan --diff PLAN PLAN")
+    import store
+
+    with store.open_run(store.Catalog(options.store).resolve(options.target)) as opened:
+        return _print_presets(opened, options) if options.list else _plan(opened, options)
+
+
+def _plan(run: store.Run, options: argparse.Namespace) -> int:
+    from moescope.errors import InputError
+
+    if options.share is None and options.memory is None:
+        raise InputError("how much? give --share 0.25 or --memory 3GiB")
+    import planner
+
+    given: dict[str, Any] = {"share": options.share, "memory": options.memory, "form": options.form}
+    given |= {"domains": _names(options.domains), "engine": options.engine, "guard": not options.no_guard}
+    given |= {"other_weights": options.other_weights, "allow_invalid": options.allow_invalid}
+    given |= {"preset": options.preset} if options.preset else {}
+    given |= {"allocation": options.allocation} if options.allocation else {}
+    given |= dict(options.set)
+    plan = planner.make(run, **given)
+    return _keep_and_print(run, plan, options)
+
+
+def _keep_and_print(run: store.Run, plan: Plan, options: argparse.Namespace) -> int:
+    import store
+
+    path = store.write_plan(run.path, plan.text())
+    if options.output is not None:
+        plan.save(options.output)
+    if options.json:
+        print(json.dumps({"path": str(path), "digest": plan.digest, "plan": json.loads(plan.text())}))
+    else:
+        print(words(plan))
+        print("\n" + "\n".join(f"written to {one}" for one in (path, options.output) if one is not None))
+    return 0
+
+
+def words(plan: Plan) -> str:
+    """A plan on one screen: what goes where and why, what it saves and costs, what it rests on."""
+    from app.frames import compress as frames
+    from app.text import table
+
+    parts = [
+        f"{frames.title(plan)}: {plan.source.model}",
+        table(frames.layers(plan).rename({"label": "layer"}), rows=ROWS["layers"]),
+        table(frames.reasons(plan).rename({"label": "layer"}), rows=ROWS["layers"]),
+        table(frames.key_figures(plan)),
+        "\n".join(frames.rests_on(plan)),
+    ]
+    return "\n\n".join(parts)
+
+
+def _print_presets(run: store.Run, options: argparse.Namespace) -> int:
+    from app.frames.compress_presets import presets
+    from app.text import table
+
+    frame = presets(run)
+    print(json.dumps(frame.to_dicts()) if options.json else table(frame))
+    return 0
+
+
+def _print_difference(options: argparse.Namespace) -> int:
+    from app.frames.compress import difference, title
+    from app.text import table
+    from compressor.plan import Plan
+
+    first, second = (Plan.load(path) for path in options.diff)
+    frame = difference(first, second)
+    if options.json:
+        print(json.dumps(frame.to_dicts()))
+        return 0
+    print(f"first:  {title(first)}\nsecond: {title(second)}\n")
+    shown = table(frame.rename({"label": "layer"}), rows=ROWS["difference"])
+    print(f"{len(frame):,} units differ\n\n{shown}" if len(frame) else "both do the same")
+    return 0
+
+
+def memory(text: str) -> int:
+    """Bytes of ``3GiB``, ``500MB``, ``12g`` or a plain number."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(I?)B?\s*", text.upper())
+    if found is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size of memory: write 3GiB, 500MiB or a number of bytes")
+    number, letter, binary = found.groups()
+    factor = 1024 ** ("KMGT".index(letter) + 1) if letter and binary else _UNITS[letter]
+    count = int(float(number) * factor)
+    if count < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} must be more than nothing")
+    return count
+
+
+def _share(text: str) -> float:
+    try:
+        value = float(text[:-1]) / 100 if text.endswith("%") else float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no share: write 0.25 or 25%") from None
+    if not 0 < value < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} must lie between 0 and 1, such as 0.25")
+    return value
+
+
+def _setting(text: str) -> tuple[str, Any]:
+    name, mark, value = text.partition("=")
+    if not mark or not name.isidentifier():
+        raise argparse.ArgumentTypeError(f"{text!r} must be NAME=VALUE, such as alpha=0.9")
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, value
+
+
+def _names(text: str | None) -> list[str] | None:
+    return [name.strip() for name in text.split(",") if name.strip()] if text else None
