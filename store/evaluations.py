@@ -21,8 +21,18 @@ VERSION = 1
 
 KINDS: dict[str, tuple[str, ...]] = {
     "ablation": ("model", "experts", "data", "base", "ablated", "controls", "layers", "verdict", "notes"),
+    "evaluation": (
+        *("model", "base", "data", "plan", "held_out", "divergence", "perplexity", "routing", "generation", "probes"),
+        *("size", "speed", "notes", "verdict"),
+    ),
 }
 """Kind of document -> what it must hold beside ``kind`` and ``version``."""
+
+IDENTITY: dict[str, tuple[str, ...]] = {
+    "ablation": ("model", "experts", "data"),
+    "evaluation": ("model", "base", "data"),
+}
+"""Kind of document -> what says that two of them are the same measurement."""
 
 Document = dict[str, Any]
 
@@ -36,7 +46,7 @@ def folder_of(run: str | Path) -> Path:
 def write_evaluation(run: str | Path, document: Mapping[str, Any]) -> Path:
     """Put a document beside a run; one of the same name is replaced.
 
-    The name is the kind and a hash of what was done: of ``experts``, ``data`` and ``model``.
+    The name is the kind and a hash of what was done, see :data:`IDENTITY`.
 
     Raises:
         StoreError: there is no such run, or the document lacks something or holds NaN or infinity.
@@ -45,7 +55,7 @@ def write_evaluation(run: str | Path, document: Mapping[str, Any]) -> Path:
     if not run.exists():
         raise StoreError(f"no run at {run}: evaluations are written beside a run")
     text = evaluation_text(document)
-    done = json.dumps([document.get(name) for name in ("model", "experts", "data")], sort_keys=True)
+    done = json.dumps([document.get(name) for name in IDENTITY[document["kind"]]], sort_keys=True)
     folder = folder_of(run)
     path = folder / f"{document['kind']}-{hashlib.sha256(done.encode()).hexdigest()[:12]}.json"
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from profiler.corpus import TokenBatch
 
 FREQUENT = 500
-"""The most frequent tokens of the text, which take no knowledge to predict."""
+"""The most frequent tokens of the text, which take no knowledge to predict; at most half of its different ones."""
 
 Places = Callable[["NDArray[np.int64]"], "NDArray[np.bool_]"]
 """(tokens,) ids of a sequence -> (tokens,) which of them a probe asks for."""
@@ -54,12 +54,12 @@ class Pieces:
 
 
 def frequent_tokens(batches: Iterable[TokenBatch], count: int = FREQUENT) -> set[int]:
-    """The most frequent tokens of a text, padding left out."""
+    """The most frequent tokens of a text, padding left out; in a short text, at most half of its different tokens."""
     found: Counter[int] = Counter()
     for batch in batches:
         values, times = np.unique(batch.input_ids[batch.attention_mask == 1], return_counts=True)
         found.update(dict(zip(values.tolist(), times.tolist(), strict=True)))
-    return {token for token, _ in found.most_common(count)}
+    return {token for token, _ in found.most_common(min(count, len(found) // 2))}
 
 
 def rare_words(pieces: Pieces, frequent: set[int], *, seen: bool) -> Places:

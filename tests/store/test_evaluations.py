@@ -47,6 +47,22 @@ def test_a_new_evaluation_changes_the_version_of_the_run(run: Path) -> None:
     assert store.version_of(run) != before
 
 
+def test_an_evaluation_is_named_by_its_models_and_text(run: Path) -> None:
+    whole = {"kind": "evaluation", "version": 1, **dict.fromkeys(store.evaluations.KINDS["evaluation"])}
+    first = store.write_evaluation(run, {**whole, "model": {"name": "small"}, "base": {"name": "large"}})
+    assert first.name.startswith("evaluation-")
+    again = {**whole, "model": {"name": "small"}, "base": {"name": "large"}, "notes": ["measured again"]}
+    assert store.write_evaluation(run, again) == first
+    assert store.read_evaluation(first)["notes"] == ["measured again"]
+    others = [{**again, "base": {"name": "other"}}, {**again, "data": {"corpus_sha256": "0"}}]
+    assert len({first, *(store.write_evaluation(run, other) for other in others)}) == 3
+    ablated = store.write_evaluation(run, document())
+    assert store.list_evaluations(run, "ablation") == [ablated]
+    assert len(store.list_evaluations(run, "evaluation")) == 3
+    with pytest.raises(StoreError, match="lacks probes"):
+        store.write_evaluation(run, {name: value for name, value in again.items() if name != "probes"})
+
+
 def test_they_go_with_the_run(run: Path) -> None:
     store.write_evaluation(run, document())
     catalog = store.Catalog(run.parent)
@@ -59,7 +75,7 @@ def test_they_go_with_the_run(run: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"kind": "guess"}, "has kind 'guess'; there are ablation"),
+        ({"kind": "guess"}, "has kind 'guess'; there are ablation, evaluation"),
         ({"version": 7}, "has version 7; this moescope reads version 1"),
         ({"base": float("nan")}, "plain JSON without NaN"),
         ({"base": {1, 2}}, "plain JSON without NaN"),
