@@ -82,8 +82,8 @@ def _change(journal: Journal, model: nn.Module, plan: Plan, moments: Mapping[Lay
         if not edit.same_experts:
             replace_router(journal, site, edit)
         replace_shared(journal, site, edit)
-    write_sizes(journal, model, decoder, edits, kept)
     remove_layers(journal, decoder, kept)
+    write_sizes(journal, model, decoder, edits, kept)
 
 
 def _require_editable(decoder: Decoder, shape: LayerShape, edit: LayerEdit, key: LayerKey) -> None:

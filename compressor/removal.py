@@ -16,6 +16,9 @@ _NUMBERS = ("mlp_only_layers", "moe_layers", "local_layer_ids")
 _PREFIXES = ("first_k_dense_replace", "num_dense_layers")
 """Fields that count layers from the first on."""
 
+_KINDS = ("layer_types", "layers_block_type")
+"""Fields with the kind of every layer; some configurations work it out from periods instead."""
+
 _BETWEEN_LAYERS = ("hidden_size_per_layer_input", "num_kv_shared_layers", "kv_source_layers", "ple_layer_ids")
 """Fields that say that layers depend on others by their numbers."""
 
@@ -28,10 +31,17 @@ def require_removable(decoder: Decoder, kept: Sequence[int]) -> None:
     """
     if len(kept) == len(decoder.layers):
         return
-    config, field = decoder.config, _count_field(decoder)
+    config = decoder.config
     tied = next((name for name in _BETWEEN_LAYERS if getattr(config, name, None)), None)
-    if field is None or tied is not None:
-        why = f"its configuration says {tied}" if tied else "its configuration does not count them"
+    why = f"its configuration says {tied}" if tied else ""
+    if not tied and getattr(config, "num_hidden_layers", None) != len(decoder.layers):
+        why = "its configuration does not count them"
+    stated = any(vars(config).get(name) for name in _KINDS)
+    for name in _KINDS if not stated else ():
+        kinds = getattr(config, name, None)
+        if kinds and [kinds[old] for old in kept] != list(kinds[: len(kept)]):
+            why = f"its configuration works {name} out by a rule that the rest would not follow"
+    if why:
         raise ModelError(f"decoder layers of {getattr(config, 'model_type', 'this model')} cannot go: {why}")
     for number, layer in enumerate(decoder.layers):
         for module in layer.modules():
@@ -42,7 +52,7 @@ def require_removable(decoder: Decoder, kept: Sequence[int]) -> None:
 def remove_layers(journal: Journal, decoder: Decoder, kept: Sequence[int]) -> None:
     """Keep the layers of these numbers; all of them is no change."""
     count, field = len(decoder.layers), _count_field(decoder)
-    if len(kept) == count or field is None:
+    if len(kept) == count:
         return
     for new, old in enumerate(kept):
         for module in decoder.layers[old].modules():
@@ -57,7 +67,7 @@ def _count_field(decoder: Decoder) -> str | None:
     return next((name for name in NUM_LAYERS if vars(decoder.config).get(name) == len(decoder.layers)), None)
 
 
-def _recount(config: Any, field: str, count: int, kept: Sequence[int]) -> None:
+def _recount(config: Any, field: str | None, count: int, kept: Sequence[int]) -> None:
     own = vars(config)
     for name, value in list(own.items()):
         if name in _NUMBERS and isinstance(value, list):
@@ -66,4 +76,5 @@ def _recount(config: Any, field: str, count: int, kept: Sequence[int]) -> None:
             own[name] = [value[old] for old in kept]
         elif name in _PREFIXES and isinstance(value, int):
             own[name] = sum(old < value for old in kept)
-    own[field] = len(kept)
+    if field is not None:
+        own[field] = len(kept)

@@ -35,7 +35,7 @@ def write_sizes(
     ):
         if all(before == after for before, after in column.values()):
             continue
-        name = _field(part, names, {before for before, _ in column.values()})
+        name = _field(part, names, {before for before, _ in column.values()}, len(decoder.layers))
         if name is None:
             continue
         sizes = {places[layer]: after for (layer, _), (_, after) in column.items()}
@@ -50,11 +50,11 @@ def write_sizes(
     _write_overrides(config, own)
 
 
-def _field(config: Any, names: Sequence[str], values: set[int]) -> str | None:
-    """The first of the names under which a configuration really holds one of the values, or a list with one of them."""
+def _field(config: Any, names: Sequence[str], values: set[int], layers: int) -> str | None:
+    """The first of the names under which a configuration really holds one of the values, or a list of them by layer."""
     for name in names:
         found = vars(config).get(name)
-        if found in values if isinstance(found, int) else isinstance(found, list) and values & set(found):
+        if found in values if isinstance(found, int) else isinstance(found, list) and len(found) == layers:
             return name
     return None
 
@@ -62,7 +62,7 @@ def _field(config: Any, names: Sequence[str], values: set[int]) -> str | None:
 def _write(config: Any, name: str, sizes: Mapping[int, int], largest: int) -> None:
     old = vars(config)[name]
     if isinstance(old, list):
-        setattr(config, name, [sizes.get(layer, largest) for layer in range(len(old))])
+        setattr(config, name, [sizes.get(layer, value) for layer, value in enumerate(old)])
     else:
         setattr(config, name, largest)
 

@@ -7,7 +7,8 @@ segment is one neuron: gate row, up row and down column. Choices that the descri
   slightly better. Of equal cosines the lower expert gets the segment.
 - Clustering is by the cosine over all of the segment. A centre's direction is that of the weighted sum of its segments'
   unit vectors, and its length their weighted mean length ("norms equalised").
-- A neuron keeps its place, so that what is said of neuron n of the kept expert holds afterwards too.
+- A cluster stands in the place of its nearest own neuron, so that what is said of neuron n of the kept expert holds
+  afterwards as far as can be. A neuron of zeros takes part in nothing.
 - Router rows do not change. Down biases belong to no neuron: the kept expert's stays.
 """
 
@@ -94,11 +95,13 @@ def rebuild(own: ExpertWeights, weight: float, received: Sequence[tuple[ExpertWe
     if not weights.any():
         weights = torch.ones_like(weights)
     norms = vectors.norm(dim=1)
-    alive = norms > 0
-    centres = _initial(gates, alive, own.width)
-    labels = _cluster(vectors[alive] / norms[alive, None], weights[alive], _places(alive)[centres])
-    rows = _centroids(vectors[alive], norms[alive], weights[alive], labels, len(centres))
-    return _split(_in_place(rows, centres, own.width), own)
+    numbers = (norms > 0).nonzero()[:, 0]  # a neuron of zeros does nothing, and has no direction
+    vectors, norms, weights = vectors[numbers], norms[numbers], weights[numbers]
+    units = vectors / norms[:, None]
+    centres = _initial(gates[numbers], own.width)
+    labels = _cluster(units, weights, centres)
+    rows = _centroids(units, norms, weights, labels, len(centres))
+    return _split(_in_place(rows, units, labels, numbers, own.width), own)
 
 
 def _compared(weights: ExpertWeights) -> Tensor:
@@ -157,15 +160,9 @@ def _split(vectors: Tensor, like: ExpertWeights) -> ExpertWeights:
     )
 
 
-def _initial(gates: Tensor, alive: Tensor, count: int) -> Tensor:
-    """Numbers of the segments to begin with, ascending: those with the largest gate weight in absolute value."""
-    order = torch.where(alive, gates, -1.0).argsort(descending=True, stable=True)
-    return order[: min(count, int(alive.sum()))].sort().values
-
-
-def _places(alive: Tensor) -> Tensor:
-    """Place of each segment among the living ones."""
-    return alive.long().cumsum(0) - 1
+def _initial(gates: Tensor, count: int) -> Tensor:
+    """The segments to begin with, ascending: those with the largest gate weight in absolute value."""
+    return gates.argsort(descending=True, stable=True)[:count].sort().values
 
 
 def _cluster(units: Tensor, weights: Tensor, centres: Tensor) -> Tensor:
@@ -182,8 +179,9 @@ def _cluster(units: Tensor, weights: Tensor, centres: Tensor) -> Tensor:
         if torch.equal(found, labels):
             break
         labels = found
-        sums = torch.zeros_like(middle).index_add_(0, labels, units * weights[:, None])
-        middle = torch.nn.functional.normalize(sums, dim=1)
+        sums = _sums(units * weights[:, None], labels, len(middle))
+        # Where nothing that counts is left, or it cancels out, the centre stays.
+        middle = torch.where(sums.norm(dim=1, keepdim=True) > 1e-12, torch.nn.functional.normalize(sums, dim=1), middle)
     return labels
 
 
@@ -206,26 +204,36 @@ def _fill_empty(cosine: Tensor, labels: Tensor, count: int) -> None:
         labels[worst], cosine[worst] = cluster, 1.0
 
 
-def _centroids(vectors: Tensor, norms: Tensor, weights: Tensor, labels: Tensor, count: int) -> Tensor:
+def _centroids(units: Tensor, norms: Tensor, weights: Tensor, labels: Tensor, count: int) -> Tensor:
     """(count, ...) direction of the weighted sum of unit vectors, times the weighted mean length; zeros if empty."""
-    total = weights.new_zeros(count).index_add_(0, labels, weights)
     # A cluster whose segments all come from experts without importance still has to be something.
-    weights = torch.where(total[labels] > 0, weights, 1.0)
-    total = weights.new_zeros(count).index_add_(0, labels, weights)
-    units = vectors / norms[:, None]
-    sums = torch.zeros(count, vectors.shape[1]).to(vectors).index_add_(0, labels, units * weights[:, None])
-    lengths = weights.new_zeros(count).index_add_(0, labels, norms * weights) / total.clamp_min(1e-30)
-    return torch.nn.functional.normalize(sums, dim=1) * lengths[:, None]
+    weights = torch.where(_sums(weights, labels, count)[labels] > 0, weights, 1.0)
+    lengths = _sums(norms * weights, labels, count) / _sums(weights, labels, count).clamp_min(1e-30)
+    return torch.nn.functional.normalize(_sums(units * weights[:, None], labels, count), dim=1) * lengths[:, None]
 
 
-def _in_place(rows: Tensor, centres: Tensor, width: int) -> Tensor:
-    """(width, ...) clusters that began at an own neuron at its place, the others in the places that are left."""
-    result = rows.new_zeros(width, rows.shape[1])
-    own = centres < width
-    result[centres[own]] = rows[own]
+def _sums(values: Tensor, labels: Tensor, count: int) -> Tensor:
+    """(count, ...) sum over each cluster."""
+    return values.new_zeros(count, *values.shape[1:]).index_add_(0, labels, values)
+
+
+def _in_place(rows: Tensor, units: Tensor, labels: Tensor, numbers: Tensor, width: int) -> Tensor:
+    """(width, ...) every cluster in the place of the own neuron in it that is nearest to it; those without, where left.
+
+    Args:
+        rows: (clusters, ...) centroids.
+        units: (n, ...) segments.
+        labels: (n,) cluster of each.
+        numbers: (n,) number of each; those below ``width`` are own neurons in their places.
+    """
+    cosine = (units * torch.nn.functional.normalize(rows, dim=1)[labels]).sum(1)
+    place = torch.full((len(rows),), -1, dtype=torch.long, device=rows.device)
+    own = (numbers < width).nonzero()[:, 0]
+    for segment in own[cosine[own].argsort(stable=True)].tolist():  # the nearest comes last, and stays
+        place[labels[segment]] = numbers[segment]
     free = torch.ones(width, dtype=torch.bool, device=rows.device)
-    free[centres[own]] = False
-    places = free.nonzero()[:, 0]
-    others = rows[~own]
-    result[places[: len(others)]] = others
+    free[place[place >= 0]] = False
+    place[place < 0] = free.nonzero()[:, 0][: int((place < 0).sum())]
+    result = rows.new_zeros(width, rows.shape[1])
+    result[place] = rows
     return result
