@@ -15,6 +15,31 @@ from numpy.typing import NDArray
 import store
 from moescope.errors import PlanError
 from planner.importance.statistics import EXPERT, Statistics, layers_of
+from planner.merge.groups import clustered, equal_weights, merge_step, pair_matrices
+from planner.merge.linkage import labels_after, merge_sequence
+from planner.task import Draft, Task
+
+
+def draft(task: Task, *, coactivation_weight: float = 1.0) -> Draft:
+    """Every layer keeps one expert per cluster: the one whose weights are nearest to the cluster's mean.
+
+    Args:
+        task: what to plan.
+        coactivation_weight: see :func:`router_distance`.
+
+    Raises:
+        PlanError: statistics that the run lacks, or a share that cannot be met.
+    """
+    rows = dict(Statistics(task.run, level="activations").matrices("router_row", "weights"))
+    together, notes = pair_matrices(task, "expert_pair", "selections", level="activations")
+
+    def cluster(key: tuple[int, int], experts: NDArray[np.int64], count: int) -> NDArray[np.int64]:
+        coactivation = together[key][np.ix_(experts, experts)]
+        distance = router_distance(rows[key][experts], coactivation, coactivation_weight=coactivation_weight)
+        return agglomerate(distance, count)
+
+    step = merge_step(task, "stun", "nearest", clustered(task, cluster), equal_weights(task))
+    return Draft(steps=(step,), score="none", unit="", values={}, notes=notes)
 
 
 def stun(
@@ -89,15 +114,4 @@ def agglomerate(distance: NDArray[np.float64], clusters: int) -> NDArray[np.int6
     threshold that leaves the wanted number over all layers; here every layer meets its number. Of equal distances the
     pair with the lower numbers merges first.
     """
-    size = len(distance)
-    apart = np.array(distance, dtype=np.float64)
-    np.fill_diagonal(apart, np.inf)
-    label = np.arange(size)
-    for _ in range(size - clusters):
-        first, second = sorted(divmod(int(apart.argmin()), size))
-        label[label == second] = first
-        farther = np.maximum(apart[first], apart[second])
-        apart[first], apart[:, first] = farther, farther
-        apart[second], apart[:, second] = np.inf, np.inf
-        apart[first, first] = np.inf
-    return label
+    return labels_after(merge_sequence(distance), len(distance), len(distance) - clusters)
