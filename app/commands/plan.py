@@ -142,10 +142,10 @@ def _print_difference(options: argparse.Namespace) -> int:
 
 def memory(text: str) -> int:
     """Bytes of ``3GiB``, ``500MB``, ``12g`` or a plain number."""
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(I?)B?\s*", text.upper())
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:([KMGT])(I?))?B?\s*", text.upper())
     if found is None:
         raise argparse.ArgumentTypeError(f"{text!r} is no size of memory: write 3GiB, 500MiB or a number of bytes")
-    number, letter, binary = found.groups()
+    number, letter, binary = (part or "" for part in found.groups())
     factor = 1024 ** ("KMGT".index(letter) + 1) if letter and binary else _UNITS[letter]
     count = int(float(number) * factor)
     if count < 1:
