@@ -68,7 +68,14 @@ def draw(plan: Plan, checkpoint: Checkpoint, moments: Mapping[LayerKey, LayerMom
     edits = _edits(plan, moments or {})
     places = {old: new for new, old in enumerate(kept_layers(plan))}
     shared, per_layer = _configure(plan, text, edits, decoder, places, checkpoint)
+    _check_blocks(edits, text)
     notes = _notes(plan, decoder, quantized)
+    filled = {layer: width for layer, width in shared.items() if width != edits[layer, 0].shared_width}
+    if filled:
+        notes.append(
+            f"shared experts are filled up with zeros to {max(filled.values())} neurons: the configuration ties their width to"
+            " that of the routed experts"
+        )
     keep_beyond = config == checkpoint.config
     if not keep_beyond and decoder.beyond:
         leave_out_prediction(text)
@@ -132,6 +139,16 @@ def _check_ties(
                         f"{text.model_type} gives dense layers the width of the experts (intermediate_size), and layer"
                         f" {name.layer} is one: plan with form masked"
                     )
+
+
+def _check_blocks(edits: Mapping[LayerKey, LayerEdit], text: TextConfig) -> None:
+    """Experts that give back their input cannot be silenced by zeros."""
+    silent = next((key for key, edit in edits.items() if edit.zero_output), None)
+    if silent is not None and text.content.get("zero_expert_num"):
+        raise PlanError(
+            f"the MoE block of layer {silent[0]} cannot be dropped: some of its experts give back their input, whatever the"
+            " weights"
+        )
 
 
 def _editing(

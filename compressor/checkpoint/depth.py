@@ -38,6 +38,9 @@ REFUSED = {
 }
 """Fields with which layers cannot be dropped, where they are set."""
 
+REFUSED_FAMILIES = {"beam": "weighs its residual stream by the numbers of the layers"}
+"""Families whose layers cannot be renumbered."""
+
 _LOOKS_PERIODIC = re.compile(r"(layer|attn|attention|sparse|moe|rope|window).*(period|interval|every|step|freq|pattern)")
 _NO_LAYERS = re.compile(r"token|architectures|label|section|mtp")
 
@@ -83,6 +86,10 @@ def drop_layers(text: TextConfig, kept: Sequence[int], names: Iterable[str], sta
 
 
 def _refuse(text: TextConfig, names: Iterable[str], stack: str) -> None:
+    if text.model_type in REFUSED_FAMILIES:
+        raise PlanError(
+            f"decoder layers of {text.model_type} cannot be dropped: it {REFUSED_FAMILIES[text.model_type]}"
+        )
     for name, reason in REFUSED.items():
         if text.content.get(name):
             raise PlanError(f"decoder layers of {text.model_type} cannot be dropped: it {reason} ({name})")

@@ -79,7 +79,10 @@ class LayerEditing:
         for number in sorted(set(by_expert) - set(range(self.edit.shape.num_experts))):
             behind = number - self.edit.shape.num_experts + self.edit.count
             for name, entry in by_expert[number]:
-                yield entry, whole(entry, name.renumbered(layer=self.place, expert=behind))
+                new, shape = name.renumbered(layer=self.place, expert=behind), self._slot_shape(name)
+                # Nobody reads the weights of an expert without weights; only their shape has to fit.
+                unread = Output(new, entry.dtype, shape, (Zeros(size_of(entry.dtype, shape)),), edited=True)
+                yield entry, whole(entry, new) if shape == entry.shape else unread
 
     def _fused(self) -> Iterator[tuple[Entry, Output]]:
         for name, entry in self.layer.experts:
@@ -141,7 +144,7 @@ class LayerEditing:
         elif same:
             return whole(entry, new)
         if len(entry.shape) > 2 or name.what not in ("weight", "bias"):
-            raise PlanError(f"{name.name} holds several shared experts or is quantized: they cannot be slimmed")
+            raise PlanError(f"{name.name} is quantized or keeps shared experts apart: plan without slimming those")
         slot = self._shared_slots()[name.name]
         shape = slot.shape(self.shared_width, self.hidden)
         made = Made(("shared", self.layer.layer), self._shared_experts, slot.of, size_of(entry.dtype, shape))

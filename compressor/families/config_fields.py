@@ -34,8 +34,8 @@ READS_NUM_LOCAL_EXPERTS = (
 )  # fmt: skip
 """Families whose ``num_experts`` is only another name of ``num_local_experts``; other readers know the one or the other."""
 
-IGNORES_SHARED_COUNT = ("hunyuan_v1_moe",)
-"""Families that size shared experts like one routed expert, whatever a count beside it says."""
+IGNORES_SHARED_COUNT = ("deepseek_v4", "hunyuan_v1_moe", "inkling_text")
+"""Families that size each shared expert like a routed one, whatever a count beside it says."""
 
 _NOT_TEXT = re.compile(r"vision|audio|talker|code2wav|token2wav|mtp|image")
 
