@@ -79,9 +79,7 @@ def most_removed(shape: LayerShape, protected: Collection[int]) -> int:
     return shape.groups * max(min(most, *free), 0)
 
 
-def counts(
-    task: Task, allocation: Allocation, costs: Callable[[LayerShape], Array]
-) -> dict[LayerKey, int]:
+def counts(task: Task, allocation: Allocation, costs: Callable[[LayerShape], Array]) -> dict[LayerKey, int]:
     """(layer, step) -> experts to remove.
 
     Args:

@@ -12,6 +12,8 @@ from planner.presets import Preset
 from planner.source import value_bytes
 from planner.task import Task
 
+_ROUNDING = 1e-12
+
 
 def bytes_after(task: Task, plan: Plan) -> int:
     """Bytes of the experts' weights that a plan stores, in the run's type."""
@@ -27,11 +29,11 @@ def shares_that_may_fit(task: Task, preset: Preset, *, memory: int, other: int) 
     Raises:
         PlanError: everything fits as it is, the form saves nothing, or the type of the weights is not known.
     """
-    if task.form == "masked" or preset.name == "moe_blocks":
-        raise PlanError(
-            f"form masked and preset 'moe_blocks' keep all shapes and save no memory: give preset {preset.name!r} a"
-            " share, or another form"
-        )
+    if task.form == "masked":
+        others = " or ".join(form for form in preset.forms if form != "masked")
+        raise PlanError(f"form masked keeps all shapes and saves no memory: give a share, or form {others}")
+    if preset.name == "moe_blocks":
+        raise PlanError("preset 'moe_blocks' keeps all shapes and saves no memory: give a share")
     source, size = task.source, _value_bytes(task)
     whole = expert_parameters(source, sizes_before(source)) * size
     if other + whole <= memory:
@@ -42,6 +44,13 @@ def shares_that_may_fit(task: Task, preset: Preset, *, memory: int, other: int) 
         return
     shared = sum(shape.shared_width for shape in source.layers) * (3 if source.gated else 2) * source.hidden_size * size
     needed = (other + whole - memory) / (whole - shared)
+    if most / units < needed - _ROUNDING:
+        least = other + shared + round((whole - shared) * (1 - most / units))
+        raise PlanError(
+            f"no plan of preset {preset.name!r} fits into {memory:,} bytes: without {most} of {units}"
+            f" {'neurons of each expert' if preset.step == 'slim' else 'experts per layer'} the weights still take"
+            f" {least:,}"
+        )
     yield from (count / units for count in range(1, most + 1) if (count + 1) / units > needed)
 
 

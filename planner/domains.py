@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any, Literal
 
 import numpy as np
@@ -36,16 +36,20 @@ def expert_scores(task: Task, name: str, mix: Mix, parameters: dict[str, Any]) -
         raise PlanError("mix 'tokens' takes all domains or one: leave domains out, or use mix 'union'")
 
     def of(domain: str | None) -> Scores:
-        more = {"mixed": False} if name == "easy_ep" and domain is None else {}
-        frame = importance.score(task.run, name, domain=domain, **parameters, **more)
+        own = {**parameters, "mixed": False} if name == "easy_ep" and domain is None else parameters
+        frame = importance.score(task.run, name, domain=domain, **own)
         frame = frame.filter(pl.col("kind") == "routed").sort("layer", "step", "expert")
         return {key: rows["value"].to_numpy().astype(np.float64) for key, rows in layers_of(frame)}
 
-    remembered = _remember(task, (name, mix, tuple(sorted(parameters.items()))))
-    if mix == "tokens" or len(task.domains) == 1:
-        single = None if mix == "tokens" and task.every_domain else task.domains[0]
-        return remembered(lambda: (_rounded(of(single)), {}))
-    return remembered(lambda: _united({domain: of(domain) for domain in task.domains}))
+    place = (name, mix, tuple(sorted(parameters.items())))
+    if place not in task.kept:
+        if mix == "tokens" or len(task.domains) == 1:
+            single = None if mix == "tokens" and task.every_domain else task.domains[0]
+            task.kept[place] = (_rounded(of(single)), {})
+        else:
+            task.kept[place] = _united({domain: of(domain) for domain in task.domains})
+    found: tuple[Scores, dict[str, Scores]] = task.kept[place]
+    return found
 
 
 def pooled(task: Task, table: str) -> bool:
@@ -55,7 +59,8 @@ def pooled(task: Task, table: str) -> bool:
 
 def union(scores: Iterable[Array]) -> Array:
     """Scores of domains (any shape), each divided by the sum of its magnitudes, added up."""
-    return np.sum([values / (np.abs(values).sum() or 1.0) for values in scores], axis=0)
+    united: Array = np.sum([values / (np.abs(values).sum() or 1.0) for values in scores], axis=0)
+    return united
 
 
 def kept_by_domain(own: dict[str, Scores], kept: dict[LayerKey, list[int]]) -> str:
@@ -76,12 +81,3 @@ def _united(own: dict[str, Scores]) -> tuple[Scores, dict[str, Scores]]:
 
 def _rounded(scores: Scores) -> Scores:
     return {key: rounded(values) for key, values in scores.items()}
-
-
-def _remember(task: Task, name: Any) -> Callable[[Callable[[], Any]], Any]:
-    def once(compute: Callable[[], Any]) -> Any:
-        if name not in task.kept:
-            task.kept[name] = compute()
-        return task.kept[name]
-
-    return once

@@ -112,8 +112,9 @@ def _within(
         smallest = size if smallest is None else min(smallest, size)
     if smallest is None and refusal is not None:
         raise PlanError(f"no plan of preset {preset.name!r} fits into {memory:,} bytes: {refusal}")
-    reached = f"it reaches {smallest:,} at best" if smallest is not None else "no share removes enough"
-    raise PlanError(f"no plan of preset {preset.name!r} fits into {memory:,} bytes: {reached}")
+    raise PlanError(
+        f"no plan of preset {preset.name!r} fits into {memory:,} bytes: it reaches {smallest or 0:,} at best"
+    )
 
 
 def _require_usable(run: store.Run, preset: presets.Preset, allow_invalid: bool) -> None:
@@ -173,9 +174,7 @@ def _domains(run: store.Run, wanted: Sequence[str] | None) -> tuple[str, ...]:
     return tuple(names)
 
 
-def _form(
-    preset: presets.Preset, form: str | None, engine: str, source: Source, settings: Mapping[str, Any]
-) -> str:
+def _form(preset: presets.Preset, form: str | None, engine: str, source: Source, settings: Mapping[str, Any]) -> str:
     if engine not in ENGINES:
         raise PlanError(f"engine {engine!r} is not known: use {' or '.join(ENGINES)}")
     loads = [one for one in preset.forms if one != "per_layer" or engine == "transformers"]
@@ -193,9 +192,8 @@ def _form(
             f"{source.model_type} chooses experts without a bias, so an expert that only fills up could be chosen: use"
             " form per_layer with engine transformers"
         )
-    raise PlanError(
-        f"layers that differ are loaded by compressor.load only: use engine transformers{'' if form is None else ', or form ' + preset.forms[0]}"
-    )
+    instead = f", or form {preset.forms[0]}" if form is not None and preset.forms[0] != form else ""
+    raise PlanError(f"layers that differ are loaded by compressor.load only: use engine transformers{instead}")
 
 
 def _evidence(draft: Draft, guard: Guard, preset: presets.Preset) -> Evidence:
@@ -204,7 +202,9 @@ def _evidence(draft: Draft, guard: Guard, preset: presets.Preset) -> Evidence:
         unit=draft.unit,
         source=preset.source,
         layers=tuple(
-            LayerValues(layer=layer, step=step, values=tuple(None if value != value else value for value in values.tolist()))
+            LayerValues(
+                layer=layer, step=step, values=tuple(None if value != value else value for value in values.tolist())
+            )
             for (layer, step), values in sorted(draft.values.items())
         ),
         protected=guard.protected,

@@ -11,13 +11,12 @@ import json
 from pathlib import Path
 from typing import Any, Literal
 
-
 import planner.importance as importance
 import store
 from moescope.errors import PlanError
 
 PUBLISHED = {"token": 0.2, "gate": 0.1}
-"""p by score: 0.2 for the token ratio stands in the code's README; 0.1 for the gate score is the paper's, unverified."""
+"""p by score: that of the token ratio stands in the code's README; that of the gate score is unverified."""
 
 
 def esft(
@@ -47,11 +46,8 @@ def esft(
     scores = importance.score(run, f"esft_{score}", domain=domain)
     chosen = importance.smallest_set(scores, share=PUBLISHED[score] if share is None else share)
     chosen = chosen.filter("chosen").sort(["layer", "value", "expert"], descending=[False, True, False])
-    experts = {
-        str(layer): part["expert"].to_list()
-        for (layer,), part in chosen.group_by("layer", maintain_order=True)
-    }
-    every = {str(one.layer): [] for one in run.layers}
+    experts = {str(layer): part["expert"].to_list() for (layer,), part in chosen.group_by("layer", maintain_order=True)}
+    every: dict[str, list[int]] = {str(one.layer): [] for one in run.layers}
     return {
         "experts": {**every, **experts}, "shared_experts": shared_experts, "non_expert_modules": non_expert_modules,
     }  # fmt: skip

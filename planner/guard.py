@@ -35,9 +35,7 @@ class Guard:
 
     def experts(self, key: LayerKey, role: Role = "routed") -> frozenset[int]:
         """The protected experts of one layer."""
-        return frozenset(
-            unit.expert for unit in self.protected if (unit.layer, unit.step) == key and unit.role == role
-        )
+        return frozenset(unit.expert for unit in self.protected if (unit.layer, unit.step) == key and unit.role == role)
 
     @property
     def layers(self) -> frozenset[int]:

@@ -71,9 +71,7 @@ def _refuse_other_layouts(run: store.Run) -> None:
         raise PlanError(f"run {run.name!r} has no MoE layer, so there is nothing to plan")
     for layer in run.layers:
         if layer.stack != "decoder":
-            raise PlanError(
-                f"run {run.name!r} has MoE layers in its {layer.stack}; plans number decoder layers only"
-            )
+            raise PlanError(f"run {run.name!r} has MoE layers in its {layer.stack}; plans number decoder layers only")
         if layer.expert_width < 1 or run.info.hidden_size < 1:
             raise PlanError(
                 f"run {run.name!r} does not know the width of the experts of layer {layer.layer}: import it with the"
@@ -96,11 +94,11 @@ def _routed_counts(run: store.Run) -> dict[tuple[int, int], int]:
     empty = run.table("expert").filter(pl.col("kind") != "routed")
     counts = {}
     for layer in run.layers:
-        mine = empty.filter((pl.col("layer") == layer.layer) & (pl.col("step") == layer.step))["expert"]
+        mine = empty.filter((pl.col("layer") == layer.layer) & (pl.col("step") == layer.step))["expert"].to_list()
         counts[layer.layer, layer.step] = layer.num_experts - len(mine)
-        if len(mine) and mine.min() < layer.num_experts - len(mine):  # type: ignore[operator]
+        if mine and min(mine) < layer.num_experts - len(mine):
             raise PlanError(
-                f"expert {mine.min()} of layer {layer.layer} holds no weights and stands among those that do: such a"
+                f"expert {min(mine)} of layer {layer.layer} holds no weights and stands among those that do: such a"
                 " layer cannot be cut"
             )
     return counts

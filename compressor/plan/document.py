@@ -31,7 +31,7 @@ class Plan(Record):
         evidence: what each decision rests on.
     """
 
-    version: Literal[1] = VERSION
+    version: Literal[1] = 1
     provenance: Provenance
     source: Source
     target: Target

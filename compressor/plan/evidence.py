@@ -49,7 +49,8 @@ class LayerValues(Record):
     Attributes:
         layer: decoder layer.
         step: call of the layer's experts.
-        values: per routed expert; larger = more important; null where there is none.
+        values: per routed expert; larger = more important; null where there is none. One value where a plan decides on
+            layers as a whole.
     """
 
     layer: int

@@ -50,10 +50,9 @@ def _known_units(plan: Plan) -> None:
                 if edited[key] > 1:
                     raise PlanError(f"two steps of the plan drop or merge experts of layer {_name(*key)}")
         if isinstance(step, DropStep):
-            moe = {layer for layer, _ in shapes}
-            for layer in step.blocks:
-                if layer not in moe:
-                    raise PlanError(f"the plan drops the MoE block of layer {layer}, which has none")
+            dense = sorted(set(step.blocks) - {number for number, _ in shapes})
+            if dense:
+                raise PlanError(f"the plan drops the MoE block of layer {dense[0]}, which has none")
 
 
 def _numbers(layer: object) -> Iterator[int]:
@@ -75,6 +74,10 @@ def _groups_are_a_partition(layer: MergeLayer, shape: LayerShape, step: MergeSte
     members += [entry.expert for entry in layer.given_up]
     if sorted(members) != list(range(shape.num_experts)):
         raise PlanError(f"the groups of {where} are no partition of its experts 0..{shape.num_experts - 1}")
+    if (step.method == "subspace") != (step.rank is not None):
+        raise PlanError(f"method {step.method!r} of {where} goes {'without' if step.rank else 'with'} a rank")
+    if step.method == "segments" and step.threshold is None:
+        raise PlanError(f"method 'segments' of {where} lacks the least cosine at which a neuron moves: a threshold")
     if layer.given_up and step.method != "segments":
         raise PlanError(f"{where} gives experts up, which method {step.method!r} cannot use: it takes segments")
     for group in layer.groups:
@@ -162,9 +165,12 @@ def _widths_fit_the_form(plan: Plan) -> None:
     except ValueError as error:
         raise PlanError(f"the plan's slim step: {error}") from error
     step, shapes = steps[0], plan.source.by_key
+    if (step.form == "uniform") != (step.width is not None):
+        raise PlanError(f"a slim step of form {step.form!r} goes {'with' if step.width is None else 'without'} a width")
     for (layer, number, expert, role), mask in masks.items():
-        if role == "shared" and not shapes[layer, number].shared_width:
-            raise PlanError(f"the plan slims a shared expert of layer {_name(layer, number)}, which has none")
+        if role == "shared" and (expert or not shapes[layer, number].shared_width):
+            there = "keeps its shared experts in one, number 0" if shapes[layer, number].shared_width else "has none"
+            raise PlanError(f"the plan slims shared expert {expert} of layer {_name(layer, number)}, which {there}")
         if step.form == "uniform" and role == "routed" and mask.sum() != step.width:
             raise PlanError(
                 f"expert {expert} of layer {_name(layer, number)} would keep {int(mask.sum())} neurons and the others"
@@ -174,31 +180,44 @@ def _widths_fit_the_form(plan: Plan) -> None:
     if step.form != "uniform":
         return
     for key, experts in experts_after(plan).items():
-        for expert in experts:
-            if (*key, expert.lead, "routed") not in masks and shapes[key].width != step.width:
-                raise PlanError(
-                    f"expert {expert.lead} of layer {_name(*key)} keeps all its neurons, others {step.width}"
-                )
+        for one in experts:
+            if (*key, one.lead, "routed") not in masks and shapes[key].width != step.width:
+                raise PlanError(f"expert {one.lead} of layer {_name(*key)} keeps all its neurons, others {step.width}")
 
 
 def _protected_units_stay(plan: Plan) -> None:
     after = experts_after(plan)
     masks = neurons_after(plan)
-    masked = {layer for step in plan.steps if isinstance(step, DropStep) for layer in step.blocks}
+    silent = {layer for step in plan.steps if isinstance(step, DropStep) for layer in step.blocks}
+    rebuilt = _rebuilt(plan)
     for evidence in plan.evidence:
         for unit in evidence.protected:
             key = (unit.layer, unit.step)
             if unit.role == "routed":
-                own = {expert.lead for expert in after.get(key, []) if not expert.merged}
-                whole = unit.expert in own and unit.layer not in masked
+                own = {one.lead for one in after.get(key, []) if not one.merged}
+                whole = unit.expert in own and (*key, unit.expert) not in rebuilt
             else:
                 whole = key in after
+            whole = whole and unit.layer not in silent
             mask = masks.get((*key, unit.expert, unit.role))
             if not whole or (mask is not None and not mask.all() and _cuts(plan)):
                 raise PlanError(
                     f"the plan cuts {unit.role} expert {unit.expert} of layer {_name(*key)}, which it protects:"
                     f" {unit.reason}"
                 )
+
+
+def _rebuilt(plan: Plan) -> set[tuple[int, int, int]]:
+    """Kept experts that take neurons of those given up, and are no longer what they were."""
+    return {
+        (layer.layer, layer.step, group.lead)
+        for step in plan.steps
+        if isinstance(step, MergeStep) and step.method == "segments"
+        for layer in step.layers
+        if layer.given_up
+        for group in layer.groups
+        if not group.fixed
+    }
 
 
 def _cuts(plan: Plan) -> bool:

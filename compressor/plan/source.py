@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from compressor.plan.steps import Record
 
 LayerKey = tuple[int, int]
 """(layer, step)."""
+
+MAX_LAYERS, MAX_EXPERTS, MAX_TOTAL = 65_536, 65_536, 1_000_000
+"""Decoder layers, experts of a layer and of all layers that a document may state: checking it takes memory for them."""
 
 
 class LayerShape(Record):
@@ -26,12 +29,23 @@ class LayerShape(Record):
 
     layer: int = Field(ge=0)
     step: int = Field(default=0, ge=0)
-    num_experts: int = Field(ge=1)
+    num_experts: int = Field(ge=1, le=MAX_EXPERTS)
     top_k: int = Field(ge=1)
     width: int = Field(ge=1)
     shared_width: int = Field(default=0, ge=0)
     groups: int = Field(default=1, ge=1)
     chosen_groups: int = Field(default=1, ge=1)
+
+    @model_validator(mode="after")
+    def _fits(self) -> LayerShape:
+        if self.top_k > self.num_experts:
+            raise ValueError(f"layer {self.layer} has {self.num_experts} experts and uses {self.top_k} per token")
+        if self.num_experts % self.groups or self.chosen_groups > self.groups:
+            raise ValueError(
+                f"layer {self.layer} cannot have {self.groups} groups of {self.num_experts} experts, of which a token"
+                f" chooses {self.chosen_groups}"
+            )
+        return self
 
     @property
     def key(self) -> LayerKey:
@@ -61,10 +75,21 @@ class Source(Record):
     model_type: str
     hidden_size: int = Field(ge=1)
     expert_size: int = Field(ge=1)
-    num_layers: int = Field(ge=1)
+    num_layers: int = Field(ge=1, le=MAX_LAYERS)
     gated: bool = True
     selection_bias: bool = False
     layers: tuple[LayerShape, ...] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Source:
+        keys = [layer.key for layer in self.layers]
+        if keys != sorted(set(keys)):
+            raise ValueError("MoE layers must ascend, without repetition")
+        if keys[-1][0] >= self.num_layers:
+            raise ValueError(f"layer {keys[-1][0]} is not among the {self.num_layers} decoder layers")
+        if sum(layer.num_experts for layer in self.layers) > MAX_TOTAL:
+            raise ValueError(f"the model cannot have more than {MAX_TOTAL:,} experts")
+        return self
 
     @property
     def by_key(self) -> dict[LayerKey, LayerShape]:

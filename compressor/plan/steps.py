@@ -31,7 +31,7 @@ nothing is saved (slim).
 class Record(BaseModel):
     """What all parts of a plan have in common: never changed once made, and nothing unknown in them."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class DropLayer(Record):

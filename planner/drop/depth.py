@@ -76,9 +76,7 @@ def depth_probe(run: store.Run) -> pl.DataFrame:
     blocks = run.table("moe_output").filter(pl.col("cosine_sum").is_not_null())
     blocks = blocks.group_by(keys).agg(pl.col("tokens", "residual_tokens", "cosine_sum").sum())
     seen = (pl.col("residual_tokens") > 0) & (pl.col("residual_tokens") == pl.col("tokens"))
-    moe = blocks.select(
-        *keys, moe_influence=pl.when(seen).then(1 - pl.col("cosine_sum") / pl.col("residual_tokens"))
-    )
+    moe = blocks.select(*keys, moe_influence=pl.when(seen).then(1 - pl.col("cosine_sum") / pl.col("residual_tokens")))
     return whole.join(moe, on=keys, how="left").select(*keys, "tokens", "influence", "moe_influence").sort(keys)
 
 

@@ -96,7 +96,11 @@ class Patterns:
                 for name, one in content["domains"].items()
             }
             return cls(
-                str(content["model"]), str(content["fingerprint"]), float(content["share"]), int(content["rank"]), domains
+                str(content["model"]),
+                str(content["fingerprint"]),
+                float(content["share"]),
+                int(content["rank"]),
+                domains,
             )
         except OSError as error:
             raise PlanError(f"{path} cannot be read: {error.strerror or error}") from error
@@ -167,7 +171,9 @@ def retrieve(run: store.Run, patterns: Patterns, *, engine: str = "any", guard: 
     """
     info = run.info
     if (patterns.fingerprint or info.model_fingerprint) != (info.model_fingerprint or patterns.fingerprint):
-        raise PlanError(f"the patterns are those of {patterns.model}, run {run.name!r} is of another model: {info.model}")
+        raise PlanError(
+            f"the patterns are those of {patterns.model}, run {run.name!r} is of another model: {info.model}"
+        )
     domain, distances = nearest(patterns, query(run, rank=patterns.rank))
     source = source_of(run)
     task = Task(run, source, tuple(run.domains), patterns.share, "uniform", guard_of(run, guard))

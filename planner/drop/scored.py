@@ -40,9 +40,7 @@ def draft(
     def protected(key: tuple[int, int]) -> frozenset[int]:
         return task.guard.experts(key)
 
-    number = counts(
-        task, allocation, lambda shape: lost_by_count(scores[shape.key], shape, protected(shape.key))
-    )
+    number = counts(task, allocation, lambda shape: lost_by_count(scores[shape.key], shape, protected(shape.key)))
     gone = {
         shape.key: lowest(scores[shape.key], shape, number[shape.key], protected(shape.key)) for shape in task.layers
     }
@@ -65,4 +63,6 @@ def draft(
     )
 
 
-_UNION = "Scores of {count} domains, each divided by its sum over the layer, were added: no domain counts more than another."
+_UNION = (
+    "Scores of {count} domains, each divided by its sum over the layer, were added: no domain counts more than another."
+)

@@ -14,7 +14,7 @@ from collections.abc import Collection, Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from compressor.plan import DropStep, LayerKey, LayerShape
+from compressor.plan import DropLayer, DropStep, LayerKey, LayerShape
 from planner.allocation import Allocation, counts, drop_layers, most_removed
 from planner.domains import Mix
 from planner.grams import SCALED, domain_grams, mixed_gram, relative_error
@@ -65,9 +65,7 @@ def draft(task: Task, *, allocation: Allocation = "uniform", mix: Mix = "union")
     )
 
 
-def masked_sets(
-    gram: Array, shape: LayerShape, protected: Collection[int], most: int
-) -> Iterator[NDArray[np.bool_]]:
+def masked_sets(gram: Array, shape: LayerShape, protected: Collection[int], most: int) -> Iterator[NDArray[np.bool_]]:
     """(experts,) masks of 0, g, 2 g, ... up to ``most`` experts that go, g the number of groups, cheapest sets first.
 
     Where there are at most :data:`EVERY_SET` sets of a size, all are priced and the cheapest is taken. Where there are
@@ -119,7 +117,8 @@ def marginal_errors(gram: Array, masked: NDArray[np.bool_]) -> Array:
     """(experts,) what the error grows by when a kept expert goes as well, or falls by when a masked one returns."""
     crossed = gram[:, masked].sum(1)
     own = np.diag(gram)
-    return own + 2 * np.where(masked, crossed - own, crossed)
+    marginal: Array = own + 2 * np.where(masked, crossed - own, crossed)
+    return marginal
 
 
 def _swap(gram: Array, masked: NDArray[np.bool_], free: NDArray[np.bool_], group: NDArray[np.int64]) -> None:
@@ -141,7 +140,7 @@ def _price(gram: Array, mask: NDArray[np.bool_]) -> float:
     return float(gram[np.ix_(mask, mask)].sum())
 
 
-def _dropped(masks: dict[LayerKey, NDArray[np.bool_]]) -> tuple:  # type: ignore[type-arg]
+def _dropped(masks: dict[LayerKey, NDArray[np.bool_]]) -> tuple[DropLayer, ...]:
     return drop_layers({key: np.flatnonzero(mask).tolist() for key, mask in masks.items()})
 
 

@@ -36,7 +36,8 @@ def draft(task: Task, *, threshold: float = 0.99, mix: Mix = "union") -> Draft:
     grams, notes = pair_matrices(task, "expert_similarity", "product_sum", level="similarity")
     tokens, _ = expert_scores(task, "frequency", mix, {})
     similarity = {
-        shape.key: output_similarity(grams[shape.key])[: shape.num_experts, : shape.num_experts] for shape in task.layers
+        shape.key: output_similarity(grams[shape.key])[: shape.num_experts, : shape.num_experts]
+        for shape in task.layers
     }
     merges = {shape.key: _merges(task, shape, similarity[shape.key], threshold) for shape in task.layers}
     number = _numbers(task, merges, threshold)
@@ -98,13 +99,13 @@ def _numbers(task: Task, merges: dict[LayerKey, _Merges], threshold: float) -> d
         shape = short[0]
         raise PlanError(
             f"layer {shape.layer} has {there[shape.key]} copies (similarity {threshold:g} or more), and share"
-            f" {task.share:g} asks for {wanted[shape.key]}; the model has {sum(there.values())}: use form per_layer with"
-            " engine transformers, a lower threshold, or another preset"
+            f" {task.share:g} asks for {wanted[shape.key]}; the model has {sum(there.values())}: use form per_layer"
+            " with engine transformers, a lower threshold, or another preset"
         )
     if sum(there.values()) < total:
         raise PlanError(
             f"{sum(there.values())} of {every} experts are copies (similarity {threshold:g} or more), and share"
-            f" {task.share:g} asks for {total}: ask for at most {sum(there.values()) / every:.4g}, or lower the threshold"
+            f" {task.share:g} asks for {total}: lower the share or the threshold, or use another preset"
         )
     costs = [_costs(shape, merges[shape.key], there[shape.key]) for shape in task.layers]
     return {shape.key: given for shape, given in zip(task.layers, allocate(costs, total), strict=True)}

@@ -1,4 +1,4 @@
-"""What groupings share: clusters inside the router's groups, experts that stay alone, and the step that comes of them."""
+"""What groupings share: clusters inside the router's groups, experts that stay alone, and the step they become."""
 
 from __future__ import annotations
 
@@ -76,9 +76,7 @@ def equal_weights(task: Task) -> dict[LayerKey, Array]:
     return {shape.key: np.ones(shape.num_experts) for shape in task.layers}
 
 
-def pair_matrices(
-    task: Task, table: str, column: str, *, level: str
-) -> tuple[dict[LayerKey, Array], tuple[str, ...]]:
+def pair_matrices(task: Task, table: str, column: str, *, level: str) -> tuple[dict[LayerKey, Array], tuple[str, ...]]:
     """(layer, step) -> (experts, width) matrix of a column of lists, over the task's domains; and what to note.
 
     Raises:
@@ -113,7 +111,9 @@ def inner_similarity(groups: Mapping[LayerKey, Groups], similarity: Mapping[Laye
         inside += [matrix[first, second] for group in layer for first, second in _pairs(group)]
     if not inside:
         return "No two experts stand in one group."
-    return f"Similarity within groups {np.mean(inside):.3f} on average, of all pairs {np.mean(np.concatenate(every)):.3f}."
+    return (
+        f"Similarity within groups {np.mean(inside):.3f} on average, of all pairs {np.mean(np.concatenate(every)):.3f}."
+    )
 
 
 def _pairs(group: Sequence[int]) -> list[tuple[int, int]]:

@@ -58,7 +58,9 @@ def _leaders(task: Task, tokens: Scores) -> dict[LayerKey, list[int]]:
             for shape in task.layers
         }
     if any(shape.groups > 1 for shape in task.layers):
-        raise PlanError(f"{task.source.model_type} routes within groups of experts, which must stay alike: use form uniform")
+        raise PlanError(
+            f"{task.source.model_type} routes within groups of experts, which must stay alike: use form uniform"
+        )
     layer = np.repeat(np.arange(len(task.layers)), [shape.num_experts for shape in task.layers])
     forced = np.concatenate([np.isin(np.arange(shape.num_experts), list(_alone(task, shape))) for shape in task.layers])
     values = np.concatenate([tokens[shape.key] for shape in task.layers])
@@ -83,7 +85,6 @@ def _joined(task: Task, shape: LayerShape, gram: NDArray[np.float64], leaders: l
 
 def _alone(task: Task, shape: LayerShape) -> frozenset[int]:
     return task.guard.experts(shape.key)
-
 
 
 def m_smoe(

@@ -55,7 +55,7 @@ def draft(
 
 
 def kernel_kmeans(gram: Array, clusters: int, *, seed: int = 0) -> NDArray[np.int64]:
-    """(experts,) labels 0.. of exactly so many clusters: k-means on vectors of which only the scalar products are known.
+    """(experts,) labels 0.. of exactly so many clusters: k-means on vectors of which scalar products alone are known.
 
     The squared distance of i to the mean of a cluster C is G_ii - 2 mean_j G_ij + mean_jk G_jk. Begins with k-means++,
     ``STARTS`` times, and takes the least sum of squared distances; a cluster that runs empty takes the expert that is
@@ -92,7 +92,7 @@ def _plus_plus(gram: Array, clusters: int, generator: np.random.Generator) -> ND
         chosen.append(int(generator.choice(len(gram), p=squared / squared.sum())))
     label = (diagonal[:, None] - 2 * gram[:, chosen] + diagonal[chosen]).argmin(1)
     label[chosen] = np.arange(clusters)
-    return label.astype(np.int64)
+    return np.asarray(label, dtype=np.int64)
 
 
 def _lloyd(gram: Array, label: NDArray[np.int64], clusters: int) -> NDArray[np.int64]:

@@ -1,0 +1,1 @@
+"""Which neurons of the experts go: one file per score, ``forms`` for how what stays is stored."""
