@@ -9,6 +9,8 @@ segment is one neuron: gate row, up row and down column. Choices that the descri
   unit vectors, and its length their weighted mean length ("norms equalised").
 - A cluster stands in the place of its nearest own neuron, so that what is said of neuron n of the kept expert holds
   afterwards as far as can be. A neuron of zeros takes part in nothing.
+- The first centres are those with the largest gate weight, as described; two that nearly agree may both be among them,
+  and then stand as two neurons.
 - Router rows do not change. Down biases belong to no neuron: the kept expert's stays.
 """
 
