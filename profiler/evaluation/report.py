@@ -72,17 +72,17 @@ def verdict(evaluation: Evaluation, *, held_out: bool = True) -> str:
     else:
         share = 100 * found.agreement.value
         sentence = (
-            f"{_loss(found.ratio)}; KL {_text(found)} nats per token; the likeliest token is the same for {share:.1f} %"
+            f"{_loss(found.ratio)}: KL {_text(found)} nats per token; the likeliest token is the same for {share:.1f} %"
             f"{_worst(found)}{_worst_probe(evaluation.probes)}."
         )
     return sentence if held_out else f"Not on held-out text, so the damage is understated: {sentence}"
 
 
 def _loss(ratio: Estimate) -> str:
-    change = f"x{ratio.value:.4g}{_ends(ratio)}"
+    change = f"x{ratio.value:.3g}{_ends(ratio, brackets=False)}"
     if math.isnan(ratio.low) or ratio.low <= 1.0 <= ratio.high:
-        return f"Perplexity shows no clear change: {change}"
-    return f"Perplexity has {'risen' if ratio.value > 1 else 'fallen'}: {change}"
+        return f"Perplexity shows no clear change ({change}), but the predictions have moved"
+    return f"Perplexity has {'risen' if ratio.value > 1 else 'fallen'} ({change})"
 
 
 def _worst(found: Divergence) -> str:
@@ -108,8 +108,11 @@ def _text(found: Divergence) -> str:
     return f"{found.kl:.3g}{_ends(found)}"
 
 
-def _ends(found: Estimate | Divergence) -> str:
-    return "" if math.isnan(found.low) else f" (95 % interval {found.low:.4g} to {found.high:.4g})"
+def _ends(found: Estimate | Divergence, *, brackets: bool = True) -> str:
+    if math.isnan(found.low):
+        return ""
+    ends = f"95 % interval {found.low:.3g} to {found.high:.3g}"
+    return f" ({ends})" if brackets else f", {ends}"
 
 
 def _divergence(found: Divergence, *, domains: bool = True) -> Document:

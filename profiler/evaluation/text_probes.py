@@ -76,14 +76,18 @@ def rare_words(pieces: Pieces, frequent: set[int], *, seen: bool) -> Places:
 
 
 def results(pieces: Pieces) -> Places:
-    """The tokens that hold the result of a calculation, where a line ends in one: ``6 * 12 = 72``."""
+    """The tokens that hold the result of a calculation, where a line ends in one: ``6 * 12 = 72``.
+
+    The first line of a sequence is left out: it may be the end of one that was cut.
+    """
 
     def places(ids: NDArray[np.int64]) -> NDArray[np.bool_]:
         texts = pieces.of(ids.tolist())
         ends = np.cumsum([len(text) for text in texts])
         starts = ends - np.array([len(text) for text in texts])
         asked = np.zeros(len(ids), bool)
-        for match in _RESULT.finditer("".join(texts)):
+        text = "".join(texts)
+        for match in _RESULT.finditer(text, text.find("\n") + 1 or len(text)):
             first, last = match.span(1)
             # A token that reaches back over the "=" has not been asked for the result alone, but it holds its start.
             asked |= (ends > first) & (starts < last)

@@ -19,6 +19,8 @@ __all__ = [
     "confidence",
     "controls",
     "divergence",
+    "flips",
+    "generated_text",
     "load",
     "local_consistency",
     "lookahead",

@@ -169,6 +169,16 @@ METRICS: tuple[Metric, ...] = (
     Metric("kl_divergence", "KL divergence", "nats", "0..inf", "the change did more harm", "standard"),
     Metric("top1_agreement", "Top-1 agreement", "share", "0..1", "more likeliest tokens stay the same", "standard"),
     Metric("accuracy_difference", "Accuracy difference", "share", "-1..1", "the change did less harm", "standard"),
+    # flips.py
+    Metric("routing_agreement", "Routing agreement", "share", "0..1", "more tokens go where they went", "ours"),
+    Metric("forced_flips", "Forced flips", "share", "0..1", "more selections were of experts that are gone", "ours"),
+    Metric("free_flips", "Free flips", "share", "0..1", "more tokens leave experts that are still there", "ours"),
+    # generated_text.py
+    Metric("repeated_ngrams", "Repeated n-grams", "share", "0..1", "the text repeats itself more", "arXiv 1908.04319"),
+    Metric("distinct_ngrams", "Distinct n-grams", "share", "0..1", "the text varies more", "arXiv 1510.03055"),
+    Metric("longest_loop", "Longest loop", "tokens", "0..T", "the text repeats itself for longer", "ours"),
+    Metric("next_token_entropy", "Next-token entropy", "nats", "0..ln V", "the model decides less", "standard"),
+    Metric("first_difference", "First difference", "tokens", "0..T", "both texts are alike for longer", "standard"),
     # temporal.py
     Metric("first_choice_repeat", "First-choice repeat", "share", "0..1", "neighbours agree more often", _MIXTRAL),
     Metric("overlap_repeat", "Overlap repeat", "share", "0..1", "neighbours agree more often", _MIXTRAL),
