@@ -13,25 +13,21 @@ that reads the weights of one expert of the source::
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from compressor.edits.aligned import aligned
-from compressor.edits.average import average
+from compressor.edits.merging import Merging
 from compressor.edits.moments import LayerMoments
-from compressor.edits.nearest import nearest
-from compressor.edits.segments import THRESHOLD, Moved, assign, rebuild
 from compressor.edits.silence import empty, silenced
 from compressor.edits.slim import mask, slim, widen
-from compressor.edits.subspace import subspace
 from compressor.plan import (
     DropStep,
     LayerKey,
     LayerShape,
-    MergeGroup,
     MergeLayer,
     MergeStep,
     NewExpert,
@@ -64,10 +60,9 @@ class LayerEdit:
         slots: what is stored, in order; None where an expert only fills up (form ``padded``).
         width: stored neurons per routed expert.
         zero_output: the block was dropped: down projections and their biases become zero.
-        merge: the step that merges here, and its groups; None where nothing is merged.
+        merging: how its groups become experts; None where nothing is merged.
         kept: (expert, role) -> (width,) bool mask of its neurons that stay.
         masked: neurons that go become zero, and stay in their places.
-        moments: of the layer, for method ``subspace``.
     """
 
     shape: LayerShape
@@ -75,29 +70,31 @@ class LayerEdit:
     slots: list[NewExpert | None]
     width: int
     zero_output: bool = False
-    merge: tuple[MergeStep, MergeLayer] | None = None
+    merging: Merging | None = None
     kept: Mapping[tuple[int, Role], Tensor] = field(default_factory=dict)
     masked: bool = False
-    moments: LayerMoments | None = None
-    _chosen: dict[int, int] = field(default_factory=dict, repr=False)
-    _moved: list[Moved] | None = field(default=None, repr=False)
 
     @staticmethod
     def of(plan: Plan, key: LayerKey, moments: LayerMoments | None = None) -> LayerEdit:
-        """The edit of one layer.
+        """The edit of one layer; :func:`layer_edits` makes those of all layers at once.
 
         Raises:
             PlanError: the plan has no such layer afterwards, or its method lacks what it needs.
         """
-        edits = layer_edits(plan, {key: moments} if moments is not None else {})
-        if key not in edits:
+        found = _Layers(plan)
+        if key not in found.after:
             raise PlanError(f"the plan leaves no MoE layer {key[0]}, step {key[1]}")
-        return edits[key]
+        return found.edit(key, moments)
 
     @property
     def count(self) -> int:
         """Stored experts, fillers included."""
         return len(self.slots)
+
+    @property
+    def merge(self) -> tuple[MergeStep, MergeLayer] | None:
+        """The step that merges here, and its groups; None where nothing is merged."""
+        return None if self.merging is None else (self.merging.step, self.merging.layer)
 
     @property
     def shared_width(self) -> int:
@@ -113,8 +110,8 @@ class LayerEdit:
 
     @property
     def changes(self) -> bool:
-        """Whether anything of the layer changes."""
-        cut = self.zero_output or self.width != self.shape.width or self.merge is not None
+        """Whether anything of the layer may change."""
+        cut = self.zero_output or self.width != self.shape.width or self.merging is not None
         return cut or not self.same_experts or not all(bool(kept.all()) for kept in self.kept.values())
 
     def decide(self, read: Read) -> None:
@@ -123,32 +120,23 @@ class LayerEdit:
         :meth:`expert` does it where it was not done. :meth:`untouched`, :meth:`rows` and :meth:`bias` cannot, and raise
         RuntimeError where it matters.
         """
-        if self._method == "nearest":
-            for expert in self.experts:
-                if expert.lead not in self._chosen:
-                    self._chosen[expert.lead] = nearest(expert.members, expert.weights, read)
-        if self._method == "segments" and self._moved is None and self.merge is not None:
-            step, layer = self.merge
-            takers = [group.lead for group in layer.groups if not group.fixed]
-            threshold = THRESHOLD if step.threshold is None else step.threshold
-            self._moved = assign(takers, [entry.expert for entry in layer.given_up], read, threshold=threshold)
+        if self.merging is not None:
+            self.merging.decide(self.experts, read)
 
     def untouched(self, index: int) -> int | None:
         """The expert of the source that is stored at ``index`` as it is; None where it has to be computed."""
         slot = self.slots[index]
-        if slot is None or self.zero_output or self.width != self.shape.width and not self.masked:
+        if slot is None or self.zero_output or self.width != self.shape.width:
             return None
         kept = self.kept.get((slot.lead, "routed"))
         if kept is not None and not kept.all():
             return None
-        if self._method == "segments":
-            return None if self._received(slot.lead) else slot.lead
-        if slot.merged:
-            return self._stand_in(slot) if self._method == "nearest" else None
-        return slot.lead
+        return slot.lead if self.merging is None else self.merging.untouched(slot)
 
     def expert(self, index: int, read: Read) -> ExpertWeights:
         """The expert stored at ``index``, in the types of the source.
+
+        A merged expert is cut by the mask of its lead, after merging.
 
         Args:
             index: place, 0 to ``count`` - 1.
@@ -157,11 +145,11 @@ class LayerEdit:
         self.decide(read)
         slot = self.slots[index]
         if slot is None:
-            return empty(_cut(read(self.experts[0].lead), self.width))
+            return empty(slim(read(self.experts[0].lead), torch.arange(self.shape.width) < self.width))
         lead = read(slot.lead)
-        weights = self._whole(slot, lead, read).like(lead)
+        weights = lead if self.merging is None else self.merging.expert(slot, lead, read).like(lead)
         kept = self.kept.get((slot.lead, "routed"))
-        if kept is not None:
+        if kept is not None and not kept.all():
             weights = mask(weights, kept) if self.masked else slim(weights, kept)
         weights = widen(weights, self.width)
         return silenced(weights) if self.zero_output else weights
@@ -191,69 +179,17 @@ class LayerEdit:
             weights = mask(weights, kept) if self.masked else widen(slim(weights, kept), self.shared_width)
         return silenced(weights) if self.zero_output else weights
 
-    @property
-    def _method(self) -> str:
-        return self.merge[0].method if self.merge is not None else ""
-
-    def _whole(self, expert: NewExpert, lead: ExpertWeights, read: Read) -> ExpertWeights:
-        """The expert with all its neurons."""
-
-        def members() -> Iterator[tuple[ExpertWeights, float]]:
-            for member, part in zip(expert.members, expert.weights, strict=True):
-                yield (lead if member == expert.lead else read(member)), part
-
-        if self._method == "segments":
-            return self._rebuilt(expert.lead, lead, read)
-        if not expert.merged:
-            return lead
-        if self._method == "nearest":
-            return read(self._stand_in(expert))
-        if self._method == "aligned":
-            return aligned(lead, members())
-        if self._method == "subspace":
-            return self._projected(
-                expert, dict(zip(expert.members, (weights for weights, _ in members()), strict=True))
-            )
-        return average(members())
-
-    def _projected(self, expert: NewExpert, members: dict[int, ExpertWeights]) -> ExpertWeights:
-        assert self.merge is not None and self.merge[0].rank is not None and self.moments is not None
-        return subspace(members, list(expert.weights), self.merge[0].rank, self.moments)
-
-    def _rebuilt(self, number: int, own: ExpertWeights, read: Read) -> ExpertWeights:
-        received = self._received(number)
-        if not received or self.merge is None:
-            return own
-        layer = self.merge[1]
-        given = {entry.expert: entry.weight for entry in layer.given_up}
-        weight = next(group.weight for group in layer.groups if group.lead == number)
-        parts = [(read(moved.source).neurons(moved.neurons), given[moved.source]) for moved in received]
-        return rebuild(own, weight, parts)
-
-    def _received(self, number: int) -> list[Moved]:
-        if self._moved is None:
-            raise RuntimeError("LayerEdit.decide(read) has to be called first: which neurons move is in the weights")
-        return [moved for moved in self._moved if moved.target == number]
-
-    def _stand_in(self, expert: NewExpert) -> int:
-        if expert.lead not in self._chosen:
-            raise RuntimeError("LayerEdit.decide(read) has to be called first: the nearest member is in the weights")
-        return self._chosen[expert.lead]
-
     def _per_expert(self, values: Tensor, filler: float) -> Tensor:
-        rows = [self._row(values, slot, filler) for slot in self.slots]
+        rows = [torch.full_like(values[0], filler) if slot is None else self._row(values, slot) for slot in self.slots]
         return torch.cat([torch.stack(rows), values[self.shape.num_experts :]])
 
-    def _row(self, values: Tensor, slot: NewExpert | None, filler: float) -> Tensor:
-        if slot is None:
-            return torch.full_like(values[0], filler)
-        if slot.merged and self._method == "nearest":
-            return values[self._stand_in(slot)]
-        if not slot.merged or self.merge is None or self.merge[0].router == "lead":
-            return values[slot.lead]
-        parts = torch.tensor(slot.weights, dtype=torch.float64, device=values.device)
-        members = values[list(slot.members)].double()
-        return (torch.tensordot(parts, members, dims=1) / parts.sum()).to(values.dtype)
+    def _row(self, values: Tensor, slot: NewExpert) -> Tensor:
+        parts = [(slot.lead, 1.0)] if self.merging is None else self.merging.rows(slot)
+        if len(parts) == 1:
+            return values[parts[0][0]]
+        total = sum(part for _, part in parts)
+        mean = torch.stack([values[member].double() * part for member, part in parts]).sum(0) / total
+        return mean.to(values.dtype)
 
 
 def layer_edits(plan: Plan, moments: Mapping[LayerKey, LayerMoments] | None = None) -> dict[LayerKey, LayerEdit]:
@@ -262,36 +198,39 @@ def layer_edits(plan: Plan, moments: Mapping[LayerKey, LayerMoments] | None = No
     Raises:
         PlanError: a method lacks what it needs.
     """
-    after, widths, shapes = experts_after(plan), widths_after(plan), plan.source.by_key
-    masks: dict[LayerKey, dict[tuple[int, Role], Tensor]] = {}
-    for (layer, number, expert, role), kept in neurons_after(plan).items():
-        masks.setdefault((layer, number), {})[expert, role] = torch.from_numpy(kept)
-    blocks = {layer for step in plan.steps if isinstance(step, DropStep) for layer in step.blocks}
-    merges = {
-        (layer.layer, layer.step): (step, layer)
-        for step in plan.steps
-        if isinstance(step, MergeStep)
-        for layer in step.layers
-    }
-    padded = any(isinstance(step, (DropStep, MergeStep)) and step.form == "padded" for step in plan.steps)
-    largest = max((len(experts) for experts in after.values()), default=0)
-    edits = {}
-    for key, experts in after.items():
-        merge, own = merges.get(key), (moments or {}).get(key)
-        if merge is not None:
-            _require(key, *merge, own)
-        edits[key] = LayerEdit(
-            shape=shapes[key],
+    found = _Layers(plan)
+    return {key: found.edit(key, (moments or {}).get(key)) for key in found.after}
+
+
+class _Layers:
+    """What a plan leaves, worked out once for all its layers."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.shapes, self.after, self.widths = plan.source.by_key, experts_after(plan), widths_after(plan)
+        self.kept: dict[LayerKey, dict[tuple[int, Role], Tensor]] = defaultdict(dict)
+        for (layer, number, expert, role), kept in neurons_after(plan).items():
+            self.kept[layer, number][expert, role] = torch.from_numpy(kept)
+        merges = [step for step in plan.steps if isinstance(step, MergeStep)]
+        drops = [step for step in plan.steps if isinstance(step, DropStep)]
+        self.merges = {(layer.layer, layer.step): (step, layer) for step in merges for layer in step.layers}
+        self.blocks = {layer for step in drops for layer in step.blocks}
+        self.masked = any(isinstance(step, SlimStep) and step.form == "masked" for step in plan.steps)
+        padded = "padded" in {*(step.form for step in drops), *(step.form for step in merges)}
+        self.largest = max(map(len, self.after.values()), default=0) if padded else 0
+
+    def edit(self, key: LayerKey, moments: LayerMoments | None) -> LayerEdit:
+        """The edit of one layer."""
+        experts, shape = self.after[key], self.shapes[key]
+        return LayerEdit(
+            shape=shape,
             experts=experts,
-            slots=_slots(experts, shapes[key], largest if padded else len(experts)),
-            width=widths[key],
-            zero_output=key[0] in blocks,
-            merge=merge,
-            kept=masks.get(key, {}),
-            masked=any(isinstance(step, SlimStep) and step.form == "masked" for step in plan.steps),
-            moments=own,
+            slots=_slots(experts, shape, max(self.largest, len(experts))),
+            width=self.widths[key],
+            zero_output=key[0] in self.blocks,
+            merging=Merging(*self.merges[key], moments) if key in self.merges else None,
+            kept=self.kept[key],
+            masked=self.masked,
         )
-    return edits
 
 
 def _slots(experts: list[NewExpert], shape: LayerShape, count: int) -> list[NewExpert | None]:
@@ -304,25 +243,3 @@ def _slots(experts: list[NewExpert], shape: LayerShape, count: int) -> list[NewE
         inside = [expert for expert in experts if expert.lead // size == group]
         slots += [*inside, *[None] * (count // shape.groups - len(inside))]
     return slots
-
-
-def _require(key: LayerKey, step: MergeStep, layer: MergeLayer, moments: LayerMoments | None) -> None:
-    if step.method == "subspace":
-        if step.rank is None:
-            raise PlanError(f"layer {key[0]} is merged by method subspace, which needs a rank")
-        if moments is None:
-            raise PlanError(
-                f"layer {key[0]} is merged by method subspace, which needs the second moments of its inputs: collect a"
-                " run at level moments"
-            )
-    if step.method == "segments":
-        several: MergeGroup | None = next((group for group in layer.groups if len(group.members) > 1), None)
-        if several is not None:
-            raise PlanError(
-                f"group {several.lead} of layer {key[0]} has {len(several.members)} members: method segments takes kept"
-                " experts and ones given up, no groups of several"
-            )
-
-
-def _cut(weights: ExpertWeights, width: int) -> ExpertWeights:
-    return weights.neurons(torch.arange(width, device=weights.up.device))

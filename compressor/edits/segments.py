@@ -9,8 +9,8 @@ segment is one neuron: gate row, up row and down column. Choices that the descri
   unit vectors, and its length their weighted mean length ("norms equalised").
 - A cluster stands in the place of its nearest own neuron, so that what is said of neuron n of the kept expert holds
   afterwards as far as can be. A neuron of zeros takes part in nothing.
-- The first centres are those with the largest gate weight, as described; two that nearly agree may both be among them,
-  and then stand as two neurons.
+- The first centres are the segments with the largest gate weight, as described, but never a segment and its near copy:
+  else a neuron stands twice, and two others are made one for it. A copy that comes in counts for the neuron it copies.
 - Router rows do not change. Down biases belong to no neuron: the kept expert's stays.
 """
 
@@ -26,6 +26,9 @@ from compressor.weights import ExpertWeights
 
 THRESHOLD = 0.6
 """Least cosine at which a segment moves: best in the paper; lower mixes too much, higher moves too little."""
+
+_COPY = 0.95
+"""Cosine from which two segments are one and the same for the choice of the first centres."""
 
 _ITERATIONS = 20
 _BLOCK = 2**27
@@ -100,7 +103,7 @@ def rebuild(own: ExpertWeights, weight: float, received: Sequence[tuple[ExpertWe
     numbers = (norms > 0).nonzero()[:, 0]  # a neuron of zeros does nothing, and has no direction
     vectors, norms, weights = vectors[numbers], norms[numbers], weights[numbers]
     units = vectors / norms[:, None]
-    centres = _initial(gates[numbers], own.width)
+    centres = _initial(units, gates[numbers], int((numbers < own.width).sum()), own.width)
     labels = _cluster(units, weights, centres)
     rows = _centroids(units, norms, weights, labels, len(centres))
     return _split(_in_place(rows, units, labels, numbers, own.width), own)
@@ -162,9 +165,36 @@ def _split(vectors: Tensor, like: ExpertWeights) -> ExpertWeights:
     )
 
 
-def _initial(gates: Tensor, count: int) -> Tensor:
-    """The segments to begin with, ascending: those with the largest gate weight in absolute value."""
-    return gates.argsort(descending=True, stable=True)[:count].sort().values
+def _initial(units: Tensor, gates: Tensor, own: int, count: int) -> Tensor:
+    """The segments to begin with, ascending: those with the largest gate weight in absolute value, without copies.
+
+    Args:
+        units: (n, ...) unit vectors, the own ones first.
+        gates: (n,) largest gate weight of each.
+        own: how many are own ones; those are never taken for copies of each other.
+        count: centres wanted.
+    """
+    free = torch.ones(len(units), dtype=torch.bool, device=units.device)
+    if own and own < len(units):
+        cosine, nearest = _closest(units[own:], units[:own])
+        copied = cosine >= _COPY
+        gates = gates.scatter_reduce(0, nearest[copied], gates[own:][copied], "amax")
+        free[own:] = ~copied & ~_copies(units[own:], gates[own:])
+    candidates = free.nonzero()[:, 0]
+    order = gates[candidates].argsort(descending=True, stable=True)[:count]
+    return candidates[order].sort().values
+
+
+def _copies(units: Tensor, gates: Tensor) -> Tensor:
+    """(n,) whether a segment nearly agrees with one of larger gate weight."""
+    order = gates.argsort(descending=True, stable=True)
+    ranked = units[order]
+    found = torch.zeros(len(units), dtype=torch.bool, device=units.device)
+    rows = max(1, _BLOCK // max(1, len(units)))
+    for start in range(0, len(units), rows):
+        cosine = ranked[start : start + rows] @ ranked.T
+        found[order[start : start + rows]] = (cosine.tril(start - 1) >= _COPY).any(1)
+    return found
 
 
 def _cluster(units: Tensor, weights: Tensor, centres: Tensor) -> Tensor:

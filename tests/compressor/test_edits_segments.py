@@ -144,6 +144,19 @@ def test_equal_segments_merge_to_themselves() -> None:
         close(rebuild(own, 1.0, received), own, 1e-13)
 
 
+@pytest.mark.parametrize("scale", [0.5, 1.1, 3.0])
+def test_near_copies_of_an_expert_give_back_the_expert(scale: float) -> None:
+    own = expert(1, dtype=torch.float32)
+    draw = torch.Generator().manual_seed(3)
+    other = own.map(lambda tensor: scale * (tensor + 0.01 * torch.randn(tensor.shape, generator=draw)))
+    third = other.map(lambda tensor: tensor + 0.01 * torch.randn(tensor.shape, generator=draw))
+    found, wanted = rows(rebuild(own, 1.0, [(other, 1.0), (third, 1.0)]), gate=True), rows(own, gate=True)
+    cosines = (found * wanted).sum(1) / np.linalg.norm(found, axis=1) / np.linalg.norm(wanted, axis=1)
+    assert cosines.min() > 0.999
+    lengths = np.linalg.norm(found, axis=1) / np.linalg.norm(wanted, axis=1)
+    np.testing.assert_allclose(lengths, (1 + 2 * scale) / 3, rtol=0.02)
+
+
 def test_a_better_segment_takes_the_place_of_a_weak_neuron() -> None:
     own, other = expert(1), expert(2)
     assert own.gate is not None and other.gate is not None
