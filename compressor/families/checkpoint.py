@@ -15,7 +15,9 @@ from typing import Literal
 Part = Literal["gate", "up", "down", "gate_up"]
 """Which projection of an expert a tensor holds."""
 
-Kind = Literal["expert", "shared", "router", "router_bias", "selection_bias", "expert_scale", "output_bias", "table", "plain"]
+Kind = Literal[
+    "expert", "shared", "router", "router_bias", "selection_bias", "expert_scale", "output_bias", "table", "plain"
+]
 """What a tensor of a decoder layer is.
 
 ``router``: one row per expert. ``router_bias``: added to the logits. ``selection_bias``: counts for choosing only.
@@ -37,7 +39,9 @@ _PARTS: dict[str, Part] = {
 }  # fmt: skip
 _FUSED_PARTS: dict[str, Part] = {**_PARTS, "fc1": "gate_up", "fc2": "down"}
 
-_NUMBERED = re.compile(r"^(?P<block>(?:.*\.)?)experts\.(?:expert_)?(?P<expert>\d+)\.(?P<projection>\w+?)\.(?P<what>.+)$")
+_NUMBERED = re.compile(
+    r"^(?P<block>(?:.*\.)?)experts\.(?:expert_)?(?P<expert>\d+)\.(?P<projection>\w+?)\.(?P<what>.+)$"
+)
 _FUSED = re.compile(
     r"^(?P<block>(?:.*\.)?)(?:experts\.(?:mlp\.)?)(?P<projection>gate_up_proj|gate_proj|up_proj|down_proj|fc1|fc2|w13|w1|v1|w2"
     r"|gate_and_up_projs|down_projs)(?P<what>(?:[._]\w+)*)$"

@@ -14,7 +14,15 @@ from typing import Any
 from moescope.errors import ModelError, PlanError
 
 COUNTS = ("n_routed_experts", "num_local_experts", "num_experts", "moe_num_experts")
-TOP_K = ("num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_topk", "moe_top_k", "moe_k", "num_selected_experts")
+TOP_K = (
+    "num_experts_per_tok",
+    "num_experts_per_token",
+    "top_k_experts",
+    "moe_topk",
+    "moe_top_k",
+    "moe_k",
+    "num_selected_experts",
+)
 WIDTHS = ("moe_intermediate_size", "expert_ffn_hidden_size", "ffn_hidden_size", "intermediate_size")
 NUM_LAYERS = ("num_hidden_layers", "n_layers", "num_layers", "n_layer")
 LAYER_LISTS = ("layers_block_type",)
@@ -25,6 +33,17 @@ SHARED_WIDTHS = (
     "shared_intermediate_size", "share_expert_dim",
 )  # fmt: skip
 SHARED_COUNTS = ("n_shared_experts", "num_shared_experts", "moe_num_shared_experts")
+ALIKE_ONLY = {
+    "axk2": "reads one number for the whole model",
+    "dbrx": "keeps such numbers in a part of its configuration that cannot differ from layer to layer",
+    "diffusion_gemma_text": "has kinds of layers that have to be alike",
+    "dots3_note_text": "has kinds of layers that have to be alike",
+    "gemma4_text": "has kinds of layers that have to be alike",
+    "openai_privacy_filter": "builds all its layers from one configuration",
+    "qwen4_exp_text": "reads one number for the whole model",
+}
+"""Families whose layers nothing loads with counts or widths of their own."""
+
 PREDICTION_LAYERS = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_layers", "mtp_num_layers")
 """Layers that predict further tokens; such layers are left out where their experts would no longer fit."""
 
@@ -132,7 +151,9 @@ class LayerSizes:
     shared: int = 0
 
 
-def shared_width(text: TextConfig, layer: int, before: LayerSizes, wanted: int, width: int) -> tuple[int, dict[str, int]]:
+def shared_width(
+    text: TextConfig, layer: int, before: LayerSizes, wanted: int, width: int
+) -> tuple[int, dict[str, int]]:
     """Neurons that the shared experts are stored with, and the fields that say so.
 
     Where the configuration ties their width to that of a routed expert, they are filled up to its next multiple.
@@ -189,9 +210,7 @@ def write_sizes(
         if sizes.width != before[layer].width:
             own[text.width] = sizes.width
     names = {name for own in fields.values() for name in own}
-    values = {
-        layer: {name: own.get(name, text.number(name, layer)) for name in names} for layer, own in fields.items()
-    }
+    values = {layer: {name: own.get(name, text.number(name, layer)) for name in names} for layer, own in fields.items()}
     differ = False
     for name in sorted(names):
         column = {layer: int(own[name] or 0) for layer, own in values.items()}
@@ -210,8 +229,11 @@ def _write(text: TextConfig, name: str, column: dict[int, int]) -> bool:
         text.experts["num_experts"] = text.experts["num_local_experts"] = text.experts[name]
     if len(set(column.values())) == 1:
         return False
-    if text.experts is not text.content:
-        raise PlanError(f"{text.model_type} keeps {name} in a part of its own, which cannot differ from layer to layer")
+    if text.model_type in ALIKE_ONLY:
+        raise PlanError(
+            f"the plan leaves layers of {text.model_type} with {min(column.values())} to {largest} ({name}), and it"
+            f" {ALIKE_ONLY[text.model_type]}: plan with form uniform"
+        )
     own = text.content.setdefault("per_layer_config", {})
     for layer, value in column.items():
         if value != largest:
