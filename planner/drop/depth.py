@@ -41,8 +41,8 @@ def draft(task: Task, *, what: Literal["layers", "blocks"] = "layers") -> Draft:
     unseen = [layer for layer in expected if layer not in influence]
     if unseen:
         raise PlanError(
-            f"run {task.run.name!r} did not see what layer {unseen[0]} does to the residual stream: collect it with"
-            " --level activations"
+            f"run {task.run.name!r} did not see what layer {unseen[0]} does to the residual stream, so {what} cannot be"
+            " ranked: use another preset"
         )
     gone = tuple(sorted(_least(task, influence, what)))
     step = DropStep(method="block_influence", decoder_layers=gone)
