@@ -21,6 +21,7 @@ from torch import nn
 
 from compressor.edits.layer import LayerEdit, layer_edits
 from compressor.edits.moments import LayerMoments
+from compressor.families import router_traits
 from compressor.journal import Journal
 from compressor.plan import LayerKey, LayerShape, Plan, kept_layers
 from compressor.removal import remove_layers, require_removable
@@ -109,12 +110,26 @@ def _require_editable(decoder: Decoder, shape: LayerShape, edit: LayerEdit, key:
     if site.shared is not None and changes_shared(edit):
         require_shared(site)
     if not edit.same_experts:
-        _require_router(site, key)
+        _require_router(site, edit, key)
 
 
-def _require_router(site: Site, key: LayerKey) -> None:
+def _require_router(site: Site, edit: LayerEdit, key: LayerKey) -> None:
     kind = type(site.experts).__name__
     if site.router is None:
         raise ModelError(f"{site.name} ({kind}) has no router with one row per expert: its experts cannot go")
     if getattr(site.router, "tid2eid", None) is not None:
         raise ModelError(f"layer {key[0]} chooses experts by a table of token ids: its experts cannot go")
+    if None in edit.slots and _shares_a_softmax(site):
+        raise ModelError(
+            f"{site.name} ({kind}) chooses by a softmax over all experts, of which those that only fill up would have a"
+            " part: use form per_layer"
+        )
+
+
+def _shares_a_softmax(site: Site) -> bool:
+    """Scores become smaller by every expert there is, selected or not, and no bias of the logits can keep one out."""
+    biased = dict(site.router.named_parameters()) if site.router is not None else {}
+    config = getattr(site.experts, "config", None)
+    names = type(site.router).__name__, type(site.experts).__name__
+    score = router_traits(router_class=names[0], experts_class=names[1], config=config).score
+    return score == "softmax" and f"{site.projection.removesuffix('weight')}bias" not in biased

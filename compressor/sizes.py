@@ -45,8 +45,8 @@ def write_sizes(
             own.setdefault(layer, {})[name] = size
         if part is not config:
             own = {layer: {key: value for key, value in values.items() if key != name} for layer, values in own.items()}
-        if names is COUNTS and len(set(sizes.values())) == 1:
-            _write_tops(journal, model, next(iter(column.values()))[0], largest)
+        if names is COUNTS:
+            _write_tops(journal, model, {before for before, _ in column.values()}, largest)
     _write_overrides(config, own)
 
 
@@ -98,8 +98,8 @@ def require_sizes(decoder: Decoder, edits: Mapping[LayerKey, LayerEdit]) -> None
         raise ModelError("routers of Zaya count experts by the model's configuration: keep the same number everywhere")
 
 
-def _write_tops(journal: Journal, model: nn.Module, before: int, after: int) -> None:
+def _write_tops(journal: Journal, model: nn.Module, before: set[int], after: int) -> None:
     """Counters of the whole model, by which it computes losses of balance."""
     for name in ("num_experts", "num_local_experts"):
-        if vars(model).get(name) == before:
+        if vars(model).get(name) in before:
             journal.attribute(model, name, after)

@@ -2,6 +2,12 @@
 
 Source: the merge of M-SMoE (arXiv 2310.01334) and of HC-SMoE (arXiv 2410.08589), with frequencies as weights. Sub-MoE's
 merge without truncation is the same: ``U S`` times the mean of the right factors is the mean of the matrices.
+
+What a merge does to routing, even of exact copies: the router keeps one row for the group. Two copies that could both
+be selected took two of a token's k places and the weight of both; their merged expert takes one place and, of a softmax
+over all experts, the part p / (1 - p) in place of 2 p. So the output stays the same only where a copy was never
+selected (and had no part in a softmax), or where a token has one expert and its weight is 1 whatever the score (k = 1,
+normalised). Everywhere else merging copies changes the output, and that has to be measured.
 """
 
 from __future__ import annotations

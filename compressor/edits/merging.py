@@ -55,7 +55,7 @@ class Merging:
         if self.step.method == "nearest":
             for expert in experts:
                 if expert.merged and expert.lead not in self._chosen:
-                    self._chosen[expert.lead] = nearest(expert.members, expert.weights, read)
+                    self._chosen[expert.lead] = nearest(expert.lead, expert.members, expert.weights, read)
         if self.step.method == "segments" and self._moved is None:
             takers = [group.lead for group in self.layer.groups if not group.fixed]
             given = [entry.expert for entry in self.layer.given_up]

@@ -12,16 +12,19 @@ from compressor.edits.average import average
 from compressor.weights import ExpertWeights
 
 
-def nearest(members: Sequence[int], parts: Sequence[float], read: Callable[[int], ExpertWeights]) -> int:
+def nearest(lead: int, members: Sequence[int], parts: Sequence[float], read: Callable[[int], ExpertWeights]) -> int:
     """The member whose flattened weights have the least Euclidean distance to the weighted mean.
 
     Args:
-        members: expert numbers; of equally near ones the first is taken.
+        lead: taken where no other is nearer beyond rounding, as with two members of equal parts.
+        members: expert numbers, ascending.
         parts: of the mean.
         read: weights of an expert; called twice for each, one expert at a time.
     """
     mean = average((read(member), part) for member, part in zip(members, parts, strict=True))
-    return min(members, key=lambda member: _distance(read(member), mean))
+    distances = {member: _distance(read(member), mean) for member in members}
+    least = min(distances.values())
+    return next(member for member in (lead, *members) if distances[member] <= least * (1 + 1e-6))
 
 
 def _distance(weights: ExpertWeights, mean: ExpertWeights) -> float:

@@ -135,12 +135,13 @@ def test_nearest_is_the_member_with_the_least_distance() -> None:
     mean = sum(part * flattened(member) for part, member in zip(parts, members.values(), strict=True))
     distances = {number: np.linalg.norm(flattened(member) - mean) for number, member in members.items()}
     wanted = min(distances, key=distances.__getitem__)
-    assert nearest(list(members), parts, members.__getitem__) == wanted
+    assert nearest(11, list(members), parts, members.__getitem__) == wanted
     equal = [0.25] * 4
     mean = sum(flattened(member) for member in members.values()) / 4
     distances = {number: np.linalg.norm(flattened(member) - mean) for number, member in members.items()}
-    assert nearest(list(members), equal, members.__getitem__) == min(distances, key=distances.__getitem__)
-    assert nearest([2, 5], [0.5, 0.5], members.__getitem__) == 2  # both are equally near
+    assert nearest(11, list(members), equal, members.__getitem__) == min(distances, key=distances.__getitem__)
+    for lead in (2, 5):  # both are equally near
+        assert nearest(lead, [2, 5], [0.5, 0.5], members.__getitem__) == lead
 
 
 def moments(count: int, seed: int = 0) -> LayerMoments:
