@@ -115,19 +115,25 @@ def _held_out(path: Path | None, plan: Plan | None, corpus: Corpus) -> tuple[boo
     """Whether the text is another than the one that the run or the plan was made from, and what to say about it."""
     import store
 
-    seen, files = {plan.provenance.corpus} if plan else set(), set()
+    seen = {plan.provenance.corpus} if plan else set()
+    read: set[str] = set()
     if path is not None:
         with store.open_run(path) as opened:
             seen.add(str(opened.info.settings.get("corpus_sha256") or ""))
-            files = set(opened.info.settings.get("files") or ())
+            read = {_place(name) for name in opened.info.settings.get("files") or ()}
     if corpus.sha256 in seen:
         return False, ["The text is the very text that the plan or run was made from, not held-out text."]
-    shared = sorted(files & set(corpus.describe()["files"]))
+    shared = [name for name in corpus.describe()["files"] if _place(name) in read]
     if shared:
         return True, [
-            f"The run has read from {shared[0]} too: unless these are other parts of it, this is no held-out text."
+            f"The run has read from {shared[0]} too: it is no held-out text, unless these are other parts of it."
         ]
     return True, []
+
+
+def _place(name: str) -> str:
+    """What tells a file from others, however its path is written; the name of a hub dataset as it is."""
+    return str(Path(name).resolve()) if Path(name).exists() else name
 
 
 def _measure(
@@ -247,8 +253,9 @@ def _write(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
         os.replace(temporary, path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise InputError(f"-o {path}: {error.strerror or error}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _names(text: str) -> list[str]:
