@@ -30,6 +30,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--preset", metavar="NAME", help="how to choose; --list names them (default: set_search)")
     what.add_argument("--list", action="store_true", help="the presets, what they need, and whether the run has it")
     what.add_argument("--diff", nargs=2, metavar=("PLAN", "PLAN"), type=Path, help="what two plans do differently")
+    what.add_argument("--esft", metavar="DOMAIN", help="experts to fine-tune for a domain, as ESFT's code reads them")
+    what.add_argument(
+        "--nearest-to", metavar="RUN", help="PreMoe: what RUN's nearest domain would keep, for the text of this run"
+    )
     budget = parser.add_mutually_exclusive_group()
     budget.add_argument("--share", type=_share, metavar="S", help="part to remove, such as 0.25")
     budget.add_argument("--memory", type=memory, metavar="SIZE", help="what the weights may take, such as 3GiB")
@@ -66,7 +70,11 @@ def run(options: argparse.Namespace) -> int:
     import store
 
     with store.open_run(store.Catalog(options.store).resolve(options.target)) as opened:
-        return _print_presets(opened, options) if options.list else _plan(opened, options)
+        if options.list:
+            return _print_presets(opened, options)
+        if options.esft:
+            return _print_esft(opened, options)
+        return _plan(opened, options)
 
 
 def _plan(run: store.Run, options: argparse.Namespace) -> int:
@@ -74,6 +82,8 @@ def _plan(run: store.Run, options: argparse.Namespace) -> int:
 
     if options.share is None and options.memory is None:
         raise InputError("how much? give --share 0.25 or --memory 3GiB")
+    if options.nearest_to:
+        return _retrieve(run, options)
     import planner
 
     given: dict[str, Any] = {"share": options.share, "memory": options.memory, "form": options.form}
@@ -84,6 +94,44 @@ def _plan(run: store.Run, options: argparse.Namespace) -> int:
     given |= dict(options.set)
     plan = planner.make(run, **given)
     return _keep_and_print(run, plan, options)
+
+
+def _retrieve(run: store.Run, options: argparse.Namespace) -> int:
+    """What PreMoe does: each domain of ``run`` keeps its own experts, and the other run's text finds the nearest."""
+    import store
+    from moescope.errors import InputError
+    from planner.drop import retrieval
+
+    if options.share is None:
+        raise InputError("--nearest-to takes --share, what every domain's pattern removes")
+    guard = not options.no_guard
+    patterns = retrieval.build(run, share=options.share, domains=_names(options.domains), guard=guard)
+    with store.open_run(store.Catalog(options.store).resolve(options.nearest_to)) as served:
+        plan = retrieval.retrieve(served, patterns, engine=options.engine, guard=guard)
+        return _keep_and_print(served, plan, options)
+
+
+def _print_esft(run: store.Run, options: argparse.Namespace) -> int:
+    from moescope.errors import InputError
+    from planner.esft import PUBLISHED, esft, save
+
+    if options.memory is not None:
+        raise InputError("--esft cuts nothing and takes no --memory; --share is the part of the tokens to reach")
+    given = dict(options.set)
+    unknown = sorted(set(given) - {"score", "shared_experts", "non_expert_modules"})
+    if unknown:
+        raise InputError(f"--esft has no parameter {unknown[0]!r}: score, shared_experts or non_expert_modules")
+    found = esft(run, domain=options.esft, share=options.share, **given)
+    if options.output is not None:
+        save(found, options.output)
+    if options.json or options.output is None:
+        print(json.dumps(found))
+    else:
+        counts = [len(experts) for experts in found["experts"].values()]
+        share = options.share or PUBLISHED[given.get("score", "token")]
+        print(f"{sum(counts):,} experts, {min(counts)} to {max(counts)} per layer, reach {share:g} of {options.esft}")
+        print(f"written to {options.output}")
+    return 0
 
 
 def _keep_and_print(run: store.Run, plan: Plan, options: argparse.Namespace) -> int:

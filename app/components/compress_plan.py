@@ -60,8 +60,9 @@ def maps(plan: Plan) -> None:
         figures_of.plan_map(found, title=f"What becomes of every expert: {name}", theme=state.theme()),
         found,
         key="plan-map",
-        read="Blue experts stay, orange ones go, purple ones are merged into another; darker means higher in its layer "
-        "by the score. Dark orange: the plan lets an expert go that its layer uses. Rings: protected super experts.",
+        read="Blue experts stay, orange ones go, purple ones are merged into another; the further from the background, "
+        "the higher in its layer by the score. Strong orange: the plan lets an expert go that the score holds dear. "
+        "Rings: protected super experts.",
         rests_on=f"{len(found):,} experts; {plan.provenance.tokens:,} tokens. {by}",
         alt="Map of layers and experts: what stays, what goes, what is merged and what is protected",
     )
@@ -83,6 +84,7 @@ def presets(run: Run, asked: dict[str, Any]) -> None:
     rest = {name: value for name, value in asked.items() if name != "preset"}
     frame = data.frame(compress_presets.comparison, run, **rest)
     made = frame.filter(pl.col("refused").is_null())
+    priced = len(made["layer_error"].drop_nulls())
     chart.show(
         figures_of.preset_errors(
             frame, title="Predicted layer error by preset", chosen=asked["preset"], theme=state.theme()
@@ -91,7 +93,8 @@ def presets(run: Run, asked: dict[str, Any]) -> None:
         key="presets",
         read="Shorter is better, among plans that cut as much: what each choice is expected to change in the outputs "
         "of the MoE layers before tokens are routed anew. It is an estimate from the run; measured damage can differ.",
-        rests_on=f"{len(made)} of {len(frame)} presets can be planned so; {run.info.tokens:,} tokens.",
+        rests_on=f"{len(made)} of {len(frame)} presets can be planned so, {priced} are priced: merges and slimming "
+        f"are not. {run.info.tokens:,} tokens.",
         alt="Bars: predicted layer error of every preset",
     )
     with st.expander("All figures: every preset", icon=":material/table:"):
@@ -143,7 +146,7 @@ def tables(plan: Plan) -> None:
 
 
 def _change(after: float, before: float, words: str) -> str:
-    return f"{(after - before) / before:+.1%} of {words}" if before else words
+    return "unchanged" if after == before else f"{(after - before) / before:+.1%} of {words}"
 
 
 def _short(count: float) -> str:

@@ -75,10 +75,14 @@ def preset_errors(frame: pl.DataFrame, *, title: str, chosen: str, theme: Theme 
             "This run cannot predict the layers' error: it takes level activations.", title=title, theme=theme
         )
     colours = palette(theme)
+    names = [
+        safe(title) + (" (control)" if name == "random" else "")
+        for name, title in shown.select("preset", "title").rows()
+    ]
     extra = list(zip(shown["experts_after"], shown["saved"], shown["score"], strict=True))
     figure = go.Figure(
         go.Bar(
-            x=shown["layer_error"], y=shown["preset"], orientation="h", customdata=extra,
+            x=shown["layer_error"], y=names, orientation="h", customdata=extra,
             marker={"color": [colours.accent if name == chosen else colours.muted for name in shown["preset"]]},
             text=[f"{value:.3g}" for value in shown["layer_error"]], textposition="outside", cliponaxis=False,
             hovertemplate="%{y}: predicted error %{x:.4g}<br>%{customdata[0]:,} experts stay, %{customdata[1]} saved"

@@ -66,12 +66,13 @@ def units(plan: Plan) -> pl.DataFrame:
     """
     after, stays, masks = experts_after(plan), set(kept_layers(plan)), neurons_after(plan)
     silenced = {layer for step in plan.steps if isinstance(step, DropStep) for layer in step.blocks}
-    scores, reasons, given_up = _scores(plan), _protected(plan), _given_up(plan)
+    (scores, whole), reasons, given_up = _scores(plan), _protected(plan), _given_up(plan)
     rows: list[dict[str, Any]] = []
     for shape in plan.source.layers:
         key = shape.key
         homes = {member: expert for expert in after.get(key, []) for member in expert.members}
-        values, places = scores.get(key, {}), _places(scores.get(key, {}))
+        values = scores.get(key, {})
+        places = {} if key in whole else _places(values)
         for expert in range(shape.num_experts):
             home, mask = homes.get(expert), masks.get((*key, expert, "routed"))
             row: dict[str, Any] = {"layer": key[0], "step": key[1], "label": layer_label(*key), "expert": expert}
@@ -191,14 +192,18 @@ def evidence_of(plan: Plan) -> Evidence | None:
     return next((evidence for evidence in plan.evidence if evidence.layers), None)
 
 
-def _scores(plan: Plan) -> dict[LayerKey, dict[int, float]]:
-    evidence = evidence_of(plan)
-    if evidence is None:
-        return {}
-    return {
-        (layer.layer, layer.step): {expert: value for expert, value in enumerate(layer.values) if value is not None}
-        for layer in evidence.layers
-    }
+def _scores(plan: Plan) -> tuple[dict[LayerKey, dict[int, float]], set[LayerKey]]:
+    """(layer, step) -> expert -> score; and the layers whose one score is that of the layer as a whole."""
+    evidence, shapes = evidence_of(plan), plan.source.by_key
+    found: dict[LayerKey, dict[int, float]] = {}
+    whole: set[LayerKey] = set()
+    for layer in evidence.layers if evidence is not None else ():
+        key, values = (layer.layer, layer.step), layer.values
+        if len(values) == 1 and key in shapes and shapes[key].num_experts > 1:
+            whole.add(key)
+            values = values * shapes[key].num_experts
+        found[key] = {expert: value for expert, value in enumerate(values) if value is not None}
+    return found, whole
 
 
 def _protected(plan: Plan) -> dict[tuple[int, int, int], str]:

@@ -63,7 +63,7 @@ def _controls(run: Run, known: pl.DataFrame) -> dict[str, Any]:
         preset = state.choose(
             "Preset", names, key="preset", default=frames.first_choice(names), words=titles.__getitem__
         )
-        by = state.choose("Asked for", ["share", "memory"], key="by", segmented=True)
+        by = state.choose("By", ["share", "memory"], key="by", segmented=True)
         asked: dict[str, Any] = {"preset": preset}
         if by == "share":
             percent = state.choose_share("Share to remove", key="share", default=25)
