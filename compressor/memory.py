@@ -79,7 +79,8 @@ def _change(journal: Journal, model: nn.Module, plan: Plan, moments: Mapping[Lay
     for key, edit in changed.items():
         site = decoder.sites[key]
         edit.decide(site.read)
-        replace_experts(journal, site, edit)
+        if [edit.untouched(index) for index in range(edit.count)] != list(range(edit.shape.num_experts)):
+            replace_experts(journal, site, edit)
         if not edit.same_experts:
             replace_router(journal, site, edit)
         replace_shared(journal, site, edit)

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import Qwen3VLMoeConfig, Qwen3VLMoeForConditionalGeneration
 
 from compressor.edits.moments import LayerMoments
+from compressor.load import load
 from compressor.memory import edit, edited
 from compressor.plan import (
     DropLayer,
@@ -320,6 +323,41 @@ def test_untouched_tensors_stay_the_same_objects_and_types() -> None:
             after["model.layers.1.mlp.experts.down_proj"].float(),
             before["model.layers.1.mlp.experts.down_proj"][1:].float(),
         )
+
+
+def test_shared_experts_can_be_cut_alone() -> None:
+    model = build("deepseek_v3")
+    known, before = source(model), dict(model.named_parameters())
+    shape = known.layers[0]
+    kept = np.arange(shape.shared_width) % 3 > 0
+    layer = SlimLayer(layer=shape.layer, experts=(SlimExpert.of(expert=0, role="shared", mask=kept),))
+    wanted = plan(known, SlimStep(method="test", form="per_layer", layers=(layer,)))
+    with edited(model, wanted):
+        changed = {name for name, tensor in model.named_parameters() if tensor is not before[name]}
+        assert changed == {
+            f"model.layers.{shape.layer}.mlp.shared_experts.{name}_proj.weight" for name in ("gate", "up", "down")
+        }
+        found: Any = inspect_model(model).layers[0].shared
+        assert found.down.in_features == found.module.intermediate_size == int(kept.sum())
+        assert torch.isfinite(run(model)).all()
+
+
+def test_text_layers_of_a_model_that_reads_images(tmp_path: Path) -> None:
+    numbers = {"vocab_size": 120, "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "head_dim": 16}
+    experts = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "num_key_value_heads": 2}
+    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}
+    vision = {"depth": 2, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2, "patch_size": 4}
+    vision |= {"out_hidden_size": 64, "deepstack_visual_indexes": [0], "num_position_embeddings": 16}
+    config = Qwen3VLMoeConfig(text_config={**numbers, **experts, "rope_parameters": rope}, vision_config=vision)
+    torch.manual_seed(0)
+    model = Qwen3VLMoeForConditionalGeneration(config).eval()
+    gone = {0: [1], 2: [3, 4]}
+    with unreachable(model, gone) as twin:
+        wanted = run(twin)
+    edit(model, dropping(model, gone, form="per_layer"))
+    near(run(model), wanted)
+    model.save_pretrained(tmp_path)
+    near(run(load(tmp_path)), wanted)
 
 
 def test_the_model_is_put_back_after_an_error() -> None:
