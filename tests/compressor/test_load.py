@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 import compressor
 from compressor.load import load
@@ -19,15 +18,10 @@ from compressor.plan import DropLayer, DropStep, Plan, SlimExpert, SlimLayer, Sl
 from moescope.errors import ModelError
 from profiler.capture.discovery import inspect_model
 from tests.compressor.edit_plans import dropping, plan, source
-from tests.profiler.capture.tiny import batch, build, output_of
+from tests.compressor.edited_models import run
+from tests.profiler.capture.tiny import batch, build
 
 FAMILIES = ("olmoe", "mixtral", "qwen3_moe", "gpt_oss", "deepseek_v3")
-
-
-@torch.no_grad()
-def run(model: Any) -> Tensor:
-    """Logits of two short texts, one of them padded."""
-    return output_of(model(**batch(2, 10)))
 
 
 def ragged(model: Any, *, widths: bool) -> Plan:
