@@ -1,9 +1,9 @@
-"""Logits of a GGUF file by llama.cpp itself, through its C interface (llama.h).
+"""Logits of a checkpoint by llama.cpp itself: its own converter, then its C interface (llama.h).
 
     python -m benchmarks.libllama LIBRARY FILE.gguf TOKENS.json LOGITS.npy
 
-A process of its own, since llama.cpp ends the process over a file that it cannot hold. Keys and values are kept in
-float32 and attention is not fused: with the engine's defaults (float16) small differences turn the choice of experts
+Both run in processes of their own: llama.cpp ends the process over a file that it cannot hold. Keys and values are kept
+in float32 and attention is not fused: with the engine's defaults (float16) small differences turn the choice of experts
 where two are nearly level, and hide whether both engines compute the same function.
 """
 
@@ -12,8 +12,12 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 import json
+import os
+import subprocess
 import sys
+import tempfile
 from ctypes import POINTER, c_char_p, c_float, c_int8, c_int32, c_uint8, c_uint32, c_void_p
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +25,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 PACKAGES = ("xllamacpp", "llama_cpp")  # Python packages that bring llama.cpp along
+# The converter knows tokenizers by a checksum, and not the bundled one, which splits text as this one of its list does.
+CONVERT = """
+import runpy, sys
+sys.path[:0] = [sys.argv[1], sys.argv[1] + "/gguf-py"]
+from conversion.base import TextModel
+TextModel.get_vocab_base_pre = lambda model, tokenizer: "smollm"
+script = sys.argv[1] + "/convert_hf_to_gguf.py"
+sys.argv[:2] = [script]
+runpy.run_path(script, run_name="__main__")
+"""
 FLOAT32, FLOAT16, AUTOMATIC, OFF = 0, 1, -1, 0  # of enum ggml_type and of enum llama_flash_attn_type
 
 
@@ -138,6 +152,36 @@ class _Calls:
         """The last line that says what went wrong."""
         lines = "".join(self._log).splitlines()
         return next((line for line in lines if "error" in line.lower()), lines[-1] if lines else "")
+
+
+@dataclass(frozen=True)
+class Engine:
+    """llama.cpp: its converter's folder, its library, and how weights are stored."""
+
+    folder: Path
+    library: Path
+    outtype: str
+
+    def logits(self, checkpoint: Path, ids: list[int]) -> NDArray[np.float32] | str:
+        """(tokens, vocabulary), or the words with which a checkpoint was refused."""
+        with tempfile.TemporaryDirectory() as folder:
+            file, listed, result = (Path(folder) / name for name in ("model.gguf", "tokens.json", "logits.npy"))
+            listed.write_text(json.dumps(ids))
+            output = ["--outtype", self.outtype, "--outfile", str(file)]
+            words = _run(["-c", CONVERT, str(self.folder), str(checkpoint), *output])
+            if words is not None:
+                return f"converter: {words}"
+            words = _run(["-m", "benchmarks.libllama", str(self.library), str(file), str(listed), str(result)])
+            return f"engine: {words}" if words is not None else np.load(result)
+
+
+def _run(arguments: list[str]) -> str | None:
+    """None, or the last words of a process that failed."""
+    environment = {**os.environ, "GGML_NO_BACKTRACE": "1"}  # an assertion that fails would call a debugger
+    command = [sys.executable, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    lines = [line for line in done.stderr.splitlines() if line.strip()] or [f"status {done.returncode}"]
+    return None if done.returncode == 0 else lines[-1]
 
 
 def main() -> None:

@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -27,9 +26,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 import compressor
-from benchmarks.libllama import find_library
+from benchmarks.libllama import Engine, find_library
 from compressor.plan import (
     DropLayer,
     DropStep,
@@ -52,16 +52,6 @@ from sample_data import MODEL, TEXTS
 BOUND = 1e-3
 """Largest difference of a logit that we accept between two float32 engines."""
 TOKENS_PER_DOMAIN = 36
-# The converter knows tokenizers by a checksum, and not the bundled one, which splits text as this one of its list does.
-CONVERT = """
-import runpy, sys
-sys.path[:0] = [sys.argv[1], sys.argv[1] + "/gguf-py"]
-from conversion.base import TextModel
-TextModel.get_vocab_base_pre = lambda model, tokenizer: "smollm"
-script = sys.argv[1] + "/convert_hf_to_gguf.py"
-sys.argv[:2] = [script]
-runpy.run_path(script, run_name="__main__")
-"""
 
 
 @dataclass(frozen=True)
@@ -87,13 +77,13 @@ def models(folder: Path) -> Iterator[Model]:
         "norm_topk_prob": True, "num_experts_per_tok": 4, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2,
     }  # fmt: skip
     torch.manual_seed(0)
-    qwen = Qwen3MoeForCausalLM(Qwen3MoeConfig(num_experts=16, num_key_value_heads=2, head_dim=32, **size))
+    qwen = Qwen3MoeForCausalLM(Qwen3MoeConfig(num_experts=16, num_key_value_heads=2, **{"head_dim": 32, **size}))
     _save(qwen, folder / "qwen3_moe")
     yield Model("qwen3_moe", folder / "qwen3_moe", _source(_config(folder / "qwen3_moe")))
     config = DeepseekV3Config(
         n_routed_experts=16, n_shared_experts=1, first_k_dense_replace=1, n_group=4, topk_group=2, kv_lora_rank=64,
         q_lora_rank=64, qk_rope_head_dim=32, qk_nope_head_dim=32, v_head_dim=32, num_key_value_heads=4,
-        routed_scaling_factor=2.5, scoring_func="sigmoid", topk_method="noaux_tc", **size,
+        routed_scaling_factor=2.5, **{"scoring_func": "sigmoid", "topk_method": "noaux_tc", **size},
     )  # fmt: skip
     deepseek = DeepseekV3ForCausalLM(config)
     for name, buffer in deepseek.named_buffers():
@@ -206,43 +196,6 @@ def tokens() -> list[int]:
     return result
 
 
-@dataclass(frozen=True)
-class Engine:
-    """llama.cpp: its converter's folder, its library, and how weights are stored."""
-
-    folder: Path
-    library: Path
-    outtype: str
-
-    def logits(self, checkpoint: Path, ids: list[int]) -> torch.Tensor | str:
-        """(tokens, vocabulary), or the words with which a checkpoint was refused."""
-        with tempfile.TemporaryDirectory() as folder:
-            file, listed, result = (Path(folder) / name for name in ("model.gguf", "tokens.json", "logits.npy"))
-            listed.write_text(json.dumps(ids))
-            convert = [
-                "-c",
-                CONVERT,
-                str(self.folder),
-                str(checkpoint),
-                "--outtype",
-                self.outtype,
-                "--outfile",
-                str(file),
-            ]
-            words = _run(convert)
-            if words is not None:
-                return f"converter: {words}"
-            words = _run(["-m", "benchmarks.libllama", str(self.library), str(file), str(listed), str(result)])
-            return f"engine: {words}" if words is not None else torch.from_numpy(np.load(result))
-
-
-def _run(arguments: list[str]) -> str | None:
-    """None, or the last words of a process that failed."""
-    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, check=False)
-    lines = [line for line in done.stderr.splitlines() if line.strip()] or [f"status {done.returncode}"]
-    return None if done.returncode == 0 else lines[-1]
-
-
 def reference(checkpoint: Path, ids: list[int]) -> torch.Tensor:
     """(tokens, vocabulary) float32, by transformers."""
     model = compressor.load(checkpoint, dtype="float32").eval()
@@ -273,11 +226,12 @@ def compare(model: Model, engine: Engine, folder: Path, ids: list[int]) -> bool:
     return good
 
 
-def _line(model: str, form: str, ours: torch.Tensor, theirs: torch.Tensor | str, original: torch.Tensor) -> bool:
+def _line(model: str, form: str, ours: torch.Tensor, answer: NDArray[np.float32] | str, original: torch.Tensor) -> bool:
     start, edit = f"{model:<12}{form:<17}", f"{divergence(original, ours):>15.1e}"
-    if isinstance(theirs, str):
-        print(f"{start}{'':>35}{edit}   refused, {theirs[:70]}", flush=True)
+    if isinstance(answer, str):
+        print(f"{start}{'':>35}{edit}   refused, {answer[:70]}", flush=True)
         return False
+    theirs = torch.from_numpy(answer)
     largest = float((ours - theirs).abs().max())
     top = float((ours.argmax(-1) == theirs.argmax(-1)).float().mean())
     print(f"{start}{largest:>13.1e}{top:>9.1%}{divergence(ours, theirs):>13.1e}{edit}", flush=True)
