@@ -62,7 +62,7 @@ def run(options: argparse.Namespace) -> int:
     _refuse(options)
     path = store.Catalog(options.store).resolve(options.beside) if options.beside else None
     from profiler import load_tokenizer
-    from profiler.evaluation.compare import require_same_tokenizer
+    from profiler.evaluation.tokenizers import require_same_tokenizer
 
     tokenizer = load_tokenizer(options.model)
     require_same_tokenizer(tokenizer, load_tokenizer(options.against))

@@ -16,11 +16,11 @@ from moescope.errors import CorpusError, InputError, ModelError, RunError
 from profiler import evaluate as perplexities
 from profiler.corpus import TokenBatch
 from profiler.evaluation import Evaluation, divergence, document, evaluate
-from profiler.evaluation.compare import require_same_tokenizer
 from profiler.evaluation.harness import run_harness
 from profiler.evaluation.report import verdict
 from profiler.evaluation.size import size_of
 from profiler.evaluation.speed import summarize as summarize_speed
+from profiler.evaluation.tokenizers import require_same_tokenizer
 from tests.profiler.capture.tiny import build, tokenizer
 from tests.profiler.evaluation.test_distribution import damaged
 from tests.profiler.test_evaluate import batches
