@@ -116,14 +116,23 @@ def quarter(layers: int) -> Plan:
     return Plan(
         provenance=Provenance(run="synthetic", tool_version="0"),
         source=Source(
-            model="synthetic", model_type="olmoe", hidden_size=HIDDEN, expert_size=HIDDEN, num_layers=layers, layers=shapes
+            model="synthetic",
+            model_type="olmoe",
+            hidden_size=HIDDEN,
+            expert_size=HIDDEN,
+            num_layers=layers,
+            layers=shapes,
         ),
         target=Target(share=0.25, preset="synthetic"),
         steps=(DropStep(method="every fourth", layers=gone),),
         estimate=Estimate(
-            expert_parameters=4, expert_parameters_after=3, active_parameters=1, active_parameters_after=1, bytes_saved=0
+            expert_parameters=4,
+            expert_parameters_after=3,
+            active_parameters=1,
+            active_parameters_after=1,
+            bytes_saved=0,
         ),
-    ).checked()  # fmt: skip
+    ).checked()
 
 
 def copy_all(source: Path, target: Path) -> float:
@@ -184,7 +193,9 @@ def report(
     copy, own = statistics.median(copying), statistics.median(applying)
     speed, room = copy / own, largest + MORE_MEMORY
     print(f"source {size / 1e9:.2f} GB in {files} files of at most {largest / 1e9:.2f} GB; result {after / 1e9:.2f} GB")
-    print(f"copying   {copy:6.2f} s  {size / copy / 1e9:5.2f} GB/s          ({min(copying):.2f} to {max(copying):.2f} s)")
+    print(
+        f"copying   {copy:6.2f} s  {size / copy / 1e9:5.2f} GB/s          ({min(copying):.2f} to {max(copying):.2f} s)"
+    )
     print(
         f"applying  {own:6.2f} s  {size / own / 1e9:5.2f} GB/s of source, {after / own / 1e9:5.2f} GB/s written"
         f" ({min(applying):.2f} to {max(applying):.2f} s)"

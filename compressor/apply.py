@@ -122,7 +122,7 @@ def _job(plan: Plan, checkpoint: Checkpoint, moments: Mapping[LayerKey, LayerMom
         for key in sorted(moments):
             for tensor in (moments[key].input, moments[key].activation_square):
                 digest.update(repr((key, tensor.shape)).encode())
-                digest.update(memoryview(tensor.detach().cpu().contiguous().double().numpy()).cast("B"))
+                digest.update(tensor.detach().cpu().double().numpy().tobytes())
         job["moments"] = digest.hexdigest()
     return job
 

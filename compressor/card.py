@@ -3,16 +3,32 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
+
 from compressor.checkpoint.companions import CARD
-from compressor.plan import DropStep, LayerShape, MergeStep, NewExpert, Plan, experts_after, kept_layers, widths_after
+from compressor.plan import (
+    DropStep,
+    LayerShape,
+    MergeStep,
+    NewExpert,
+    Plan,
+    Role,
+    experts_after,
+    kept_layers,
+    widths_after,
+)
 from compressor.plan.result import neurons_after
 
 _CARRIED = ("license", "license_name", "license_link", "language", "pipeline_tag")
 
 
-def model_card(plan: Plan, source: Path, *, name: str, loads_with: str, notes: tuple[str, ...], sizes: tuple[int, int]) -> str:
+def model_card(
+    plan: Plan, source: Path, *, name: str, loads_with: str, notes: tuple[str, ...], sizes: tuple[int, int]
+) -> str:
     """README.md of a result.
 
     Args:
@@ -111,10 +127,18 @@ def _layers(plan: Plan) -> str:
     return "\n".join(rows) + "\n"
 
 
-def _neurons(shape: LayerShape, experts: list[NewExpert], width: int, masks: object) -> str:
-    assert isinstance(masks, dict)
-    kept = [int(mask.sum()) for (layer, step, expert, role), mask in masks.items()
-            if (layer, step) == shape.key and role == "routed" and any(own.lead == expert for own in experts)]  # fmt: skip
+def _neurons(
+    shape: LayerShape,
+    experts: list[NewExpert],
+    width: int,
+    masks: Mapping[tuple[int, int, int, Role], NDArray[np.bool_]],
+) -> str:
+    leads = {expert.lead for expert in experts}
+    kept = [
+        int(mask.sum())
+        for (layer, step, expert, role), mask in masks.items()
+        if (layer, step) == shape.key and role == "routed" and expert in leads
+    ]
     text = _change(shape.width, width)
     return f"{text} (kept {min(kept)} to {max(kept)})" if kept and (min(kept), max(kept)) != (width, width) else text
 
@@ -126,9 +150,9 @@ def _change(before: int, after: int) -> str:
 def _unmeasured(plan: Plan, notes: tuple[str, ...]) -> str:
     text = [
         "## What was not measured\n",
-        "Nothing was measured on the result when this page was written. The plan was made from statistics of calibration"
-        " text; what it does to other text, other languages or tasks is not known. Measure it on your own text"
-        " (`moescope evaluate`) before you use it.\n",
+        "Nothing was measured on the result when this page was written. The plan was made from statistics of"
+        " calibration text; what it does to other text, other languages or tasks is not known. Measure it on your own"
+        " text (`moescope evaluate`) before you use it.\n",
     ]
     text += [f"- {note}" for note in (*notes, *(note for evidence in plan.evidence for note in evidence.notes))]
     return "\n".join(text) + "\n"

@@ -1,4 +1,4 @@
-"""The files beside the weights that a result carries on: tokenizer, chat template, generation settings, code, licence."""
+"""The files beside the weights that a result carries on: tokenizer, chat template, settings, code, licence."""
 
 from __future__ import annotations
 

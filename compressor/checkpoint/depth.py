@@ -4,31 +4,49 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 from compressor.families.config_fields import PREDICTION_LAYERS, TextConfig
 from moescope.errors import PlanError
 
 INDEX_LISTS = (
-    "attn_layer_indices", "dense_layers", "full_attn_idxs", "local_layer_ids", "mlp_only_layers", "moe_layers", "ple_layer_ids",
-)  # fmt: skip
+    "attn_layer_indices",
+    "dense_layers",
+    "full_attn_idxs",
+    "local_layer_ids",
+    "mlp_only_layers",
+    "moe_layers",
+    "ple_layer_ids",
+)
 """Lists of layer numbers."""
 
 REFERENCES = ("kv_source_layers",)
 """Lists with one entry per layer, which is the number of another layer."""
 
-THRESHOLDS = ("first_k_dense_replace", "num_dense_layers", "max_window_layers", "num_hash_layers", "moe_layer_start_index")
+THRESHOLDS = (
+    "first_k_dense_replace",
+    "num_dense_layers",
+    "max_window_layers",
+    "num_hash_layers",
+    "moe_layer_start_index",
+)
 """Layers before this one differ from those behind it."""
 
 LAST_LAYERS = ("moe_layer_end_index",)
 """The last layer of a kind."""
 
 PERIODS = {
-    "attn_layer_period": "", "decoder_sparse_step": "", "expert_layer_period": "", "full_attention_interval": "layer_types",
-    "global_attn_every_n_layers": "layer_types", "interleave_moe_layer_step": "moe_layers", "layer_group_size": "layer_types",
-    "moe_layer_freq": "mlp_layer_types", "moe_layer_interval": "", "no_rope_layer_interval": "no_rope_layers",
+    "attn_layer_period": "",
+    "decoder_sparse_step": "",
+    "expert_layer_period": "",
+    "full_attention_interval": "layer_types",
+    "global_attn_every_n_layers": "layer_types",
+    "interleave_moe_layer_step": "moe_layers",
+    "layer_group_size": "layer_types",
+    "moe_layer_freq": "mlp_layer_types",
+    "moe_layer_interval": "",
+    "no_rope_layer_interval": "no_rope_layers",
     "sliding_window_pattern": "layer_types",
-}  # fmt: skip
+}
 """Every n-th layer is different; and the list that says it layer by layer, which counts where there is one."""
 
 REFUSED = {
@@ -41,7 +59,9 @@ REFUSED = {
 REFUSED_FAMILIES = {"beam": "weighs its residual stream by the numbers of the layers"}
 """Families whose layers cannot be renumbered."""
 
-_LOOKS_PERIODIC = re.compile(r"(layer|attn|attention|sparse|moe|rope|window).*(period|interval|every|step|freq|pattern)")
+_LOOKS_PERIODIC = re.compile(
+    r"(layer|attn|attention|sparse|moe|rope|window).*(period|interval|every|step|freq|pattern)"
+)
 _NO_LAYERS = re.compile(r"token|architectures|label|section|mtp")
 
 
@@ -95,7 +115,9 @@ def _refuse(text: TextConfig, names: Iterable[str], stack: str) -> None:
             raise PlanError(f"decoder layers of {text.model_type} cannot be dropped: it {reason} ({name})")
     root = stack.rpartition(".")[0]
     root = f"{root}." if root else ""
-    numbered = re.compile(rf"^{re.escape(root)}(?!{re.escape(stack[len(root) :])}\.)(?P<list>[\w.]+?)\.(?P<number>\d+)(\.|$)")
+    numbered = re.compile(
+        rf"^{re.escape(root)}(?!{re.escape(stack[len(root) :])}\.)(?P<list>[\w.]+?)\.(?P<number>\d+)(\.|$)"
+    )
     groups: dict[str, set[int]] = {}
     for name in names:
         if found := numbered.match(name):

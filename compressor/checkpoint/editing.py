@@ -32,7 +32,6 @@ class LayerEditing:
         shared_width: neurons that the shared experts are stored with.
         experts: reads its experts; None where they are quantized, so that they can only be copied or left out.
         hidden: channels of the residual stream, which shared experts read and write.
-        model_type: of the family.
     """
 
     layer: StoredLayer
@@ -41,7 +40,6 @@ class LayerEditing:
     shared_width: int
     experts: ExpertReader | None
     hidden: int
-    model_type: str
 
     def outputs(self) -> Iterator[tuple[Entry, Output]]:
         """(a tensor of the source in whose file it goes, tensor of the result)."""

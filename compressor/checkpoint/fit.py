@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import re
+from collections import defaultdict
 from typing import Any
 
 from compressor.checkpoint.files import Checkpoint
 from compressor.checkpoint.headers import FLOATS
 from compressor.checkpoint.layers import Decoder, check_layer
-from compressor.families.checkpoint import REFUSED
+from compressor.families.checkpoint import REFUSED, TensorName
 from compressor.families.config_fields import TextConfig
-from compressor.plan import DropStep, LayerShape, Plan
+from compressor.plan import DropStep, Plan
 from moescope.errors import PlanError
+
+_ADVICE = "dequantize the checkpoint first"
 
 
 def check_model(plan: Plan, config: dict[str, Any], text: TextConfig) -> None:
@@ -22,7 +26,9 @@ def check_model(plan: Plan, config: dict[str, Any], text: TextConfig) -> None:
     source = plan.source
     types = {str(config.get("model_type")), text.model_type}
     if source.model_type not in types:
-        raise PlanError(f"the plan is for a {source.model_type} ({source.model}); the checkpoint is a {text.model_type}")
+        raise PlanError(
+            f"the plan is for a {source.model_type} ({source.model}); the checkpoint is a {text.model_type}"
+        )
     for name in types & set(REFUSED):
         raise PlanError(f"checkpoints of {name} are not edited: {REFUSED[name]}")
     if source.num_layers != text.layers:
@@ -32,7 +38,9 @@ def check_model(plan: Plan, config: dict[str, Any], text: TextConfig) -> None:
         )
     hidden = text.content.get("hidden_size", text.content.get("d_model"))
     if isinstance(hidden, int) and hidden != source.hidden_size:
-        raise PlanError(f"the plan is for a model of width {source.hidden_size}; the checkpoint's is {hidden} (hidden_size)")
+        raise PlanError(
+            f"the plan is for a model of width {source.hidden_size}; the checkpoint's is {hidden} (hidden_size)"
+        )
     for shape in source.layers:
         for field, wanted, what in (
             (text.count, shape.num_experts, "experts"),
@@ -46,11 +54,11 @@ def check_model(plan: Plan, config: dict[str, Any], text: TextConfig) -> None:
                 )
 
 
-def check_layers(plan: Plan, checkpoint: Checkpoint, decoder: Decoder) -> None:
+def check_layers(plan: Plan, checkpoint: Checkpoint, decoder: Decoder, text: TextConfig) -> None:
     """Refuse a checkpoint whose MoE layers are not those of the plan, or not complete.
 
     Raises:
-        PlanError: other layers.
+        PlanError: other layers, or shared experts of another width.
         ModelError: a tensor is missing or not known.
     """
     planned = {shape.layer: shape for shape in plan.source.layers}
@@ -58,29 +66,23 @@ def check_layers(plan: Plan, checkpoint: Checkpoint, decoder: Decoder) -> None:
         other = min(set(planned) ^ set(decoder.layers))
         where = "the checkpoint, not in the plan" if other in decoder.layers else "the plan, not in the checkpoint"
         raise PlanError(f"layer {other} has experts in {where}: the plan is for another model")
-    entries = checkpoint.entries
-    by_layer: dict[int, list[Any]] = {}
+    by_layer: dict[int, list[TensorName]] = defaultdict(list)
     for name in decoder.names.values():
         if name.stack == decoder.stack:
-            by_layer.setdefault(name.layer, []).append(name)
+            by_layer[name.layer].append(name)
+    entries = checkpoint.entries
     for number, layer in decoder.layers.items():
-        check_layer(layer, by_layer[number], entries, planned[number].num_experts)
-
-
-def check_shared(plan: Plan, decoder: Decoder) -> None:
-    """Refuse shared experts of another width than the plan's.
-
-    Raises:
-        PlanError: with both widths.
-    """
-    for shape in plan.source.layers:
-        for name, entry in decoder.layers[shape.layer].shared:
-            if name.part == "up" and name.what == "weight" and len(entry.shape) == 2 and entry.dtype in FLOATS:
-                if shape.shared_width != entry.shape[0]:
-                    raise PlanError(
-                        f"the plan is for shared experts of {shape.shared_width} neurons in layer {shape.layer}; the"
-                        f" checkpoint's have {entry.shape[0]}"
-                    )
+        shape = planned[number]
+        check_layer(
+            layer, by_layer[number], entries, num_experts=shape.num_experts, extra_rows=text.extra_rows
+        )  # fmt: skip
+        for name, entry in layer.shared:
+            plain = name.part == "up" and name.what == "weight" and len(entry.shape) == 2 and entry.dtype in FLOATS
+            if plain and shape.shared_width != entry.shape[0]:
+                raise PlanError(
+                    f"the plan is for shared experts of {shape.shared_width} neurons in layer {number}; the"
+                    f" checkpoint's have {entry.shape[0]}"
+                )
 
 
 def check_quantized(plan: Plan, checkpoint: Checkpoint, decoder: Decoder) -> bool:
@@ -89,37 +91,30 @@ def check_quantized(plan: Plan, checkpoint: Checkpoint, decoder: Decoder) -> boo
     Raises:
         PlanError: the plan needs more than that.
     """
-    declared = checkpoint.config.get("quantization_config") or {}
     packed = next((text for layer in decoder.layers.values() if (text := layer.quantized)), "")
     if not packed:
         return False
-    advice = "dequantize the checkpoint first"
     if not all(layer.separate for layer in decoder.layers.values()):
-        raise PlanError(f"the experts are quantized and stored together, {packed}: {advice}")
+        raise PlanError(f"the experts are quantized and stored together, {packed}: {_ADVICE}")
     for step in plan.steps:
         if not isinstance(step, DropStep) or step.blocks or step.form == "padded":
             kind = "a dropped block" if isinstance(step, DropStep) and step.blocks else f"a {step.step} step"
-            raise PlanError(f"the experts are quantized, {packed}, and the plan has {kind}: {advice}")
+            raise PlanError(f"the experts are quantized, {packed}, and the plan has {kind}: {_ADVICE}")
     for layer in decoder.layers.values():
-        router = next((entry for name, entry in layer.around if entry.dtype not in FLOATS and name.kind != "table"), None)
-        if router is not None:
-            raise PlanError(f"{router.name} is quantized ({router.dtype}), so no row of it can go: {advice}")
-    if _names_numbers(declared):
-        raise PlanError(f"quantization_config names single experts or layers, whose numbers would change: {advice}")
+        for name, entry in layer.around:
+            if entry.dtype not in FLOATS and name.kind != "table":
+                raise PlanError(f"{name.name} is quantized ({entry.dtype}), so no row of it can go: {_ADVICE}")
+    if _names_numbers(checkpoint.config.get("quantization_config") or {}, plan):
+        raise PlanError(f"quantization_config names single experts or layers, whose numbers would change: {_ADVICE}")
     return True
 
 
-def _names_numbers(value: Any) -> bool:
-    """Whether a setting speaks of experts by number (``...experts.3...``)."""
-    import re
-
+def _names_numbers(value: Any, plan: Plan) -> bool:
+    """Whether a setting speaks of experts by number (``...experts.3...``), or of layers where those move up."""
     if isinstance(value, dict):
-        return any(_names_numbers(entry) or _names_numbers(name) for name, entry in value.items())
+        return any(_names_numbers(entry, plan) or _names_numbers(name, plan) for name, entry in value.items())
     if isinstance(value, (list, tuple)):
-        return any(_names_numbers(entry) for entry in value)
-    return isinstance(value, str) and bool(re.search(r"experts\.\d+", value))
-
-
-def shape_of(plan: Plan, layer: int) -> LayerShape:
-    """The plan's only shape of a layer."""
-    return plan.source.by_key[layer, 0]
+        return any(_names_numbers(entry, plan) for entry in value)
+    moves = any(isinstance(step, DropStep) and step.decoder_layers for step in plan.steps)
+    pattern = r"(experts|layers)\.\d+" if moves else r"experts\.\d+"
+    return isinstance(value, str) and bool(re.search(pattern, value))

@@ -107,16 +107,45 @@ def read_decoder(checkpoint: Checkpoint, *, model_type: str, num_layers: int) ->
             layers[name.layer].around.append((name, entry))
     moe = {number: layer for number, layer in layers.items() if layer.experts}
     beyond = {name.stack for name in names.values() if PREDICTION_STACKS.search(name.name.partition(".layers.")[0])}
-    beyond |= {f"{name.stack}.{name.layer}" for name in names.values() if name.stack == text[0] and name.layer >= num_layers}
+    beyond |= {
+        f"{name.stack}.{name.layer}" for name in names.values() if name.stack == text[0] and name.layer >= num_layers
+    }
     return Decoder(text[0], names, moe, tuple(sorted(beyond)))
 
 
-def check_layer(layer: StoredLayer, names: Iterable[TensorName], entries: dict[str, Entry], num_experts: int) -> None:
+def check_layer(
+    layer: StoredLayer, names: Iterable[TensorName], entries: dict[str, Entry], *, num_experts: int, extra_rows: int
+) -> None:
     """Refuse a layer that is not complete, or that holds something per expert which nobody knows.
+
+    Args:
+        layer: the layer.
+        names: all names of the layer's stack.
+        entries: all tensors.
+        num_experts: experts that it has to hold.
+        extra_rows: rows of the router behind those of the experts.
 
     Raises:
         ModelError: with the tensor.
     """
+    _check_numbers(layer, num_experts)
+    for name, entry in layer.around:
+        rows = entry.shape[-1] if entry.shape[:1] == (1,) else entry.shape[0]
+        if name.kind == "router" and rows != num_experts + extra_rows:
+            raise ModelError(f"layer {layer.layer} holds {num_experts} experts and router rows for {rows}: {name.name}")
+        per_expert = name.kind in ("router_bias", "selection_bias", "expert_scale")
+        if per_expert and rows not in (num_experts, num_experts + extra_rows):
+            raise ModelError(f"{name.name} has shape {list(entry.shape)} for {num_experts} experts")
+    for name in names:
+        if name.layer == layer.layer and name.kind == "plain" and _unknown(name, entries[name.name], num_experts):
+            raise ModelError(
+                f"{name.name} {list(entries[name.name].shape)} may hold one entry per expert, and its name is not"
+                " known: this family has to be added to compressor/families/checkpoint.py"
+            )
+
+
+def _check_numbers(layer: StoredLayer, num_experts: int) -> None:
+    """Every projection of every expert is there."""
     if not layer.rows:
         raise ModelError(f"layer {layer.layer} has experts and no router whose name is known")
     numbers: dict[tuple[str, str], set[int]] = defaultdict(set)
@@ -131,20 +160,11 @@ def check_layer(layer: StoredLayer, names: Iterable[TensorName], entries: dict[s
                 f"layer {layer.layer} has {len(found)} of {num_experts} experts' {part} {what}"
                 + (f"; that of expert {min(missing)} is missing" if missing else "; is the plan for this model?")
             )
-    for name, entry in layer.around:
-        length = max(entry.shape, default=0) if name.kind != "router" else entry.shape[0]
-        if name.kind not in ("output_bias", "table") and length < num_experts:
-            raise ModelError(f"{name.name} has shape {list(entry.shape)}, too small for {num_experts} experts")
-    for name in names:
-        if name.layer == layer.layer and name.kind == "plain" and _unknown(name, entries[name.name], num_experts):
-            raise ModelError(
-                f"{name.name} {list(entries[name.name].shape)} may hold one entry per expert, and its name is not known:"
-                " this family has to be added to compressor/families/checkpoint.py"
-            )
 
 
 _KNOWN_PLAIN = (
-    "shared_expert_gate", "router.scale", "global_scale", "pre_expert", "post_expert", "router_mlp", "router_states", "norm"
+    "shared_expert_gate", "router.scale", "global_scale", "pre_expert", "post_expert", "router_mlp", "router_states",
+    "norm",
 )  # fmt: skip
 
 
@@ -175,7 +195,9 @@ class ExpertReader:
     slots: dict[str, Slot] = field(init=False)
 
     def __post_init__(self) -> None:
-        first = [(name, self._part_shape(name, entry)) for name, entry in self.layer.experts if name.expert in (None, 0)]
+        first = [
+            (name, self._part_shape(name, entry)) for name, entry in self.layer.experts if name.expert in (None, 0)
+        ]
         found = find_slots(first, width=self.width, hidden=self.hidden, model_type=self.model_type)
         kinds = {(name.part, name.what): slot for (name, _), slot in zip(first, found, strict=True)}
         self.slots = {}
@@ -183,8 +205,8 @@ class ExpertReader:
             slot = self.slots[name.name] = kinds[name.part, name.what]
             if self._part_shape(name, entry) != slot.shape(self.width, self.hidden):
                 raise ModelError(
-                    f"{name.name} has shape {list(entry.shape)}, other than its siblings of {self.width} neurons between"
-                    f" {self.hidden} channels"
+                    f"{name.name} has shape {list(entry.shape)}, other than its siblings of {self.width} neurons"
+                    f" between {self.hidden} channels"
                 )
 
     def _part_shape(self, name: TensorName, entry: Entry) -> tuple[int, ...]:

@@ -45,7 +45,7 @@ class Slot:
 
         kind = "_bias" if self.bias else ""
         if self.part != "gate_up":
-            value = getattr(expert, (f"{self.part}{kind}") if self.bias else self.part)
+            value = getattr(expert, f"{self.part}{kind}")
         else:
             gate, up = getattr(expert, f"gate{kind}"), getattr(expert, f"up{kind}")
             if gate is None:
@@ -90,8 +90,8 @@ def find_slots(
         expected = _shape(name.part, name.what == "bias", width, hidden)
         if shape not in (expected, expected[::-1]):
             raise ModelError(
-                f"{name.name} has shape {list(shape)} per expert; the plan's experts of {width} neurons between {hidden}"
-                f" channels would have {list(expected)}: is it for this model?"
+                f"{name.name} has shape {list(shape)} per expert; the plan's experts of {width} neurons between"
+                f" {hidden} channels would have {list(expected)}: is it for this model?"
             )
         if name.packed:  # DBRX: one matrix under the other, down projections turned
             turned.append(name.part == "down")

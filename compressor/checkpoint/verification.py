@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from compressor.checkpoint.companions import PLAN
-from compressor.checkpoint.files import INDEX, Checkpoint, reading
+from compressor.checkpoint.files import Checkpoint, reading
 from compressor.checkpoint.headers import read_header
 from compressor.checkpoint.layers import StoredLayer, check_layer, read_decoder
 from compressor.checkpoint.outputs import Copied, OutputFile
@@ -60,8 +59,8 @@ def verify(folder: str | Path) -> Verified:
             raise ModelError(f"layer {number} holds {count} experts and the configuration speaks of {declared}")
         if planned is not None and planned.get(number, count) != count:
             raise ModelError(f"layer {number} holds {count} experts and its plan leaves {planned[number]}")
-        check_layer(layer, (name for name in decoder.names.values() if name.stack == decoder.stack), entries, count)
-        _check_rows(layer, count)
+        names = (name for name in decoder.names.values() if name.stack == decoder.stack)
+        check_layer(layer, names, entries, num_experts=count, extra_rows=text.extra_rows)
     if planned is not None and set(planned) != set(experts):
         raise ModelError(f"{folder} has experts in layers {sorted(experts)} and its plan leaves {sorted(planned)}")
     return Verified(len(checkpoint.shards), len(entries), checkpoint.bytes_on_disk, experts)
@@ -69,14 +68,6 @@ def verify(folder: str | Path) -> Verified:
 
 def _count(layer: StoredLayer, text: TextConfig) -> int:
     return layer.num_experts(text.number(text.width, layer.layer))
-
-
-def _check_rows(layer: StoredLayer, count: int) -> None:
-    rows = {max(entry.shape) if name.kind != "router" else entry.shape[0] for name, entry in layer.around
-            if name.kind in ("router", "router_bias", "selection_bias", "expert_scale")}  # fmt: skip
-    # Experts without weights have rows behind the others', in routers and biases alike.
-    if min(rows) < count or len(rows) > 2:
-        raise ModelError(f"layer {layer.layer} holds {count} experts and router rows for {sorted(rows)}")
 
 
 def _planned(folder: Path) -> dict[int, int] | None:
@@ -134,9 +125,3 @@ def index_text(files: Iterable[OutputFile]) -> str:
         "weight_map": {output.name: name for output, name in sorted(tensors, key=lambda item: item[0].name)},
     }
     return json.dumps(content, indent=2) + "\n"
-
-
-def remove_index(folder: Path) -> None:
-    """No index beside a single file."""
-    if (folder / INDEX).exists():
-        os.unlink(folder / INDEX)

@@ -85,7 +85,7 @@ def _content(piece: Made, outcome: Any) -> memoryview:
     import torch
 
     tensor = piece.take(outcome).detach().contiguous()
-    content = memoryview(tensor.view(-1).view(torch.uint8).numpy())
+    content = tensor.view(-1).view(torch.uint8).numpy().data
     if len(content) != piece.size:
         raise RuntimeError(f"{piece.unit} came out with {len(content)} bytes instead of {piece.size}")
     return content

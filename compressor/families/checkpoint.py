@@ -1,9 +1,9 @@
 """What the tensors of a checkpoint are, by their names: written once for all families.
 
 A name is read from the decoder layer inwards, so that prefixes do not matter (``model.layers``, ``backbone.layers``,
-``model.language_model.layers``, ``transformer.blocks``). Families keep experts one by one (``experts.3.gate_proj.weight``)
-or all in one tensor (``experts.gate_up_proj``); how such a tensor is turned is decided by shapes, in
-:mod:`compressor.checkpoint.slots`.
+``model.language_model.layers``, ``transformer.blocks``). Families keep experts one by one
+(``experts.3.gate_proj.weight``) or all in one tensor (``experts.gate_up_proj``); how such a tensor is turned is decided
+by shapes, in :mod:`compressor.checkpoint.slots`.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ Kind = Literal[
 """What a tensor of a decoder layer is.
 
 ``router``: one row per expert. ``router_bias``: added to the logits. ``selection_bias``: counts for choosing only.
-``expert_scale``: one factor per expert's output. ``output_bias``: added to the block's output. ``table``: expert ids per
-token id. ``plain``: nothing that knows of experts.
+``expert_scale``: one factor per expert's output. ``output_bias``: added to the block's output. ``table``: expert ids
+per token id. ``plain``: nothing that knows of experts.
 """
 
 LAYER = re.compile(r"^(?P<stack>(?:.*?\.)?(?:layers|blocks|block|h))\.(?P<layer>\d+)\.(?P<rest>.+)$")

@@ -13,18 +13,17 @@ from typing import Any
 
 from moescope.errors import ModelError, PlanError
 
-COUNTS = ("n_routed_experts", "num_local_experts", "num_experts", "moe_num_experts")
-TOP_K = (
+COUNTS: tuple[str, ...] = ("n_routed_experts", "num_local_experts", "num_experts", "moe_num_experts")
+TOP_K: tuple[str, ...] = (
     "num_experts_per_tok",
     "num_experts_per_token",
     "top_k_experts",
     "moe_topk",
     "moe_top_k",
     "moe_k",
-    "num_selected_experts",
 )
-WIDTHS = ("moe_intermediate_size", "expert_ffn_hidden_size", "ffn_hidden_size", "intermediate_size")
-NUM_LAYERS = ("num_hidden_layers", "n_layers", "num_layers", "n_layer")
+WIDTHS: tuple[str, ...] = ("moe_intermediate_size", "expert_ffn_hidden_size", "ffn_hidden_size", "intermediate_size")
+NUM_LAYERS: tuple[str, ...] = ("num_hidden_layers", "n_layers", "num_layers", "n_layer")
 LAYER_LISTS = ("layers_block_type",)
 """Lists with one entry per decoder layer, which say their number where no field does (Nemotron-H)."""
 
@@ -51,7 +50,7 @@ READS_NUM_LOCAL_EXPERTS = (
     "gpt_oss", "kolibri1", "mellum", "minimax", "minimax_m2", "minimax_m3_vl_text", "mixtral", "openai_privacy_filter",
     "qwen3_moe", "qwen3_vl_moe_text",
 )  # fmt: skip
-"""Families whose ``num_experts`` is only another name of ``num_local_experts``; other readers know the one or the other."""
+"""Families whose ``num_experts`` is only another name of ``num_local_experts``; other readers know one of the two."""
 
 IGNORES_SHARED_COUNT = ("deepseek_v4", "hunyuan_v1_moe", "inkling_text")
 """Families that size each shared expert like a routed one, whatever a count beside it says."""
@@ -86,6 +85,14 @@ class TextConfig:
         """Decoder layers."""
         value = self.content[self.num_layers]
         return len(value) if isinstance(value, list) else int(value)
+
+    @property
+    def extra_rows(self) -> int:
+        """Rows of the router behind those of the routed experts: of experts without weights, or of shared ones."""
+        if self.model_type == "zaya":
+            return 1
+        name = "n_shared_experts" if self.model_type == "inkling_text" else "zero_expert_num"
+        return int(self.content.get(name) or 0)
 
     def number(self, field: str, layer: int) -> int | None:
         """An integer field, also where it is a list with one entry per layer; None without."""

@@ -27,8 +27,10 @@ NOT_EDITED = {
 """Families that are refused whatever the plan, and a word of the reason; NLLB has no run, so no plan."""
 
 FAMILIES = [family for family in CONFIGS if family not in (*NOT_EDITED, "nllb-moe")]
-LAYOUTS = ("olmoe", "mixtral", "deepseek_v3", "gpt_oss", "llama4_text", "dbrx", "granitemoe", "aria_text", "inkling2_text",
-           "ernie4_5_moe", "nemotron_h", "gemma4_text", "zaya", "longcat_flash", "mistral_large4_text")  # fmt: skip
+LAYOUTS = (
+    "olmoe", "mixtral", "deepseek_v3", "gpt_oss", "llama4_text", "dbrx", "granitemoe", "aria_text", "inkling2_text",
+    "ernie4_5_moe", "nemotron_h", "gemma4_text", "zaya", "longcat_flash", "mistral_large4_text",
+)  # fmt: skip
 """One family for each way in which experts, routers and biases are stored."""
 
 
