@@ -39,8 +39,8 @@ def section(run: Run, plan: Plan | None) -> None:
         return
     names = list(documents)
     chosen = state.choose("Measured plan", names, key="measured", default=own[0] if own else names[0])
-    others = [name for name in names if name != chosen][: figures.MOST - 1]
-    _damage({name: damages[name] for name in (chosen, *others)}, chosen)
+    first = names[: figures.MOST] if chosen in names[: figures.MOST] else [*names[: figures.MOST - 1], chosen]
+    _damage({name: damages[name] for name in first}, chosen)
     _detail(documents[chosen], chosen)
 
 

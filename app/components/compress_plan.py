@@ -71,8 +71,8 @@ def maps(plan: Plan) -> None:
             figures_of.neuron_map(found, title=f"Neurons that stay: {name}", theme=state.theme()),
             found,
             key="plan-neurons",
-            read="The share of its neurons that each expert keeps; pale experts lose most. Even columns mean that the "
-            "form asks for the same width everywhere.",
+            read="The share of its neurons that each expert keeps: those near the background lose most. One colour all "
+            "over means that the form asks for the same width everywhere.",
             rests_on=f"{len(found):,} experts. {by}",
             alt="Map of layers and experts: share of neurons kept",
         )
@@ -82,7 +82,8 @@ def presets(run: Run, asked: dict[str, Any]) -> None:
     """All presets that the run can give, at what was asked for."""
     st.subheader("Presets beside each other", anchor=False)
     rest = {name: value for name, value in asked.items() if name != "preset"}
-    frame = data.frame(compress_presets.comparison, run, **rest)
+    with st.spinner("Planning with every preset"):
+        frame = data.frame(compress_presets.comparison, run, **rest)
     made = frame.filter(pl.col("refused").is_null())
     priced = len(made["layer_error"].drop_nulls())
     chart.show(

@@ -30,8 +30,10 @@ def plan_map(frame: pl.DataFrame, *, title: str, theme: Theme = "light") -> go.F
     _, labels, width = matrix(ranked, "standing")
     figure = go.Figure()
     cells = len(labels) * width
-    for fate, part in ranked.group_by("fate", maintain_order=True):
-        name = str(fate[0])
+    for name in _NAMES:
+        part = ranked.filter(pl.col("fate") == name)
+        if part.is_empty():
+            continue
         values, _, _ = matrix(
             ranked.with_columns(pl.when(pl.col("fate") == name).then(pl.col("standing")).alias("standing")), "standing"
         )

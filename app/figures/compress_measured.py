@@ -8,11 +8,13 @@ from typing import Any
 import plotly.graph_objects as go
 import polars as pl
 
-from app.figures.style import Theme, colours_of, layout, message, palette, safe
+from app.figures.style import Theme, colours_of, layout, log_ticks, message, palette, safe
 
 _SYMBOLS = ("circle", "diamond", "square", "triangle-up", "cross", "star", "hexagon", "pentagon")
 MOST = len(_SYMBOLS)
 """Plans that one figure can tell apart."""
+WIDE = 3.0
+"""Ratios above are drawn on a log scale."""
 
 _QUANTITIES = {
     "kl": ("KL divergence from the original", "nats per predicted token", 0.0),
@@ -35,6 +37,7 @@ def damage(frames: Mapping[str, pl.DataFrame], *, quantity: str, theme: Theme = 
         extra = list(zip(frame["tokens"], frame["base_perplexity"], frame["perplexity"], strict=True))
         figure.add_scatter(
             x=frame[quantity], y=[safe(domain) for domain in frame["domain"]], mode="markers", name=safe(name),
+            orientation="h",
             marker={"color": colours[name], "size": 9, "symbol": symbol}, error_x=_interval(frame, quantity),
             customdata=extra,
             hovertemplate=f"%{{y}}: %{{x:.4g}} {axis}<br>%{{customdata[0]:,}} tokens"
@@ -51,6 +54,9 @@ def damage(frames: Mapping[str, pl.DataFrame], *, quantity: str, theme: Theme = 
         figure.update_xaxes(rangemode="tozero")
     if quantity == "agreement":
         figure.update_xaxes(tickformat=".0%")
+    highest = max(one for frame in frames.values() for one in [1.0, *frame["ratio_high"].drop_nulls()])
+    if quantity == "ratio" and highest > WIDE:
+        figure.update_xaxes(**log_ticks([1.0, highest]), title={"text": f"{axis} (log scale)"})
     return figure
 
 
@@ -72,7 +78,7 @@ def probe_pairs(frame: pl.DataFrame, *, theme: Theme = "light") -> go.Figure:
         ("model", "edited", colours.accent, "diamond"),
     ):
         figure.add_scatter(
-            x=frame[side], y=names, mode="markers", name=words, error_x=_interval(frame, side),
+            x=frame[side], y=names, mode="markers", name=words, orientation="h", error_x=_interval(frame, side),
             marker={"color": colour, "size": 10, "symbol": symbol, "line": {"width": 2}},
             customdata=list(zip(frame["items"], map(safe, frame["asks"]), strict=True)),
             hovertemplate=f"%{{y}}, {words}: %{{x:.1%}}<br>%{{customdata[1]}}"

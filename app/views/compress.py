@@ -46,13 +46,15 @@ def page(run: Run) -> None:
     if plan is not None:
         compress_plan.figures(run, plan)
         compress_plan.maps(plan)
-    compress_plan.presets(run, asked)
-    if plan is not None:
         compress_plan.tables(plan)
+    beside = st.container()
+    if plan is not None:
         compress_apply.section(run, plan, asked)
     compress_apply.running_jobs(run)
     compress_measured.section(run, plan)
     _missing(known)
+    with beside:  # the slowest comes last, in its place
+        compress_plan.presets(run, asked)
 
 
 def _controls(run: Run, known: pl.DataFrame) -> dict[str, Any]:
