@@ -94,7 +94,7 @@ PRESETS: tuple[Preset, ...] = (
     _preset("stun", "STUN, first stage", "merge", "merge.stun", _X, "STUN, ACL 2025", forms=_WHOLE,
             coactivation_weight=1.0),
     _preset("sub_moe", "Sub-MoE", "merge", "merge.sub_moe", _S, "arXiv 2506.23266", forms=_WHOLE, seed=0),
-    _preset("sub_moe_truncated", "Sub-MoE, truncated", "merge", "merge.sub_moe", f"{_S},moments", "arXiv 2506.23266",
+    _preset("sub_moe_truncated", "Sub-MoE, truncated", "merge", "merge.sub_moe", f"{_X},{_S},moments", "arXiv 2506.23266",
             forms=_WHOLE, seed=0, truncation=0.1),
     _preset("hc_smoe", "HC-SMoE", "merge", "merge.hc_smoe", _S, "HC-SMoE, arXiv 2410.08589", forms=_WHOLE),
     _preset("dern", "DERN-style recombination", "merge", "merge.dern", _R, "DERN, EMNLP Findings 2025", threshold=0.6),

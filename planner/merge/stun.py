@@ -52,7 +52,7 @@ def stun(
 ) -> pl.DataFrame:
     """The clusters of each layer that STUN keeps one expert of.
 
-    Which member represents a cluster is decided by the weights (the one nearest to their mean), when the plan is made.
+    Which member represents a cluster is decided by the weights (the one nearest to their mean), when a plan is applied.
 
     Args:
         run: a run of level activations (router rows; co-activation is of level routing).

@@ -38,8 +38,12 @@ def draft(
     grams, notes = pair_matrices(task, "expert_similarity", "product_sum", level="similarity")
     tokens, _ = expert_scores(task, "frequency", mix, {})
     kept = _rank(task, truncation, rank)
-    if kept is not None and task.run.table("moment").is_empty():
-        raise PlanError(f"run {task.run.name!r} has no moment.products: collect it with --level similarity,moments")
+    missing = [name for name in ("moment", "neuron_activation") if task.run.table(name).is_empty()]
+    if kept is not None and missing:
+        raise PlanError(
+            f"run {task.run.name!r} has no table {missing[0]}, which truncation needs: collect it with --level"
+            " activations,similarity,moments"
+        )
 
     def cluster(key: LayerKey, experts: NDArray[np.int64], count: int) -> NDArray[np.int64]:
         return kernel_kmeans(grams[key][np.ix_(experts, experts)], count, seed=seed)

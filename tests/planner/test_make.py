@@ -188,7 +188,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "too wide a multiple": ({"share": 0.9, "preset": "width", "multiple": 64}, "would keep 0 of each expert"),
     "rank": ({"share": 0.25, "preset": "sub_moe", "rank": 500}, r"rank 500 is outside 1\.\.128"),
     "truncation": ({"share": 0.25, "preset": "sub_moe", "truncation": 1.0}, r"truncation 1 is outside \(0, 1\)"),
-    "moments": ({"share": 0.25, "preset": "sub_moe", "rank": 5}, "--level similarity,moments"),
+    "moments": ({"share": 0.25, "preset": "sub_moe", "rank": 5}, "--level activations,similarity,moments"),
     "layers": ({"share": 0.1, "preset": "block_influence"}, "share 0.1 of 6 layers removes none: ask for at l"),
 }  # fmt: skip
 

@@ -20,7 +20,7 @@ import store
 from compressor.plan import MergeStep, Plan, Protected
 from moescope.errors import PlanError
 from planner.guard import Guard
-from planner.merge import m_smoe
+from planner.merge import logit_similarity
 from planner.merge.copies import output_similarity
 from planner.merge.linkage import labels_after, merge_sequence
 from planner.merge.sub_moe import kernel_kmeans
@@ -29,11 +29,26 @@ from tests.planner.collected import collected, task
 from tests.profiler.capture.tiny import build
 
 
-@pytest.fixture(scope="module", params=("olmoe", "deepseek_v3"))
-def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[store.Run]:
-    folder = tmp_path_factory.mktemp(request.param)
-    with collected(build(request.param), folder, level="activations,similarity,moments") as opened:
-        yield opened
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, store.Run]]:
+    """A router without groups, and one with two."""
+    level = "activations,similarity,moments"
+    opened = {
+        name: collected(build(name), tmp_path_factory.mktemp(name), level=level) for name in ("olmoe", "deepseek_v3")
+    }
+    yield opened
+    for run in opened.values():
+        run.close()
+
+
+@pytest.fixture(params=("olmoe", "deepseek_v3"))
+def run(request: pytest.FixtureRequest, runs: dict[str, store.Run]) -> store.Run:
+    return runs[request.param]
+
+
+@pytest.fixture
+def plain(runs: dict[str, store.Run]) -> store.Run:
+    return runs["olmoe"]
 
 
 def _step(plan: Plan) -> MergeStep:
@@ -94,9 +109,8 @@ def test_the_count_is_met_in_every_layer_and_group(run: store.Run, preset: str, 
     step = _step(planner.make(run, preset=preset, share=share))
     for layer in step.layers:
         assert len(layer.groups) == 8 - 8 * share
-        assert sorted(one for group in layer.groups for one in group.members) + [
-            one.expert for one in layer.given_up
-        ] == sorted(set(range(8)) - {one.expert for one in layer.given_up}) + [one.expert for one in layer.given_up]
+        members = [one for group in layer.groups for one in group.members]
+        assert sorted([*members, *(one.expert for one in layer.given_up)]) == list(range(8))
         if run.info.model_type == "deepseek_v3":
             assert all(len({one // 4 for one in group.members}) == 1 for group in layer.groups)
             assert sum(group.lead < 4 for group in layer.groups) == len(layer.groups) // 2
@@ -128,11 +142,9 @@ def test_methods_are_the_published_ones(run: store.Run) -> None:
     assert all(set(group.weights) == {1 / len(group.members)} for one in methods["stun"].layers for group in one.groups)
 
 
-def test_sub_moe_clusters_outputs_on_the_same_tokens(run: store.Run) -> None:
-    step = _step(planner.make(run, preset="sub_moe", share=0.5))
-    table = run.table("expert_similarity")
-    if run.info.model_type == "deepseek_v3":
-        return  # inside groups, see above
+def test_sub_moe_clusters_outputs_on_the_same_tokens(plain: store.Run) -> None:
+    step = _step(planner.make(plain, preset="sub_moe", share=0.5))
+    table = plain.table("expert_similarity")
     for layer in step.layers:
         rows = table.filter(layer=layer.layer).group_by("expert").agg("product_sum").sort("expert")["product_sum"]
         gram = np.array([np.sum(part.to_list(), axis=0) for part in rows])
@@ -158,11 +170,9 @@ def _pairings() -> Iterator[set[frozenset[int]]]:
     yield from of(tuple(range(8)))
 
 
-def test_hc_smoe_clusters_mean_outputs(run: store.Run) -> None:
-    if run.info.model_type == "deepseek_v3":
-        return  # inside groups, see above
-    step = _step(planner.make(run, preset="hc_smoe", share=0.5))
-    table = run.table("expert_similarity")
+def test_hc_smoe_clusters_mean_outputs(plain: store.Run) -> None:
+    step = _step(planner.make(plain, preset="hc_smoe", share=0.5))
+    table = plain.table("expert_similarity")
     for layer in step.layers:
         rows = table.filter(layer=layer.layer).sort("expert", "phase", "domain")
         parts = [rows.filter(expert=one) for one in range(8)]
@@ -202,19 +212,34 @@ def test_protected_experts_stay_alone(run: store.Run, preset: str) -> None:
         find(preset).function(task(run, share=0.5, guard=everyone))
 
 
-def test_m_smoe_over_all_layers(run: store.Run) -> None:
-    if run.info.model_type == "deepseek_v3":
-        with pytest.raises(PlanError, match="routes within groups of experts, which must stay alike: use form uniform"):
-            planner.make(run, preset="m_smoe", share=0.5, form="padded")
-        return
-    step = _step(planner.make(run, preset="m_smoe", share=0.5, form="per_layer", engine="transformers", mix="tokens"))
+def test_m_smoe_over_all_layers(plain: store.Run) -> None:
+    options: dict[str, Any] = {"form": "per_layer", "engine": "transformers", "mix": "tokens"}
+    step = _step(planner.make(plain, preset="m_smoe", share=0.5, **options))
     counts = [len(layer.groups) for layer in step.layers]
     assert sum(counts) == 4 * len(counts) and min(counts) >= 2
-    published = m_smoe(run, groups=4)
-    for layer, count in zip(step.layers, counts, strict=True):
-        frame = published.filter(layer=layer.layer)
-        if int(frame["dominant"].sum()) == count:
-            assert {group.lead for group in layer.groups} == set(frame.filter("dominant")["expert"])
+    tokens = importance.score(plain, "frequency").sort("layer", "expert")["value"].to_numpy().reshape(-1, 8)
+    share = tokens / tokens.sum(1, keepdims=True)
+    for row in share:
+        row[np.argsort(-row, kind="stable")[:2]] = 2.0  # at least as many as a token uses
+    leaders = {(int(place) // 8, int(place) % 8) for place in np.argsort(-share.ravel(), kind="stable")[:16]}
+    assert {(layer.layer, group.lead) for layer in step.layers for group in layer.groups} == leaders
+
+
+def test_m_smoe_keeps_groups_of_the_router_alike(runs: dict[str, store.Run]) -> None:
+    with pytest.raises(PlanError, match="routes within groups of experts, which must stay alike: use form uniform"):
+        planner.make(runs["deepseek_v3"], preset="m_smoe", share=0.5, form="padded")
+
+
+def test_m_smoe_joins_the_expert_routed_most_alike(plain: store.Run) -> None:
+    step = _step(planner.make(plain, preset="m_smoe", share=0.5, mix="tokens"))
+    for layer in step.layers:
+        rows = plain.table("expert_pair").filter(layer=layer.layer).sort("expert")
+        gram = np.array([np.sum(rows.filter(expert=one)["logit_products"].to_list(), axis=0) for one in range(8)])
+        cosine = logit_similarity(gram)
+        leaders = [group.lead for group in layer.groups]
+        for group in layer.groups:
+            for member in set(group.members) - {group.lead}:
+                assert leaders[int(cosine[member, leaders].argmax())] == group.lead
 
 
 # Copies
