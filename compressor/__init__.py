@@ -20,10 +20,10 @@ if TYPE_CHECKING:
     from compressor.apply import Receipt, apply
     from compressor.checkpoint.verification import Verified, verify
     from compressor.load import load
-    from compressor.memory import edit
+    from compressor.memory import edit, edited
     from compressor.plan import Plan
 
-__all__ = ["Plan", "Receipt", "Verified", "apply", "edit", "load", "verify"]
+__all__ = ["Plan", "Receipt", "Verified", "apply", "edit", "edited", "load", "verify"]
 
 _HOMES = {
     "Plan": "compressor.plan",
@@ -31,6 +31,7 @@ _HOMES = {
     "Verified": "compressor.checkpoint.verification",
     "apply": "compressor.apply",
     "edit": "compressor.memory",
+    "edited": "compressor.memory",
     "load": "compressor.load",
     "verify": "compressor.checkpoint.verification",
 }

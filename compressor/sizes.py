@@ -35,16 +35,17 @@ def write_sizes(
     ):
         if all(before == after for before, after in column.values()):
             continue
-        name = _field(part, names, {before for before, _ in column.values()}, len(decoder.layers))
+        known = {before for before, _ in column.values()}
+        known |= {vars(config).get(name) for values in old.values() for name in values if name in names}
+        name = _field(part, names, known, len(decoder.layers))
         if name is None:
             continue
         sizes = {places[layer]: after for (layer, _), (_, after) in column.items()}
         largest = max(sizes.values())
         _write(part, name, sizes, largest)
-        for layer, size in sizes.items():
-            own.setdefault(layer, {})[name] = size
-        if part is not config:
-            own = {layer: {key: value for key, value in values.items() if key != name} for layer, values in own.items()}
+        if part is config:  # DBRX keeps its sizes in a part that cannot differ from layer to layer
+            for layer, size in sizes.items():
+                own.setdefault(layer, {})[name] = size
         if names is COUNTS:
             _write_tops(journal, model, {before for before, _ in column.values()}, largest)
     _write_overrides(config, own)

@@ -210,6 +210,26 @@ def test_all_steps_together() -> None:
     assert torch.isfinite(run(model)).all()
 
 
+def test_layers_of_their_own_stay_right_when_others_go() -> None:
+    model = build("olmoe")
+    edit(model, dropping(model, {1: [0], 2: [0, 1], 3: [2]}, form="per_layer"))  # 8, 7, 6 and 7 experts
+    known = source(model)
+    edit(
+        model,
+        plan(
+            known,
+            DropStep(
+                method="test",
+                layers=(DropLayer(layer=1, experts=(3,)), DropLayer(layer=3, experts=(4,))),
+                decoder_layers=(0,),
+            ),
+        ),
+    )
+    assert [layer.num_experts for layer in inspect_model(model).layers] == [6, 6, 6]
+    assert [model.config.per_layer_config[place].num_experts for place in range(3)] == [6, 6, 6]
+    assert torch.isfinite(run(model)).all()
+
+
 @pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "dbrx", "deepseek_v3"])
 def test_an_even_drop_is_written_as_one_number(family: str) -> None:
     model = build(family)
