@@ -14,11 +14,22 @@ from safetensors.torch import load_file, save_file
 import compressor
 from compressor.load import load
 from compressor.memory import edit, edited
-from compressor.plan import DropLayer, DropStep, Plan, SlimExpert, SlimLayer, SlimStep
+from compressor.plan import (
+    DropLayer,
+    DropStep,
+    GivenUp,
+    MergeGroup,
+    MergeLayer,
+    MergeStep,
+    Plan,
+    SlimExpert,
+    SlimLayer,
+    SlimStep,
+)
 from moescope.errors import ModelError
 from profiler.capture.discovery import inspect_model
 from tests.compressor.edit_plans import dropping, plan, source
-from tests.compressor.edited_models import run
+from tests.compressor.edited_models import merging, near, run
 from tests.profiler.capture.tiny import batch, build
 
 FAMILIES = ("olmoe", "mixtral", "qwen3_moe", "gpt_oss", "deepseek_v3")
@@ -193,3 +204,31 @@ def test_code_of_a_checkpoint_is_never_run(tmp_path: Path) -> None:
     (folder / "modeling_mine.py").write_text("raise SystemExit('ran')", encoding="utf-8")
     with pytest.raises(ModelError, match="code of its own"):
         load(folder)
+
+
+@pytest.mark.parametrize("family", ["olmoe", "gpt_oss"])
+@pytest.mark.parametrize("method", ["aligned", "nearest", "segments"])
+def test_merges_are_the_same_through_files(family: str, method: str, tmp_path: Path) -> None:
+    model = build(family)
+    model.save_pretrained(tmp_path / "source")
+    if method == "segments":
+        wanted = recombining(model)
+    else:
+        wanted = merging(source(model), [(3, 1, 4), (6, 7)], method=method, router="mean")
+    compressor.apply(wanted, source=tmp_path / "source", destination=tmp_path / "result")
+    loaded = load(tmp_path / "result")
+    with edited(model, wanted):
+        for name, tensor in model.state_dict().items():
+            torch.testing.assert_close(loaded.state_dict()[name], tensor, rtol=1e-6, atol=1e-6)
+        near(run(loaded), run(model))
+        found = run(model)
+    with edited(model, dropping(model, dict.fromkeys(range(4), [2, 5]))):
+        assert float((run(model) - found).abs().max()) > 1e-3  # neurons moved, members counted
+
+
+def recombining(model: Any) -> Plan:
+    """Experts 2 and 5 of every layer are given up; some of their neurons move."""
+    groups = tuple(MergeGroup(lead=number, members=(number,), weights=(1.0,)) for number in (0, 1, 3, 4, 6, 7))
+    given_up = tuple(GivenUp(expert=number, weight=0.5) for number in (2, 5))
+    layers = tuple(MergeLayer(layer=shape.layer, groups=groups, given_up=given_up) for shape in source(model).layers)
+    return plan(source(model), MergeStep(grouping="test", method="segments", threshold=0.2, layers=layers))
