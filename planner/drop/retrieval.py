@@ -172,7 +172,8 @@ def retrieve(run: store.Run, patterns: Patterns, *, engine: str = "any", guard: 
     info = run.info
     if (patterns.fingerprint or info.model_fingerprint) != (info.model_fingerprint or patterns.fingerprint):
         raise PlanError(
-            f"the patterns are those of {patterns.model}, run {run.name!r} is of another model, or in another type: {info.model}"
+            f"the patterns are those of {patterns.model}, run {run.name!r} is of another model, or in another type:"
+            f" {info.model}"
         )
     domain, distances = nearest(patterns, query(run, rank=patterns.rank))
     source = source_of(run)

@@ -6,12 +6,12 @@ Source: CAMERA (AAAI 2026) and its published code, which prunes layer after laye
 from __future__ import annotations
 
 from planner.domains import Mix
-from planner.slim.forms import slimmed
+from planner.slim.forms import MULTIPLE, slimmed
 from planner.slim.neurons import neuron_scores
 from planner.task import Draft, Task
 
 
-def draft(task: Task, *, alpha: float = 0.9, multiple: int = 1, mix: Mix = "union") -> Draft:
+def draft(task: Task, *, alpha: float = 0.9, multiple: int = MULTIPLE, mix: Mix = "union") -> Draft:
     """Neurons of the least energy go; those of shared experts are ranked with the others.
 
     Args:

@@ -13,6 +13,10 @@ from planner.allocation import allocate, part
 from planner.slim.neurons import LayerNeurons, Neurons, Scope
 from planner.task import Array, Draft, Task, rounded
 
+MULTIPLE = 8
+"""What widths are a multiple of unless another number is asked for: grouped kernels of torch refuse rows that are not
+multiples of 16 bytes, which 8 values of 16 bits are. Engines that split experts over devices need more, such as 64."""
+
 STEPS = 256
 """Widths per layer that are compared, at most, where layers may differ."""
 
@@ -96,7 +100,7 @@ def _uniform(task: Task, scores: Neurons, multiple: int) -> tuple[dict[LayerKey,
             " uniform would make one number: use form per_layer"
         )
     width = widths.pop()
-    kept = multiple * ((width - part(width, task.share)) // multiple)
+    kept = multiple * -(-(width - part(width, task.share)) // multiple)
     _refuse_width(task, width, kept, multiple)
     return {shape.key: _best(scores[shape.key], kept) for shape in task.layers}, kept
 
@@ -129,11 +133,12 @@ def _per_layer(task: Task, scores: Neurons, scope: Scope, multiple: int) -> dict
 
 
 def _refuse_width(task: Task, width: int, kept: int, multiple: int) -> None:
-    if kept < 1 or kept >= width:
-        raise PlanError(
-            f"share {task.share:g} of {width} neurons would keep {kept} of each expert (multiple of {multiple}): ask"
-            f" for {max(multiple, 1) / width:.4g} to {1 - multiple / width:.4g}"
-        )
+    asked = f"share {task.share:g} of {width} neurons per expert"
+    if kept >= width:
+        least = (width % multiple or multiple) / width
+        raise PlanError(f"{asked} removes none in multiples of {multiple}: ask for at least {least:.4g}")
+    if kept < 1:
+        raise PlanError(f"{asked} leaves none: ask for less")
 
 
 def _best(scores: LayerNeurons, kept: int) -> Mask:

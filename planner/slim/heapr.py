@@ -8,12 +8,14 @@ from __future__ import annotations
 from typing import Literal
 
 from planner.domains import Mix
-from planner.slim.forms import slimmed
+from planner.slim.forms import MULTIPLE, slimmed
 from planner.slim.neurons import neuron_scores
 from planner.task import Draft, Task
 
 
-def draft(task: Task, *, weighting: Literal["mean", "total"] = "mean", multiple: int = 1, mix: Mix = "union") -> Draft:
+def draft(
+    task: Task, *, weighting: Literal["mean", "total"] = "mean", multiple: int = MULTIPLE, mix: Mix = "union"
+) -> Draft:
     """The neurons of routed experts that matter least to the loss go; shared experts keep theirs.
 
     Args:

@@ -6,12 +6,12 @@ Source: SparseUnifiedModel (arXiv 2512.02351), for dense layers.
 from __future__ import annotations
 
 from planner.domains import Mix
-from planner.slim.forms import slimmed
+from planner.slim.forms import MULTIPLE, slimmed
 from planner.slim.neurons import neuron_scores
 from planner.task import Draft, Task
 
 
-def draft(task: Task, *, multiple: int = 1, mix: Mix = "union") -> Draft:
+def draft(task: Task, *, multiple: int = MULTIPLE, mix: Mix = "union") -> Draft:
     """Neurons of routed experts with the lowest width score go; shared experts keep theirs.
 
     Args:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -75,7 +76,8 @@ def test_without_the_guard_they_go(run: store.Run) -> None:
 
 @pytest.mark.parametrize("form", ["masked", "uniform", "per_layer"])
 def test_slimming_spares_them_where_the_form_can(run: store.Run, form: str) -> None:
-    plan = planner.make(run, preset="width", share=0.5, form=form, engine="transformers")  # type: ignore[arg-type]
+    options: dict[str, Any] = {"form": form, "engine": "transformers", "multiple": 1}
+    plan = planner.make(run, preset="width", share=0.5, **options)
     masks = neurons_after(plan)
     whole = {(layer, expert) for layer, expert in PLACES if (layer, 0, expert, "routed") not in masks}
     assert whole == (set() if form == "uniform" else PLACES)

@@ -120,7 +120,8 @@ def test_estimates_are_counted_by_hand(run: store.Run) -> None:
     ("preset", "options"),
     [
         ("set_search", {}), ("frequency", {"allocation": "budgeted", "engine": "transformers"}), ("m_smoe", {}),
-        ("width", {}), ("width", {"multiple": 16}), ("camera_p", {"form": "per_layer", "engine": "transformers"}),
+        ("width", {"multiple": 1}), ("width", {"multiple": 16}),
+        ("camera_p", {"form": "per_layer", "engine": "transformers", "multiple": 1}),
         ("block_influence", {}),
     ],
 )  # fmt: skip
@@ -185,7 +186,9 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "threshold": ({"share": 0.25, "preset": "dern", "threshold": 2}, "threshold 2 is no cosine"),
     "copies": ({"share": 0.25, "preset": "copies", "threshold": 0}, r"threshold 0 is outside \(0, 1\]"),
     "multiple": ({"share": 0.25, "preset": "width", "multiple": 0}, "multiple 0 is no number of neurons"),
-    "too wide a multiple": ({"share": 0.9, "preset": "width", "multiple": 64}, "would keep 0 of each expert"),
+    "less than a multiple": (
+        {"share": 0.3, "preset": "width", "multiple": 64}, "removes none in multiples of 64: ask for at least 0.5"
+    ),
     "rank": ({"share": 0.25, "preset": "sub_moe", "rank": 500}, r"rank 500 is outside 1\.\.128"),
     "truncation": ({"share": 0.25, "preset": "sub_moe", "truncation": 1.0}, r"truncation 1 is outside \(0, 1\)"),
     "moments": ({"share": 0.25, "preset": "sub_moe", "rank": 5}, "--level activations,similarity,moments"),
