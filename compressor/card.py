@@ -154,8 +154,10 @@ def _unmeasured(plan: Plan, notes: tuple[str, ...]) -> str:
         " calibration text; what it does to other text, other languages or tasks is not known. Measure it on your own"
         " text (`moescope evaluate`) before you use it.\n",
     ]
-    text += [f"- {note}" for note in (*notes, *(note for evidence in plan.evidence for note in evidence.notes))]
-    return "\n".join(text) + "\n"
+    remarks = [*notes, *(note for evidence in plan.evidence for note in evidence.notes)]
+    if remarks:
+        text += ["## Remarks\n", *(f"- {remark}" for remark in remarks), ""]
+    return "\n".join(text)
 
 
 def _loading(loads_with: str) -> str:

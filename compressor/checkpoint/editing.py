@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from compressor.checkpoint.files import Reader
-from compressor.checkpoint.headers import Entry, size_of
+from compressor.checkpoint.headers import FLOATS, Entry, size_of
 from compressor.checkpoint.layers import ExpertReader, StoredLayer, Tensor
 from compressor.checkpoint.outputs import Copied, Made, Output, Piece, Zeros, whole
 from compressor.checkpoint.slots import find_slots
@@ -137,11 +137,11 @@ class LayerEditing:
         kept = self.edit.kept.get((0, "shared"))
         same = (kept is None or bool(kept.all())) and self.shared_width == self.edit.shape.shared_width
         if self.edit.zero_output and name.part == "down":
-            if same:
+            if same and entry.dtype in FLOATS:
                 return Output(new, entry.dtype, entry.shape, (Zeros(entry.size),), edited=True)
         elif same:
             return whole(entry, new)
-        if len(entry.shape) > 2 or name.what not in ("weight", "bias"):
+        if len(entry.shape) > 2 or entry.dtype not in FLOATS or name.what not in ("weight", "bias"):
             raise PlanError(f"{name.name} is quantized or keeps shared experts apart: plan without slimming those")
         slot = self._shared_slots()[name.name]
         shape = slot.shape(self.shared_width, self.hidden)
@@ -176,6 +176,10 @@ class LayerEditing:
         if name.kind == "table":
             raise PlanError(
                 f"layer {self.layer.layer} chooses experts by a table of token ids ({name.name}): none of them can go"
+            )
+        if entry.dtype not in FLOATS:
+            raise PlanError(
+                f"{name.name} is quantized ({entry.dtype}), so no row of it can go: dequantize the checkpoint first"
             )
         # Ernie keeps its bias as (1, E).
         flat = (entry.shape[1],) if len(entry.shape) == 2 and entry.shape[0] == 1 else entry.shape

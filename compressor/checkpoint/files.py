@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -62,7 +63,7 @@ class Checkpoint:
                 seen[entry.name] = name
         return checkpoint
 
-    @property
+    @cached_property
     def entries(self) -> dict[str, Entry]:
         """All tensors by name."""
         return {entry.name: entry for entries in self.shards.values() for entry in entries}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
+from collections.abc import Iterator
 from typing import Any
 
 from compressor.checkpoint.files import Checkpoint
@@ -24,7 +25,7 @@ def check_model(plan: Plan, config: dict[str, Any], text: TextConfig) -> None:
         PlanError: with what differs.
     """
     source = plan.source
-    types = {str(config.get("model_type")), text.model_type}
+    types = {text.model_type, *_model_types(config)}
     if source.model_type not in types:
         raise PlanError(
             f"the plan is for a {source.model_type} ({source.model}); the checkpoint is a {text.model_type}"
@@ -52,6 +53,15 @@ def check_model(plan: Plan, config: dict[str, Any], text: TextConfig) -> None:
                 raise PlanError(
                     f"the plan is for {wanted} {what} in layer {shape.layer}; the checkpoint has {found} ({field})"
                 )
+
+
+def _model_types(config: dict[str, Any]) -> Iterator[str]:
+    """The families that a configuration and its parts name: a run may have seen the whole or a part."""
+    if isinstance(config.get("model_type"), str):
+        yield config["model_type"]
+    for part in config.values():
+        if isinstance(part, dict):
+            yield from _model_types(part)
 
 
 def check_layers(plan: Plan, checkpoint: Checkpoint, decoder: Decoder, text: TextConfig) -> None:
@@ -91,6 +101,8 @@ def check_quantized(plan: Plan, checkpoint: Checkpoint, decoder: Decoder) -> boo
     Raises:
         PlanError: the plan needs more than that.
     """
+    if _names_numbers(checkpoint.config.get("quantization_config") or {}, plan):
+        raise PlanError(f"quantization_config names single experts or layers, whose numbers would change: {_ADVICE}")
     packed = next((text for layer in decoder.layers.values() if (text := layer.quantized)), "")
     if not packed:
         return False
@@ -100,12 +112,6 @@ def check_quantized(plan: Plan, checkpoint: Checkpoint, decoder: Decoder) -> boo
         if not isinstance(step, DropStep) or step.blocks or step.form == "padded":
             kind = "a dropped block" if isinstance(step, DropStep) and step.blocks else f"a {step.step} step"
             raise PlanError(f"the experts are quantized, {packed}, and the plan has {kind}: {_ADVICE}")
-    for layer in decoder.layers.values():
-        for name, entry in layer.around:
-            if entry.dtype not in FLOATS and name.kind != "table":
-                raise PlanError(f"{name.name} is quantized ({entry.dtype}), so no row of it can go: {_ADVICE}")
-    if _names_numbers(checkpoint.config.get("quantization_config") or {}, plan):
-        raise PlanError(f"quantization_config names single experts or layers, whose numbers would change: {_ADVICE}")
     return True
 
 

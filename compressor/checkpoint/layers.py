@@ -92,7 +92,9 @@ def read_decoder(checkpoint: Checkpoint, *, model_type: str, num_layers: int) ->
     stacks = sorted({name.stack for name in experts if not OTHER_STACKS.search(name.stack)})
     text = [stack for stack in stacks if not PREDICTION_STACKS.search(stack)]
     if not text:
-        raise ModelError(f"{checkpoint.folder} holds no experts whose names are known: see docs/compression.md")
+        raise ModelError(
+            f"{checkpoint.folder} holds no experts whose names are known (compressor/families/checkpoint.py)"
+        )
     if len(text) > 1:
         raise ModelError(f"{checkpoint.folder} holds experts in several stacks of layers: {', '.join(text)}")
     layers = {number: StoredLayer(number) for number in range(num_layers)}
@@ -193,8 +195,12 @@ class ExpertReader:
     hidden: int
     model_type: str
     slots: dict[str, Slot] = field(init=False)
+    _of_expert: dict[int | None, list[Tensor]] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
+        self._of_expert = defaultdict(list)
+        for name, entry in self.layer.experts:
+            self._of_expert[name.expert].append((name, entry))
         first = [
             (name, self._part_shape(name, entry)) for name, entry in self.layer.experts if name.expert in (None, 0)
         ]
@@ -225,10 +231,9 @@ class ExpertReader:
         from compressor.weights import ExpertWeights
 
         parts = {}
-        for name, entry in self.layer.experts:
-            if name.expert is None:
-                stored = reader.rows(entry, expert * self.rows(name), self.rows(name))
-                parts.update(self.slots[name.name].parts(stored if name.packed else stored[0]))
-            elif name.expert == expert:
-                parts.update(self.slots[name.name].parts(reader.tensor(entry)))
+        for name, entry in self._of_expert[None]:
+            stored = reader.rows(entry, expert * self.rows(name), self.rows(name))
+            parts.update(self.slots[name.name].parts(stored if name.packed else stored[0]))
+        for name, entry in self._of_expert[expert]:
+            parts.update(self.slots[name.name].parts(reader.tensor(entry)))
         return ExpertWeights(**parts)

@@ -85,6 +85,8 @@ def _planned(folder: Path) -> dict[int, int] | None:
 def compare(folder: Path, files: Iterable[OutputFile]) -> None:
     """Hold what was written against what was to be written: every tensor, nothing else, and bytes of some copies.
 
+    Files that are wrong are removed, so that the next try writes them again.
+
     Raises:
         RunError: with the tensor.
     """
@@ -92,12 +94,23 @@ def compare(folder: Path, files: Iterable[OutputFile]) -> None:
     found = {path.name for path in folder.iterdir() if path.suffix == ".safetensors"}
     if found != set(expected):
         raise RunError(f"{folder} holds {sorted(found ^ set(expected))[0]}, or lacks it: apply the plan again")
+    wrong: list[str] = []
     for name, file in expected.items():
-        entries, _ = read_header(folder / name)
-        wanted = [(output.name, output.dtype, output.shape) for output in file.tensors if output.size]
-        if [(entry.name, entry.dtype, entry.shape) for entry in entries if entry.size] != wanted:
-            raise RunError(f"{folder / name} does not hold the tensors that it should: apply the plan again")
-        _compare_spots(folder / name, file)
+        try:
+            _compare_header(folder / name, file)
+            _compare_spots(folder / name, file)
+        except (ModelError, RunError) as error:
+            wrong.append(str(error))
+            (folder / name).unlink()
+    if wrong:
+        raise RunError(wrong[0])
+
+
+def _compare_header(path: Path, file: OutputFile) -> None:
+    entries, _ = read_header(path)
+    wanted = [(output.name, output.dtype, output.shape) for output in file.tensors if output.size]
+    if [(entry.name, entry.dtype, entry.shape) for entry in entries if entry.size] != wanted:
+        raise RunError(f"{path} does not hold the tensors that it should: apply the plan again")
 
 
 def _compare_spots(path: Path, file: OutputFile) -> None:

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import compressor
+from compressor.edits.moments import LayerMoments
 from compressor.plan import DropStep, MergeGroup, MergeLayer, MergeStep, Plan, SlimExpert, SlimLayer, SlimStep, Step
 from moescope.errors import InputError, ModelError, PlanError, RunError
 from tests.compressor.apply_cases import (
@@ -161,7 +162,7 @@ def test_merged_experts(tmp_path: Path, family: str) -> None:
     assert seen >= 4 * 3
 
 
-@pytest.mark.parametrize("method", ["nearest", "aligned", "segments"])
+@pytest.mark.parametrize("method", ["nearest", "aligned", "segments", "subspace"])
 def test_merges_that_look_at_weights_are_those_in_memory(tmp_path: Path, method: Any) -> None:
     model = saved("qwen2_moe", tmp_path / "in", shard="100KB")
     layers = _pairs(4)
@@ -171,9 +172,13 @@ def test_merges_that_look_at_weights_are_those_in_memory(tmp_path: Path, method:
             MergeLayer(layer=layer, groups=lone, given_up=({"expert": 0, "weight": 1.0}, {"expert": 1, "weight": 2.0}))
             for layer in range(4)
         )
-    plan = plan_of(model, MergeStep(grouping="test", method=method, threshold=-1.0, layers=layers))
-    compressor.apply(plan, source=tmp_path / "in", destination=tmp_path / "out")
-    compressor.edit(model, plan)
+    plan = plan_of(model, MergeStep(grouping="test", method=method, threshold=-1.0, rank=20, layers=layers))
+    moments = {(layer, 0): LayerMoments(torch.eye(64).double(), torch.rand(8, 32)) for layer in range(4)}
+    if method == "subspace":
+        with pytest.raises(PlanError, match="needs the second moments"):
+            compressor.apply(plan, source=tmp_path / "in", destination=tmp_path / "out")
+    compressor.apply(plan, source=tmp_path / "in", destination=tmp_path / "out", moments=moments)
+    compressor.edit(model, plan, moments=moments)
     result = reload("qwen2_moe", tmp_path / "out").state_dict()
     for name, value in model.state_dict().items():
         assert torch.allclose(result[name], value, rtol=0, atol=1e-7), name
@@ -445,10 +450,15 @@ def test_a_wrong_result_is_not_published(
     def shifted(source: int, target: int, count: int, start: int, begin: int) -> int:
         return real(source, target, count, max(start - 2, 0), begin)
 
-    monkeypatch.setattr(os, "copy_file_range", shifted)
-    with pytest.raises(RunError, match="is not what the source holds"):
-        compressor.apply(drop(olmoe[0], GONE), source=olmoe[1], destination=tmp_path / "out")
+    plan = drop(olmoe[0], GONE)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "copy_file_range", shifted)
+        with pytest.raises(RunError, match="is not what the source holds"):
+            compressor.apply(plan, source=olmoe[1], destination=tmp_path / "out")
     assert not (tmp_path / "out").exists()
+    compressor.apply(plan, source=olmoe[1], destination=tmp_path / "out")  # keeps nothing of what was wrong
+    compressor.apply(plan, source=olmoe[1], destination=tmp_path / "a" / "out")
+    assert digest(tmp_path / "a" / "out") == digest(tmp_path / "out")
 
 
 def test_names_stay_functions() -> None:
