@@ -172,7 +172,8 @@ def test_merges_that_look_at_weights_are_those_in_memory(tmp_path: Path, method:
             MergeLayer(layer=layer, groups=lone, given_up=({"expert": 0, "weight": 1.0}, {"expert": 1, "weight": 2.0}))
             for layer in range(4)
         )
-    plan = plan_of(model, MergeStep(grouping="test", method=method, threshold=-1.0, rank=20, layers=layers))
+    own: dict[str, Any] = {"segments": {"threshold": -1.0}, "subspace": {"rank": 20}}.get(method, {})
+    plan = plan_of(model, MergeStep(grouping="test", method=method, layers=layers, **own))
     moments = {(layer, 0): LayerMoments(torch.eye(64).double(), torch.rand(8, 32)) for layer in range(4)}
     if method == "subspace":
         with pytest.raises(PlanError, match="needs the second moments"):
