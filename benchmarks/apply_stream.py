@@ -64,7 +64,8 @@ def synthesize(folder: Path, size: int, shards: int) -> int:
     """Write the checkpoint; its number of layers."""
     per_layer = sum(2 * _count(shape) for _, shape in layer_tensors(0))
     layers = max(round((size - 4 * VOCABULARY * HIDDEN) / per_layer), 1)
-    tensors = [("lm_head.weight", (VOCABULARY, HIDDEN)), ("model.embed_tokens.weight", (VOCABULARY, HIDDEN))]
+    tensors: list[tuple[str, tuple[int, ...]]] = [("lm_head.weight", (VOCABULARY, HIDDEN))]
+    tensors.append(("model.embed_tokens.weight", (VOCABULARY, HIDDEN)))
     tensors += [tensor for layer in range(layers) for tensor in layer_tensors(layer)]
     tensors.append(("model.norm.weight", (HIDDEN,)))
     total = sum(2 * _count(shape) for _, shape in tensors)

@@ -15,7 +15,18 @@ import torch
 
 import compressor
 from compressor.edits.moments import LayerMoments
-from compressor.plan import DropStep, MergeGroup, MergeLayer, MergeStep, Plan, SlimExpert, SlimLayer, SlimStep, Step
+from compressor.plan import (
+    DropStep,
+    GivenUp,
+    MergeGroup,
+    MergeLayer,
+    MergeStep,
+    Plan,
+    SlimExpert,
+    SlimLayer,
+    SlimStep,
+    Step,
+)
 from moescope.errors import InputError, ModelError, PlanError, RunError
 from tests.compressor.apply_cases import (
     assert_same_output,
@@ -169,10 +180,13 @@ def test_merges_that_look_at_weights_are_those_in_memory(tmp_path: Path, method:
     if method == "segments":
         lone = layers[0].groups[1:]
         layers = tuple(
-            MergeLayer(layer=layer, groups=lone, given_up=({"expert": 0, "weight": 1.0}, {"expert": 1, "weight": 2.0}))
+            MergeLayer(
+                layer=layer, groups=lone, given_up=(GivenUp(expert=0, weight=1.0), GivenUp(expert=1, weight=2.0))
+            )
             for layer in range(4)
         )
-    own: dict[str, Any] = {"segments": {"threshold": -1.0}, "subspace": {"rank": 20}}.get(method, {})
+    needed: dict[str, dict[str, Any]] = {"segments": {"threshold": -1.0}, "subspace": {"rank": 20}}
+    own = needed.get(method, {})
     plan = plan_of(model, MergeStep(grouping="test", method=method, layers=layers, **own))
     moments = {(layer, 0): LayerMoments(torch.eye(64).double(), torch.rand(8, 32)) for layer in range(4)}
     if method == "subspace":

@@ -76,8 +76,8 @@ def test_slots_there_and_back(width: int, hidden: int, transposed: bool, model_t
     shapes = {"gate_up_proj": (2 * width, hidden), "down_proj": (hidden, width)}
     named = []
     for name, shape in shapes.items():
-        stored = shape[::-1] if transposed else shape
-        named.append((read_name(f"model.layers.0.mlp.experts.{name}", model_type), stored))
+        turned = shape[::-1] if transposed else shape
+        named.append((read_name(f"model.layers.0.mlp.experts.{name}", model_type), turned))
     first, second = find_slots(named, width=width, hidden=hidden, model_type=model_type)
     assert first == Slot("gate_up", transposed=transposed, interleaved=model_type == "gpt_oss")
     assert second == Slot("down", transposed=transposed)
