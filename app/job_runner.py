@@ -27,6 +27,7 @@ def main(arguments: Sequence[str]) -> int:
                     break
         except KeyboardInterrupt:  # between two commands
             code = 130
+            print("moescope: interrupted", file=sys.stderr)
         except SystemExit as error:  # an option that a command has not
             code = error.code if isinstance(error.code, int) else 2
         except BaseException:

@@ -265,8 +265,15 @@ def _document(job: Job, name: str) -> dict[str, Any]:
 
 
 def _just_started(job: Job, said: dict[str, Any]) -> bool:
-    """Between its file and its process: another tab may look just then."""
-    return not said and job.pid == 0 and time.time() - job.started < _STARTUP
+    """Before its first word: it may not have its number yet, and a process that has just begun has no command line."""
+    if said or time.time() - job.started > _STARTUP:
+        return False
+    if job.pid:
+        try:
+            os.kill(job.pid, 0)
+        except OSError:
+            return False
+    return True
 
 
 def _command_line(pid: int) -> str:

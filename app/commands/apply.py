@@ -25,7 +25,9 @@ SUMMARY = "follow a plan: read a checkpoint, write the smaller one"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the command."""
     parser.add_argument("plan", metavar="PLAN", type=Path, help="a plan, as moescope plan writes it")
-    parser.add_argument("model", metavar="MODEL", help="folder of the checkpoint that the plan was made for")
+    parser.add_argument(
+        "model", metavar="MODEL", help="the checkpoint that the plan was made for: a folder, or a hub id in the cache"
+    )
     parser.add_argument("-o", "--output", metavar="DIR", type=Path, help="folder of the new checkpoint")
     parser.add_argument(
         "--dry-run", action="store_true", help="check plan and checkpoint against each other; nothing is written"

@@ -25,9 +25,11 @@ _UNITS = {"": 1, "B": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the command."""
+    from planner.presets import DEFAULT
+
     parser.add_argument("target", nargs="?", metavar="RUN", help="path of a run, or its name in --store")
     what = parser.add_mutually_exclusive_group()
-    what.add_argument("--preset", metavar="NAME", help="how to choose; --list names them (default: set_search)")
+    what.add_argument("--preset", metavar="NAME", help=f"how to choose; --list names them (default: {DEFAULT})")
     what.add_argument("--list", action="store_true", help="the presets, what they need, and whether the run has it")
     what.add_argument("--diff", nargs=2, metavar=("PLAN", "PLAN"), type=Path, help="what two plans do differently")
     what.add_argument("--esft", metavar="DOMAIN", help="experts to fine-tune for a domain, as ESFT's code reads them")

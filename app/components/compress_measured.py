@@ -9,6 +9,7 @@ from app import state
 from app.components import chart
 from app.figures import compress_measured as figures
 from app.frames import compress_measured as frames
+from app.frames import evaluation
 from compressor.plan import Plan
 from moescope.errors import StoreError
 from store import Run
@@ -24,7 +25,7 @@ def section(run: Run, plan: Plan | None) -> None:
     st.subheader("What it cost, measured", anchor=False)
     try:
         documents = frames.documents(run)
-        damages = {words: frames.damage(document) for words, document in documents.items()}
+        damages = {words: evaluation.domains(document) for words, document in documents.items()}
     except StoreError as error:
         st.error(f"The evaluations beside this run cannot be read: {state.plain(str(error), 300)}")
         return
@@ -64,48 +65,50 @@ def _damage(damages: dict[str, pl.DataFrame], chosen: str) -> None:
             )
 
 
-def _detail(document: frames.Document, chosen: str) -> None:
+def _detail(document: evaluation.Document, chosen: str) -> None:
     try:
-        lines, probes = frames.sentences(document), frames.probes(document)
-        written, damage = frames.generation(document), frames.damage(document)
+        (verdict, notes), probes = evaluation.sentences(document), evaluation.probes(document)
+        written, sizes = evaluation.generation(document), evaluation.sizes(document)
+        domains = evaluation.domains(document)
     except StoreError as error:
         st.error(state.plain(str(error), 300))
         return
-    st.markdown(f"**{state.plain(lines[0], 600)}**")
+    st.markdown(f"**{state.plain(verdict, 600)}**")
     if len(probes):
         chart.show(
-            figures.probe_pairs(probes, theme=state.theme()),
+            figures.probe_differences(probes, theme=state.theme()),
             probes,
             key="measured-probes",
-            read="Where the diamond lies left of the circle and the intervals do not touch, the edited model has lost "
-            "that ability.",
-            rests_on=f"{int(probes['items'].sum()):,} items; {state.plain(chosen)}.",
-            alt="Probes: share right of the original and of the edited model",
+            read="Left of the dotted line the edited model answers fewer items right than the original; red where the "
+            "interval says so clearly.",
+            rests_on=f"{int(probes['items'].sum()):,} items, 95 % intervals of pairs; {state.plain(chosen)}.",
+            alt="Probes: change in the share of right answers, with intervals",
         )
-    with st.expander("All figures: domains, generation, probes", icon=":material/table:"):
-        _tables(damage, written, probes)
-    for line in lines[1:]:
+    with st.expander("All figures: domains, generation, probes, size", icon=":material/table:"):
+        _tables(domains, written, probes, sizes)
+    for line in notes:
         st.caption(state.plain(line, 400))
 
 
-def _tables(damage: pl.DataFrame, written: pl.DataFrame, probes: pl.DataFrame) -> None:
-    share = {
-        name: _number(words, format="percent")
-        for name, words in (("agreement", "same next token"), ("agreement_low", "from"), ("agreement_high", "to"))
-    }
+def _tables(domains: pl.DataFrame, written: pl.DataFrame, probes: pl.DataFrame, sizes: pl.DataFrame) -> None:
     st.dataframe(
-        damage,
+        domains,
         hide_index=True,
         alt="Damage by domain: KL, perplexities, agreement, with intervals",
         column_config={
             "tokens": _number("predicted tokens", format="localized"),
-            **{name: _number(format="%.4g") for name in damage.columns if name.startswith(("kl", "ratio"))},
-            "base_perplexity": _number("perplexity before", format="%.4g"),
-            "perplexity": _number("after", format="%.4g"),
-            **share,
+            **{name: _number(format="%.4g") for name in domains.columns if name.startswith(("kl", "ratio"))},
+            "base": _number("perplexity before", format="%.4g"),
+            "model": _number("after", format="%.4g"),
+            "top1": _number("same next token", format="percent"),
+            "routing": _number("same experts", format="percent"),
         },
     )
-    figure = {name: _number(format="%.4g") for name in ("base", "model", "difference", "low", "high")}
-    for frame, alt in ((written, "What both models write"), (probes, "Probes of both models")):
+    ends = {name: _number(format="%.4g") for name in ("base", "model", "ratio", "difference")}
+    for frame, alt in (
+        (written, "What both models write"),
+        (probes, "Probes of both models"),
+        (sizes, "Size and speed of both models"),
+    ):
         if len(frame):
-            st.dataframe(frame, hide_index=True, alt=alt, column_config=figure)
+            st.dataframe(frame, hide_index=True, alt=alt, column_config=ends)

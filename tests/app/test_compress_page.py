@@ -21,11 +21,15 @@ from app.figures import compress_measured as measured_figures
 from app.frames import compress as frames
 from app.frames import compress_measured as measured
 from app.frames import compress_presets as presets
+from app.frames import evaluation
 from compressor.plan import Plan
-from moescope.errors import StoreError
-from planner.presets import PRESETS
+from planner.presets import DEFAULT, PRESETS
 from sample_data import MODEL, RUN
 
+MEASURES = (*("repeated_4grams", "longest_loop", "distinct_1", "distinct_2", "entropy", "length", "base_loss"),)
+SIZE = dict.fromkeys(
+    ("file_bytes", "memory_bytes", "parameters", "active_parameters", "expert_parameters", "experts"), 1000
+)
 MAIN = Path(__file__).parents[2] / "app" / "main.py"
 
 
@@ -41,7 +45,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def few_presets(monkeypatch: pytest.MonkeyPatch) -> None:
     """Enough of each kind, so that pages are quick; tests of the command go through all."""
-    names = ("set_search", "reap", "ean", "frequency", "copies", "camera_p", "heapr")
+    names = (DEFAULT, "reap", "ean", "frequency", "copies", "camera_p", "heapr")
     monkeypatch.setattr(presets, "PRESETS", tuple(preset for preset in PRESETS if preset.name in names))
 
 
@@ -89,14 +93,14 @@ def document(plan: str | None, **changes: Any) -> dict[str, Any]:
     probe = {"name": "copying", "asks": "What came before?", "items": 30, "enough": False, "accuracy": one,
              "base_accuracy": one, "difference": one}  # fmt: skip
     generation = {"prompts": 4, "common": one, "identical": one, "per_domain": {},
-                  "measures": {"distinct_2": {"model": one, "base": one, "difference": one}}}  # fmt: skip
+                  "measures": dict.fromkeys(MEASURES, {"model": one, "base": one, "difference": one})}  # fmt: skip
     side = {**one, "tokens": 700, "per_domain": {"c": one}}
     content = {
         "kind": "evaluation", "version": 1, "model": {"name": "smaller"}, "base": {"name": "model"}, "data": {"n": 1},
         "plan": plan, "held_out": True, "divergence": {**part, "per_domain": {"c": part}},
         "perplexity": {"model": side, "base": side, "ratio": one}, "routing": None, "generation": generation,
-        "probes": [probe], "size": {}, "speed": None, "lm_eval": None, "notes": ["A note on it."],
-        "verdict": "Perplexity has risen.",
+        "probes": [probe], "size": {"model": SIZE, "base": SIZE}, "speed": None, "lm_eval": None,
+        "notes": ["A note on it."], "verdict": "Perplexity has risen.",
     }  # fmt: skip
     return content | changes
 
@@ -105,7 +109,7 @@ def test_the_plan_stands_there_at_once(monkeypatch: pytest.MonkeyPatch, clean: P
     app = visit(monkeypatch, clean)
     with store.open_run(clean / "sample.duckdb") as run:
         plan = planner.make(run, share=0.25)
-    assert titles(app) == ["What becomes of every expert: set_search, 25 %, uniform", "Predicted layer error by preset"]
+    assert titles(app) == [f"What becomes of every expert: {DEFAULT}, 25 %, uniform", "Predicted layer error by preset"]
     assert metrics(app)["Experts"] == ("72", "-25.0% of 96")
     assert metrics(app)["Weights of all experts"] == ("13.5 MiB", "-25.0% of 18 MiB")
     assert metrics(app)["Parameters per token"][1] == "unchanged"
@@ -113,7 +117,7 @@ def test_the_plan_stands_there_at_once(monkeypatch: pytest.MonkeyPatch, clean: P
     text = words(app)
     assert plan.digest[:12] in text
     assert "108,000 tokens" in text
-    assert "--preset set_search --share 0.25 -o plan.json" in text
+    assert f"--preset {DEFAULT} --share 0.25 -o plan.json" in text
     assert "has not been measured yet" in text
     assert "HEAPr" in text  # what this run cannot give
     units = next(one.value for one in app.dataframe if "fate" in one.value.columns)
@@ -136,7 +140,7 @@ def test_a_link_restores_the_choice(monkeypatch: pytest.MonkeyPatch, clean: Path
 
 def test_bad_values_in_a_link_fall_back(monkeypatch: pytest.MonkeyPatch, clean: Path) -> None:
     app = visit(monkeypatch, clean, preset="nothing", share="0", domains="klingon", by="weight", memory="-3")
-    assert "--preset set_search --share 0.25 -o plan.json" in words(app)
+    assert f"--preset {DEFAULT} --share 0.25 -o plan.json" in words(app)
 
 
 def test_a_budget_in_bytes(monkeypatch: pytest.MonkeyPatch, clean: Path) -> None:
@@ -240,7 +244,8 @@ def test_what_was_measured_stands_beside_the_original(monkeypatch: pytest.Monkey
     app = visit(monkeypatch, clean, preset="REAP")
     assert "has not been measured" not in words(app)
     assert titles(app)[2:] == [
-        "KL divergence from the original", "Perplexity beside the original's", "Probes, before and after",
+        "KL divergence from the original", "Perplexity beside the original's",
+        "Probes, edited model against the original",
     ]  # fmt: skip
     names = [trace["name"] for trace in json.loads(app.get("plotly_chart")[2].proto.spec)["data"]]
     assert sorted(name.split(",")[0] for name in names) == ["frequency", "reap"]
@@ -359,22 +364,35 @@ def test_large_maps_carry_no_marks() -> None:
     assert all(len(trace.x) == 1 for trace in figure.data if trace.type == "scatter")
 
 
-def test_measured_frames_and_figures() -> None:
+def test_measured_figures() -> None:
     one = document("d")
-    damage = measured.damage(one)
-    assert damage["domain"].to_list() == [measured.ALL, "c"]
-    assert damage.row(0, named=True)["kl_high"] is None
-    assert measured.generation(one)["measure"].to_list()[-1] == "distinct 2"
-    assert measured.generation(document("d", generation=None)).is_empty()
-    assert measured.probes(one)["enough"].to_list() == [False]
-    assert measured.probes(document("d", probes=[])).is_empty()
-    with pytest.raises(StoreError, match="is damaged"):
-        measured.damage({"divergence": None, "perplexity": {}})
+    damage = evaluation.domains(one)
     figure = measured_figures.damage({"one": damage, "<b>two": damage}, quantity="kl")
     assert [trace.name for trace in figure.data] == ["one", "&lt;b&gt;two"]
+    assert list(figure.data[0].y) == ["all", "c"]
     assert list(figure.data[0].error_x.arrayminus) == pytest.approx([0.1, 0.1])
     assert list(figure.data[0].error_x.array) == [0.0, 0.0]  # no upper end
+    assert measured_figures.damage({"one": damage}, quantity="ratio").layout.xaxis.type is None
+    far = damage.with_columns(ratio=pl.lit(20.0))
+    assert measured_figures.damage({"one": far}, quantity="ratio").layout.xaxis.type == "log"
     assert "Nothing was measured" in measured_figures.damage({}, quantity="ratio").layout.annotations[0].text
-    probes = measured_figures.probe_pairs(measured.probes(one))
-    assert [trace.name for trace in probes.data] == ["original", "edited"]
-    assert list(probes.data[0].y) == ["copying (too few)"]
+    probes = evaluation.probes(one)
+    drawn = measured_figures.probe_differences(probes).data[0]
+    assert list(drawn.y) == ["copying (too few)"]
+    clear = measured_figures.probe_differences(probes.with_columns(enough=pl.lit(True))).data[0]
+    assert clear.marker.color != drawn.marker.color  # too few items say nothing clearly
+    assert "No probe" in measured_figures.probe_differences(probes.head(0)).layout.annotations[0].text
+
+
+def test_plans_as_a_view(clean: Path) -> None:
+    from app.commands.show import view
+
+    run = clean / "sample.duckdb"
+    with store.open_run(run) as opened:
+        assert view(opened, "plans").is_empty()
+        plan = planner.make(opened, preset="reap", share=0.25)
+        store.write_plan(run, plan.text())
+        assert view(opened, "plans")["kl"].to_list() == [None]
+        store.write_evaluation(run, document(plan.digest))
+        row = view(opened, "plans").row(0, named=True)
+    assert (row["plan"], row["experts_after"], row["kl"], row["tokens"]) == ("reap, 25 %, uniform", 72, 0.5, 700)
