@@ -52,6 +52,21 @@ def mixed_gram(task: Task, mix: Mix) -> tuple[Grams, bool]:
     return {key: np.mean([part[key] / _total(part[key]) for part in parts], axis=0) for key in parts[0]}, exact
 
 
+def even_gram(task: Task, mix: Mix) -> tuple[Grams, bool]:
+    """The same as if every expert were used equally often: A_ij / sqrt(u_i u_j), u = E x the expert's part of use.
+
+    How often an expert is used is a matter of the text; what its absence does to a token that wants it, less so. As
+    REAP divides by the number of tokens, this divides both sides of A. An expert that no token used stays at 0.
+    """
+    grams, exact = mixed_gram(task, mix)
+    use = _use(task, mix)
+    even = {}
+    for key, gram in grams.items():
+        scale = np.divide(1.0, np.sqrt(use[key]), out=np.zeros_like(use[key]), where=use[key] > 0)
+        even[key] = gram * np.outer(scale, scale)
+    return even, exact
+
+
 def total_gram(task: Task) -> tuple[Grams, bool]:
     """A per layer over all tokens of the task's domains, and whether it is exact."""
     if task.every_domain:
@@ -82,6 +97,22 @@ def _diagonals(task: Task, domain: str | None) -> Grams:
     statistics = Statistics(task.run, level="activations", domain=domain)
     frame = statistics.experts("expert_output", "gated_norm_square_sum")
     return {key: rows["gated_norm_square_sum"].to_numpy().astype(np.float64) for key, rows in layers_of(frame)}
+
+
+def _use(task: Task, mix: Mix) -> Grams:
+    """(experts,) E x the expert's part of the layer's selections: 1 = used evenly. Domains are mixed as in A."""
+    parts = []
+    for domain in task.domains:
+        load = Statistics(task.run, level="routing", domain=domain).experts("expert_load", "tokens")
+        parts.append({key: rows["tokens"].to_numpy().astype(np.float64) for key, rows in layers_of(load)})
+    use = {}
+    for shape in task.layers:
+        counts = [part[shape.key] for part in parts]
+        if mix == "union":
+            counts = [count / (count.sum() or 1.0) for count in counts]
+        total = np.sum(counts, axis=0)
+        use[shape.key] = shape.num_experts * total / (total.sum() or 1.0)
+    return use
 
 
 def _cropped(task: Task, grams: Grams) -> Grams:

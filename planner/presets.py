@@ -71,10 +71,11 @@ def _preset(
     return Preset(name, title, step, f"planner.{target}", level, source, MappingProxyType(parameters), forms, differs)
 
 
-DEFAULT = "set_search"
-"""The preset that is taken where none is named."""
+DEFAULT = "even_search"
+"""The preset that is taken where none is named; benchmarks/compression.py compares it with the others."""
 
 PRESETS: tuple[Preset, ...] = (
+    _preset("even_search", "Set search, even use", "drop", "drop.set_search", _X, "ours", differs=False, use="even"),
     _preset("set_search", "Set search", "drop", "drop.set_search", _X, "ours", differs=False),
     _scored("reap", "REAP", _X, "arXiv 2510.13999"),
     _scored("ean", "EAN", _X, "REAP's code, ean_sum"),

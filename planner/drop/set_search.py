@@ -10,23 +10,33 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Collection, Iterator
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from compressor.plan import DropLayer, DropStep, LayerKey, LayerShape
+from moescope.errors import PlanError
 from planner.allocation import Allocation, counts, drop_layers, most_removed
 from planner.domains import Mix
-from planner.grams import SCALED, domain_grams, mixed_gram, relative_error
+from planner.grams import SCALED, domain_grams, even_gram, mixed_gram, relative_error
 from planner.task import Array, Draft, Task, rounded
+
+Use = Literal["counted", "even"]
+"""Whether an expert that is used twice as often counts twice, or all count as if they were used equally often."""
 
 EVERY_SET = 20_000
 """Sets of one size of which all are priced: 8 of 16 experts are 12,870."""
 
+EVEN = (
+    "Experts count as if all were used equally often: a rarely used expert stays where what it does for its tokens"
+    " cannot be spared."
+)
+
 _GAIN = 1e-12  # of the layer's squared output: less is rounding, and could swap forever
 
 
-def draft(task: Task, *, allocation: Allocation = "uniform", mix: Mix = "union") -> Draft:
+def draft(task: Task, *, allocation: Allocation = "uniform", mix: Mix = "union", use: Use = "counted") -> Draft:
     """Every layer loses the set that costs least.
 
     Args:
@@ -34,11 +44,16 @@ def draft(task: Task, *, allocation: Allocation = "uniform", mix: Mix = "union")
         allocation: the same number in every layer, or as many in all from where they cost least: the sum over layers
             of relative errors is then the least that the found sets allow.
         mix: ``union`` = the mean over domains of each domain's relative error; ``tokens`` = the error over all tokens.
+        use: ``counted`` = as often as experts were used on this text; ``even`` = as if all were used equally often,
+            which holds better on text that the run has not seen.
 
     Raises:
-        PlanError: the run was not collected at level activations, or what the allocation refuses.
+        PlanError: a use that is not known, a run that was not collected at level activations, or what the allocation
+            refuses.
     """
-    grams, exact = mixed_gram(task, mix)
+    if use not in ("counted", "even"):
+        raise PlanError(f"use {use!r} is not known: use counted or even")
+    grams, exact = mixed_gram(task, mix) if use == "counted" else even_gram(task, mix)
     found: dict[LayerKey, dict[int, NDArray[np.bool_]]] = {}
 
     def sets(shape: LayerShape, most: int) -> dict[int, NDArray[np.bool_]]:
@@ -59,9 +74,9 @@ def draft(task: Task, *, allocation: Allocation = "uniform", mix: Mix = "union")
     return Draft(
         steps=(DropStep(method="set_search", form=task.form, layers=_dropped(masks)),),  # type: ignore[arg-type]
         score="set error",
-        unit="part of the layer's squared output",
+        unit="part of the layer's squared output" + (", every expert used equally often" if use == "even" else ""),
         values={key: rounded(marginal_errors(grams[key], mask)) for key, mask in masks.items()},
-        notes=tuple(_notes(task, mix, masks, exact)),
+        notes=(*([EVEN] if use == "even" else []), *_notes(task, mix, masks, exact)),
     )
 
 

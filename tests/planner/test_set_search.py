@@ -101,7 +101,7 @@ def _masked_error(layer: Any, kept: list[int], where: NDArray[np.bool_]) -> floa
 def test_estimated_layer_error_is_that_of_the_tokens(seen: tuple[Tokenwise, Any, Any]) -> None:
     tokens, pooled, split = seen
     for run, domains in ((pooled, None), (split, None), (split, ["german"])):
-        plan = planner.make(run, share=0.5, domains=domains)
+        plan = planner.make(run, preset="set_search", share=0.5, domains=domains)
         after = experts_after(plan)
         where = tokens.where(domains[0] if domains else None)
         errors = [
@@ -113,7 +113,7 @@ def test_estimated_layer_error_is_that_of_the_tokens(seen: tuple[Tokenwise, Any,
 def test_domains_are_searched_together(seen: tuple[Tokenwise, Any, Any]) -> None:
     """With domains kept apart, the found set has the least mean over domains of relative errors, of all sets."""
     tokens, _, split = seen
-    plan = planner.make(split, share=0.5)
+    plan = planner.make(split, preset="set_search", share=0.5)
     for layer in tokens.layers:
         kept = [one.lead for one in experts_after(plan)[layer.layer.layer, 0]]
         errors = {
