@@ -18,8 +18,9 @@ attach 'runs/mine.duckdb' as mine (read_only);
 select layer, expert, sum(tokens) from mine.expert_load where domain = 'code' group by all order by 3 desc;
 ```
 
-Beside it lie `NAME.live/` (Parquet shards while the run is collected) and `NAME.derived.duckdb` (metric results; may be
-deleted and computed again).
+Beside it lie `NAME.live/` (Parquet shards while the run is collected), `NAME.derived.duckdb` (metric results; may be
+deleted and computed again), `NAME.evaluations/` (what was measured on the model) and `NAME.plans/` (plans made from the
+run, receipts of applying them, and jobs), both as JSON.
 
 Common columns: **layer** counts the model's decoder layers, dense ones included; **step** is 0 unless a layer calls its
 experts several times; **kind** is routed or shared; **domain** is the label of the text; **phase** is prompt or decode;
