@@ -155,10 +155,11 @@ def words(plan: Plan) -> str:
     from app.frames import compress as frames
     from app.text import table
 
+    found = frames.units(plan)
     parts = [
         f"{frames.title(plan)}: {plan.source.model}",
-        table(frames.layers(plan).rename({"label": "layer"}), rows=ROWS["layers"]),
-        table(frames.reasons(plan).rename({"label": "layer"}), rows=ROWS["layers"]),
+        table(frames.layers(found).rename({"label": "layer"}), rows=ROWS["layers"]),
+        table(frames.reasons(found).rename({"label": "layer"}), rows=ROWS["layers"]),
         table(frames.key_figures(plan)),
         "\n".join(frames.rests_on(plan)),
     ]

@@ -23,12 +23,12 @@ _PLAIN: dict[str, Any] = {"delta_color": "off", "delta_arrow": "off"}
 
 def figures(run: Run, plan: Plan) -> None:
     """What the plan saves and is expected to cost, in a row; what it rests on, below."""
-    estimate, found = plan.estimate, frames.units(plan)
-    kept, whole = int((found["fate"] == "kept").sum()), compress_presets.expert_bytes(run)
+    estimate, kept, whole = plan.estimate, frames.kept(plan), compress_presets.expert_bytes(run)
+    experts = sum(shape.num_experts for shape in plan.source.layers)
     active, was = estimate.active_parameters_after, estimate.active_parameters
     error = estimate.layer_error
     columns = st.columns(4)
-    columns[0].metric("Experts", f"{kept:,}", _change(kept, len(found), f"{len(found):,}"), **_PLAIN)
+    columns[0].metric("Experts", f"{kept:,}", _change(kept, experts, f"{experts:,}"), **_PLAIN)
     columns[1].metric(
         "Weights of all experts", size(whole - estimate.bytes_saved),
         _change(whole - estimate.bytes_saved, whole, size(whole)), **_PLAIN,
@@ -51,9 +51,9 @@ def figures(run: Run, plan: Plan) -> None:
             st.markdown("\n".join(f"- {state.plain(line, 800)}" for line in others))
 
 
-def maps(plan: Plan) -> None:
+def maps(plan: Plan, found: pl.DataFrame) -> None:
     """Layers by experts: what becomes of each, and for slim the neurons that stay."""
-    found, name = frames.units(plan), safe(frames.title(plan))
+    name = safe(frames.title(plan))
     evidence = frames.evidence_of(plan)
     by = f"Scores: {evidence.score}, {evidence.source or 'own'}." if evidence else ""
     chart.show(
@@ -112,17 +112,17 @@ def presets(run: Run, asked: dict[str, Any]) -> None:
         )
 
 
-def tables(plan: Plan) -> None:
+def tables(found: pl.DataFrame) -> None:
     """What the map shows, as tables."""
     with st.expander("All figures: every layer, and every expert", icon=":material/table:"):
         st.dataframe(
-            frames.reasons(plan),
+            frames.reasons(found),
             hide_index=True,
             alt="What happens to each layer and why",
             column_config={"label": "layer", "what": "what happens"},
         )
         st.dataframe(
-            frames.layers(plan),
+            frames.layers(found),
             hide_index=True,
             alt="Every layer: experts kept, dropped, merged, protected, scores at the edge",
             column_config={
@@ -133,7 +133,7 @@ def tables(plan: Plan) -> None:
             },
         )
         st.dataframe(
-            frames.units(plan).drop("layer", "step"),
+            found.drop("layer", "step"),
             hide_index=True,
             height=320,
             alt="Every expert: what becomes of it, score and reason",

@@ -41,7 +41,7 @@ def plan_map(frame: pl.DataFrame, *, title: str, theme: Theme = "light") -> go.F
             z=values, y=labels, zmin=0.0, zmax=1.0, colorscale=scale(_scale(name, theme)), hoverongaps=False,
             showscale=name == "kept", colorbar=_colorbar(), name=_NAMES[name],
         )  # fmt: skip
-        _hover(heat, ranked, cells, name)
+        _hover(heat, part, labels, width, name)
         figure.add_trace(heat)
         figure.add_trace(_key(name, theme))
         if cells <= MARKED_CELLS and name in _SYMBOLS:
@@ -128,15 +128,15 @@ def _colorbar() -> dict[str, Any]:
     return colorbar("place in its layer by score", tickvals=[0, 1], ticktext=["last", "first"])
 
 
-def _hover(heat: go.Heatmap, frame: pl.DataFrame, cells: int, fate: str) -> None:
-    if cells > MAX_DETAIL_CELLS:
+def _hover(heat: go.Heatmap, part: pl.DataFrame, labels: list[str], width: int, fate: str) -> None:
+    """Words for the cells that the trace draws; a large map has to do without."""
+    if len(labels) * width > MAX_DETAIL_CELLS:
         heat.update(hovertemplate=f"layer %{{y}}, expert %{{x}}: {_NAMES[fate]}<extra></extra>")
         return
-    labels = {label: row for row, label in enumerate(frame["label"].unique(maintain_order=True))}
-    width = int(frame["expert"].max()) + 1  # type: ignore[arg-type]
+    rows = {label: row for row, label in enumerate(labels)}
     words: NDArray[np.object_] = np.full((len(labels), width, 2), "", dtype=object)
-    for label, expert, score, why in frame.select("label", "expert", "score", "why").iter_rows():
-        words[labels[label], expert] = "–" if score is None else f"{score:.4g}", safe(why, 160)
+    for label, expert, score, why in part.select("label", "expert", "score", "why").iter_rows():
+        words[rows[label], expert] = "–" if score is None else f"{score:.4g}", safe(why, 160)
     heat.update(
         customdata=words,
         hovertemplate=f"layer %{{y}}, expert %{{x}}: {_NAMES[fate]}<br>score %{{customdata[0]}}"

@@ -88,12 +88,18 @@ def units(plan: Plan) -> pl.DataFrame:
     return pl.DataFrame(rows, schema=_UNITS)
 
 
-def layers(plan: Plan) -> pl.DataFrame:
-    """One row per MoE layer: label, experts, kept, dropped (silenced ones too), merged into others, protected,
-    neurons_kept: share over the experts that stay; highest_cut and lowest_kept: scores at the edge of the cut.
+def kept(plan: Plan) -> int:
+    """Routed experts that still put something out."""
+    silenced = {layer for step in plan.steps if isinstance(step, DropStep) for layer in step.blocks}
+    return sum(len(experts) for (layer, _), experts in experts_after(plan).items() if layer not in silenced)
+
+
+def layers(found: pl.DataFrame) -> pl.DataFrame:
+    """One row per MoE layer, from :func:`units`: label, experts, kept, dropped (silenced ones too), merged into others,
+    protected, neurons_kept: share over the experts that stay; highest_cut and lowest_kept: scores at the cut's edge.
     """
     gone = pl.col("fate") != "kept"
-    frame = units(plan).group_by("layer", "step", maintain_order=True).agg(
+    frame = found.group_by("layer", "step", maintain_order=True).agg(
         pl.col("label").first(),
         pl.len().alias("experts"),
         (~gone).sum().alias("kept"),
@@ -107,13 +113,15 @@ def layers(plan: Plan) -> pl.DataFrame:
     return frame.select(pl.col(name).cast(kind) for name, kind in _LAYERS.items())
 
 
-def reasons(plan: Plan) -> pl.DataFrame:
-    """What happens to each layer, and why: label, what, experts, why; a row per layer and what happens in it.
+def reasons(found: pl.DataFrame) -> pl.DataFrame:
+    """What happens to each layer, and why, from :func:`units`: label, what, experts, why.
+
+    A row per layer and what happens in it.
 
     Experts are a list of numbers and ranges; of merged ones, ``3>1`` means that 3 becomes a part of 1.
     """
     rows = []
-    for part in units(plan).partition_by("layer", "step", maintain_order=True):
+    for part in found.partition_by("layer", "step", maintain_order=True):
         label, stays = part["label"][0], part.filter(pl.col("fate") == "kept")
         for what in ("dropped", "silenced", "merged"):
             gone = part.filter(pl.col("fate") == what)
@@ -134,9 +142,8 @@ def reasons(plan: Plan) -> pl.DataFrame:
 
 def key_figures(plan: Plan) -> pl.DataFrame:
     """What a plan saves and what it is expected to cost: figure, before, after, change."""
-    found, estimate = units(plan), plan.estimate
-    kept = int((found["fate"] == "kept").sum())
-    rows = [_counted("routed experts", len(found), kept)]
+    estimate = plan.estimate
+    rows = [_counted("routed experts", sum(shape.num_experts for shape in plan.source.layers), kept(plan))]
     rows.append(_counted("expert parameters", estimate.expert_parameters, estimate.expert_parameters_after))
     rows.append(_counted("expert parameters per token", estimate.active_parameters, estimate.active_parameters_after))
     rows.append(("weights saved", "", size(estimate.bytes_saved), ""))

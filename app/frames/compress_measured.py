@@ -8,7 +8,7 @@ import polars as pl
 
 import store
 from app.frames import evaluation
-from app.frames.compress import title, units
+from app.frames.compress import kept, title
 from app.text import size
 from compressor.plan import Plan
 from moescope.errors import PlanError, StoreError
@@ -57,13 +57,13 @@ def plans(run: store.Run) -> pl.DataFrame:
         measured.setdefault(document["plan"], evaluation.summary(document))
     rows = []
     for file, plan in _plans(run):
-        fates, found = units(plan)["fate"], measured.get(plan.digest, {})
+        found = measured.get(plan.digest, {})
         rows.append(
             {
                 "plan": title(plan),
                 "digest": plan.digest,
-                "experts": len(fates),
-                "experts_after": int((fates == "kept").sum()),
+                "experts": sum(shape.num_experts for shape in plan.source.layers),
+                "experts_after": kept(plan),
                 "saved": size(plan.estimate.bytes_saved),
                 "layer_error": plan.estimate.layer_error,
                 **{name: found.get(name) for name in ("kl", "ratio", "tokens")},

@@ -103,7 +103,7 @@ def _figures(plan: Plan) -> dict[str, Any]:
     return {
         "form": ", ".join(dict.fromkeys(step.form for step in plan.steps)),
         "score": evidence.score if evidence is not None else "",
-        "experts_after": int((compress.units(plan)["fate"] == "kept").sum()),
+        "experts_after": compress.kept(plan),
         "parameters_after": estimate.expert_parameters_after,
         "saved": size(estimate.bytes_saved),
         "layer_error": estimate.layer_error,

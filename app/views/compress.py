@@ -10,6 +10,7 @@ import streamlit as st
 from app import data, state
 from app.components import compress_apply, compress_measured, compress_plan, header
 from app.components.page import render
+from app.frames import compress
 from app.frames import compress_presets as frames
 from moescope.errors import PlanError
 from store import Run
@@ -45,8 +46,9 @@ def page(run: Run) -> None:
         plan = None
     if plan is not None:
         compress_plan.figures(run, plan)
-        compress_plan.maps(plan)
-        compress_plan.tables(plan)
+        units = compress.units(plan)
+        compress_plan.maps(plan, units)
+        compress_plan.tables(units)
     beside = st.container()
     if plan is not None:
         compress_apply.section(run, plan, asked)

@@ -129,17 +129,17 @@ def test_units_say_what_becomes_of_every_expert() -> None:
 
 
 def test_layers_and_reasons() -> None:
-    rows = frames.layers(by_hand.dropping()).to_dicts()
+    rows = frames.layers(frames.units(by_hand.dropping())).to_dicts()
     assert rows[0] == {
         "label": "1", "experts": 4, "kept": 2, "dropped": 2, "merged": 0, "protected": 1, "neurons_kept": 1.0,
         "highest_cut": 0.3, "lowest_kept": 0.5,
     }  # fmt: skip
-    found = {(row["label"], row["what"]): row for row in frames.reasons(by_hand.dropping()).to_dicts()}
+    found = {(row["label"], row["what"]): row for row in frames.reasons(frames.units(by_hand.dropping())).to_dicts()}
     assert found["1", "dropped"]["experts"] == "1 3"
     assert found["2", "dropped"]["experts"] == "2-3"
     assert found["1", "dropped"]["why"] == "scores 0.1 to 0.3; what stays scores 0.5 and more"
-    assert frames.reasons(by_hand.merging())["experts"].to_list() == ["1>0 3>2", "1>0 3>2"]
-    assert "keep 25.0% to 25.0% of their neurons" in frames.reasons(by_hand.slimming())["why"]
+    assert frames.reasons(frames.units(by_hand.merging()))["experts"].to_list() == ["1>0 3>2", "1>0 3>2"]
+    assert "keep 25.0% to 25.0% of their neurons" in frames.reasons(frames.units(by_hand.slimming()))["why"]
 
 
 def test_whole_layers_and_blocks() -> None:
@@ -151,7 +151,7 @@ def test_whole_layers_and_blocks() -> None:
     assert "decoder layers" in frames.key_figures(gone)["figure"]
     silent = by_hand.plan(DropStep(method="moe_blocks", blocks=(2,)))
     assert frames.units(silent)["fate"].to_list() == ["kept"] * 4 + ["silenced"] * 4
-    assert frames.reasons(silent)["why"].to_list() == ["its MoE block puts out nothing any more"]
+    assert frames.reasons(frames.units(silent))["why"].to_list() == ["its MoE block puts out nothing any more"]
     assert "toy" in words(silent)
 
 
