@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from compressor.plan import DropLayer, LayerKey, LayerShape
 from moescope.errors import PlanError
+from planner.probes import Weigh, layer_weights
 from planner.task import Array, Task
 
 Allocation = Literal["uniform", "budgeted"]
@@ -79,30 +80,36 @@ def most_removed(shape: LayerShape, protected: Collection[int]) -> int:
     return shape.groups * max(min(most, *free), 0)
 
 
-def counts(task: Task, allocation: Allocation, costs: Callable[[LayerShape], Array]) -> dict[LayerKey, int]:
-    """(layer, step) -> experts to remove.
+def counts(
+    task: Task, allocation: Allocation, weigh: Weigh, costs: Callable[[LayerShape], Array]
+) -> tuple[dict[LayerKey, int], list[str]]:
+    """(layer, step) -> experts to remove, and what to note.
 
     Args:
         task: share, guard and form.
         allocation: ``uniform`` = the same share of every layer; ``budgeted`` = as many in all, from where it costs
             least.
-        costs: of a layer, for ``budgeted``: (at most removed + 1,) what removing 0, 1, ... experts costs.
+        weigh: what makes costs of different layers comparable.
+        costs: of a layer, for ``budgeted``: (at most removed + 1,) what removing 0, 1, ... experts costs, as a part of
+            the layer's whole.
 
     Raises:
         PlanError: as :func:`removed`, or another allocation, or one that the form cannot hold.
     """
     if allocation not in ("uniform", "budgeted"):
         raise PlanError(f"allocation {allocation!r} is not known: use uniform or budgeted")
+    weights, note = layer_weights(task, weigh)
     uniform = {shape.key: removed(task, shape) for shape in task.layers}
     if allocation == "uniform":
-        return uniform
+        return uniform, []
     if task.form == "uniform":
         raise PlanError(
             "allocation budgeted keeps different numbers of experts per layer, which form uniform cannot hold: use form"
             " per_layer (engine transformers), or padded where the router has a selection bias"
         )
-    chosen = allocate([costs(shape) for shape in task.layers], sum(uniform.values()))
-    return {shape.key: count for shape, count in zip(task.layers, chosen, strict=True)}
+    weighed = [costs(shape) * weights[shape.layer] for shape in task.layers]
+    chosen = allocate(weighed, sum(uniform.values()))
+    return {shape.key: count for shape, count in zip(task.layers, chosen, strict=True)}, [note]
 
 
 def allocate(costs: Sequence[Array], total: int) -> list[int]:

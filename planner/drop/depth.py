@@ -11,13 +11,13 @@ from typing import Literal
 import numpy as np
 import polars as pl
 
-import store
 from compressor.plan import DropStep
 from moescope.errors import PlanError
 from planner.allocation import part
-from planner.importance.registry import find
-from planner.importance.statistics import Statistics
+from planner.probes import depth_probe, width_probe
 from planner.task import Draft, Task, rounded
+
+__all__ = ["depth_probe", "draft", "width_probe"]
 
 
 def draft(task: Task, *, what: Literal["layers", "blocks"] = "layers") -> Draft:
@@ -55,55 +55,6 @@ def draft(task: Task, *, what: Literal["layers", "blocks"] = "layers") -> Draft:
         values={(layer, 0): np.array([influence[layer]]) for layer in expected},
         notes=tuple(_notes(what, probed, column, gone)),
     )
-
-
-def depth_probe(run: store.Run) -> pl.DataFrame:
-    """How far each decoder layer turns the residual stream, domain by domain.
-
-    Columns: layer, domain, tokens; influence = 1 - mean cosine of what enters and leaves the layer; moe_influence = 1 -
-    mean cos(r, r + y), y the routed experts' sum (shared experts are not in it), null in dense layers and where r was
-    not seen for every token.
-
-    Raises:
-        PlanError: the run has no residual stream.
-    """
-    table = run.table("residual").filter(pl.col("input_cosine_sum").is_not_null())
-    if table.is_empty():
-        raise PlanError(f"run {run.name!r} has no residual.input_cosine_sum: collect it with --level activations")
-    keys = ["layer", "domain"]
-    whole = table.group_by(keys).agg(pl.col("tokens", "input_cosine_sum").sum())
-    whole = whole.with_columns(influence=1 - pl.col("input_cosine_sum") / pl.col("tokens"))
-    blocks = run.table("moe_output").filter(pl.col("cosine_sum").is_not_null())
-    blocks = blocks.group_by(keys).agg(pl.col("tokens", "residual_tokens", "cosine_sum").sum())
-    seen = (pl.col("residual_tokens") > 0) & (pl.col("residual_tokens") == pl.col("tokens"))
-    moe = blocks.select(*keys, moe_influence=pl.when(seen).then(1 - pl.col("cosine_sum") / pl.col("residual_tokens")))
-    return whole.join(moe, on=keys, how="left").select(*keys, "tokens", "influence", "moe_influence").sort(keys)
-
-
-def width_probe(run: store.Run) -> pl.DataFrame:
-    """How much of each MoE layer's width score sits in few neurons: is there room to slim it, and for which domain?
-
-    The width score is SparseUnifiedModel's (arXiv 2512.02351). Columns: layer, step, domain (empty where vectors are
-    pooled over domains); quarter, half, most = part of the layer's score that its strongest 25, 50 and 75 % of neurons
-    hold, 0..1; neurons.
-
-    Raises:
-        PlanError: the run was not collected at level activations.
-    """
-    one = find("width")
-    domains: list[str | None] = sorted(run.table("neuron_activation")["domain"].unique().to_list())
-    frames = []
-    for domain in domains or [None]:
-        scores = one.function(Statistics(run, level=one.level, domain=domain or None))
-        ordered = scores.filter(pl.col("kind") == "routed").sort("value", descending=True)
-        held = [
-            (pl.col("value").head((pl.len() * share).ceil().cast(pl.Int64)).sum() / pl.col("value").sum()).alias(name)
-            for name, share in (("quarter", 0.25), ("half", 0.5), ("most", 0.75))
-        ]
-        by_layer = ordered.group_by("layer", "step", maintain_order=True).agg(*held, neurons=pl.len().cast(pl.Int64))
-        frames.append(by_layer.with_columns(domain=pl.lit(domain or "")))
-    columns = ["layer", "step", "domain", "quarter", "half", "most", "neurons"]
-    return pl.concat(frames).select(columns).sort("layer", "step", "domain")
 
 
 def _least(task: Task, influence: dict[int, float], what: str) -> list[int]:

@@ -11,6 +11,7 @@ from compressor.plan import DropStep
 from moescope.errors import PlanError
 from planner.allocation import Allocation, counts, drop_layers, lost_by_count, lowest
 from planner.domains import Mix, expert_scores, kept_by_domain
+from planner.probes import Weigh
 from planner.task import Draft, Task
 
 _ADDITIVE = ("frequency", "gate_mass", "dern", "esft_gate", "esft_token", "ean", "easy_ep")
@@ -18,7 +19,13 @@ _ADDITIVE = ("frequency", "gate_mass", "dern", "esft_gate", "esft_token", "ean",
 
 
 def draft(
-    task: Task, *, score: str, allocation: Allocation = "uniform", mix: Mix = "union", **parameters: Any
+    task: Task,
+    *,
+    score: str,
+    allocation: Allocation = "uniform",
+    weigh: Weigh = "influence",
+    mix: Mix = "union",
+    **parameters: Any,
 ) -> Draft:
     """Every layer loses its lowest experts.
 
@@ -26,6 +33,7 @@ def draft(
         task: what to plan.
         score: of whole experts, by its name in :mod:`planner.importance`.
         allocation: the same number in every layer, or as many in all from where the least of the layers' scores goes.
+        weigh: what makes layers comparable where they compete, see :func:`planner.probes.layer_weights`.
         mix: how domains come together.
         parameters: of the score.
 
@@ -40,17 +48,18 @@ def draft(
     def protected(key: tuple[int, int]) -> frozenset[int]:
         return task.guard.experts(key)
 
-    number = counts(task, allocation, lambda shape: lost_by_count(scores[shape.key], shape, protected(shape.key)))
+    number, notes = counts(
+        task, allocation, weigh, lambda shape: lost_by_count(scores[shape.key], shape, protected(shape.key))
+    )
     gone = {
         shape.key: lowest(scores[shape.key], shape, number[shape.key], protected(shape.key)) for shape in task.layers
     }
     kept = {shape.key: sorted(set(range(shape.num_experts)) - set(gone[shape.key])) for shape in task.layers}
     mass = None
-    notes = []
     if score in _ADDITIVE:
         total = sum(values.sum() for values in scores.values())
         mass = float(sum(scores[key][kept[key]].sum() for key in kept) / total) if total > 0 else None
-        notes = [note for note in [kept_by_domain(own, kept)] if note]
+        notes += [note for note in [kept_by_domain(own, kept)] if note]
     if own:
         notes.insert(0, _UNION.format(count=len(own)))
     return Draft(

@@ -20,6 +20,7 @@ from moescope.errors import PlanError
 from planner.allocation import Allocation, counts, drop_layers, most_removed
 from planner.domains import Mix
 from planner.grams import SCALED, domain_grams, even_gram, mixed_gram, relative_error
+from planner.probes import Weigh
 from planner.task import Array, Draft, Task, rounded
 
 Use = Literal["counted", "even"]
@@ -36,13 +37,21 @@ EVEN = (
 _GAIN = 1e-12  # of the layer's squared output: less is rounding, and could swap forever
 
 
-def draft(task: Task, *, allocation: Allocation = "uniform", mix: Mix = "union", use: Use = "counted") -> Draft:
+def draft(
+    task: Task,
+    *,
+    allocation: Allocation = "uniform",
+    weigh: Weigh = "influence",
+    mix: Mix = "union",
+    use: Use = "counted",
+) -> Draft:
     """Every layer loses the set that costs least.
 
     Args:
         task: what to plan.
-        allocation: the same number in every layer, or as many in all from where they cost least: the sum over layers
-            of relative errors is then the least that the found sets allow.
+        allocation: the same number in every layer, or as many in all from where they cost least: the weighed sum over
+            layers of relative errors is then the least that the found sets allow.
+        weigh: what makes layers comparable where they compete, see :func:`planner.probes.layer_weights`.
         mix: ``union`` = the mean over domains of each domain's relative error; ``tokens`` = the error over all tokens.
         use: ``counted`` = as often as experts were used on this text; ``even`` = as if all were used equally often,
             which holds better on text that the run has not seen.
@@ -69,14 +78,14 @@ def draft(task: Task, *, allocation: Allocation = "uniform", mix: Mix = "union",
             cost[count] = _price(grams[shape.key], mask)
         return cost
 
-    number = counts(task, allocation, costs)
+    number, notes = counts(task, allocation, weigh, costs)
     masks = {shape.key: sets(shape, number[shape.key])[number[shape.key]] for shape in task.layers}
     return Draft(
         steps=(DropStep(method="set_search", form=task.form, layers=_dropped(masks)),),  # type: ignore[arg-type]
         score="set error",
         unit="part of the layer's squared output" + (", every expert used equally often" if use == "even" else ""),
         values={key: rounded(marginal_errors(grams[key], mask)) for key, mask in masks.items()},
-        notes=(*([EVEN] if use == "even" else []), *_notes(task, mix, masks, exact)),
+        notes=(*notes, *([EVEN] if use == "even" else []), *_notes(task, mix, masks, exact)),
     )
 
 

@@ -10,16 +10,25 @@ from compressor.plan import GivenUp, LayerShape, MergeGroup, MergeLayer, MergeSt
 from moescope.errors import PlanError
 from planner.allocation import Allocation, counts, lost_by_count, lowest
 from planner.domains import Mix, Scores, expert_scores
+from planner.probes import Weigh
 from planner.task import Draft, Task
 
 
-def draft(task: Task, *, threshold: float = 0.6, allocation: Allocation = "uniform", mix: Mix = "union") -> Draft:
+def draft(
+    task: Task,
+    *,
+    threshold: float = 0.6,
+    allocation: Allocation = "uniform",
+    weigh: Weigh = "influence",
+    mix: Mix = "union",
+) -> Draft:
     """The experts with the least share of the gate weights are given up; protected ones take nothing.
 
     Args:
         task: what to plan.
         threshold: least cosine at which a neuron moves, -1..1; 0.6 was best in the paper.
         allocation: the same number in every layer, or as many in all from where least is lost.
+        weigh: what makes layers comparable where they compete, see :func:`planner.probes.layer_weights`.
         mix: how domains come together.
 
     Raises:
@@ -28,8 +37,8 @@ def draft(task: Task, *, threshold: float = 0.6, allocation: Allocation = "unifo
     if not -1 <= threshold <= 1:
         raise PlanError(f"threshold {threshold:g} is no cosine: give one from -1 to 1")
     scores, _ = expert_scores(task, "dern", mix, {})
-    number = counts(
-        task, allocation, lambda shape: lost_by_count(scores[shape.key], shape, task.guard.experts(shape.key))
+    number, notes = counts(
+        task, allocation, weigh, lambda shape: lost_by_count(scores[shape.key], shape, task.guard.experts(shape.key))
     )
     layers = tuple(_layer(task, shape, scores, number[shape.key]) for shape in task.layers)
     total = sum(values.sum() for values in scores.values())
@@ -40,7 +49,7 @@ def draft(task: Task, *, threshold: float = 0.6, allocation: Allocation = "unifo
         unit="gate share per token, or share of the layer summed over domains",
         values=scores,
         kept_mass=float(1 - lost / total) if total > 0 else None,
-        notes=("Kept mass is that of the kept experts; what moved neurons bring back is not in it.",),
+        notes=(*notes, "Kept mass is that of the kept experts; what moved neurons bring back is not in it."),
     )
 
 

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from compressor.plan import LayerKey, LayerShape, SlimExpert, SlimLayer, SlimStep
 from moescope.errors import PlanError
 from planner.allocation import allocate, part
+from planner.probes import Weigh, layer_weights
 from planner.slim.neurons import LayerNeurons, Neurons, Scope
 from planner.task import Array, Draft, Task, rounded
 
@@ -24,7 +25,15 @@ Mask = NDArray[np.bool_]
 
 
 def slimmed(
-    task: Task, method: str, scores: Neurons, *, scope: Scope, multiple: int, unit: str, notes: tuple[str, ...]
+    task: Task,
+    method: str,
+    scores: Neurons,
+    *,
+    scope: Scope,
+    multiple: int,
+    weigh: Weigh,
+    unit: str,
+    notes: tuple[str, ...],
 ) -> Draft:
     """The draft that slims by a score of neurons.
 
@@ -38,6 +47,8 @@ def slimmed(
         scores: of all neurons.
         scope: what is ranked together, and whose sums are compared.
         multiple: what widths are a multiple of (forms uniform and per_layer).
+        weigh: what makes layers comparable in form per_layer, see :func:`planner.probes.layer_weights`. Scores that are
+            ranked over the model are comparable as they are.
         unit: of the score.
         notes: of the scores.
 
@@ -52,7 +63,11 @@ def slimmed(
     elif task.form == "uniform":
         masks, width = _uniform(task, scores, multiple)
     else:
-        masks = _per_layer(task, scores, scope, multiple)
+        weights = {shape.layer: 1.0 for shape in task.layers}
+        if scope == "layer":
+            weights, note = layer_weights(task, weigh)
+            notes = (*notes, note)
+        masks = _per_layer(task, scores, scope, multiple, weights)
     total = sum(float(one.flat.sum()) for one in scores.values())
     kept = sum(float(one.flat[masks[key]].sum()) for key, one in scores.items())
     mass = kept / total if total > 0 else None
@@ -105,7 +120,9 @@ def _uniform(task: Task, scores: Neurons, multiple: int) -> tuple[dict[LayerKey,
     return {shape.key: _best(scores[shape.key], kept) for shape in task.layers}, kept
 
 
-def _per_layer(task: Task, scores: Neurons, scope: Scope, multiple: int) -> dict[LayerKey, Mask]:
+def _per_layer(
+    task: Task, scores: Neurons, scope: Scope, multiple: int, weights: dict[int, float]
+) -> dict[LayerKey, Mask]:
     units, costs, wanted = [], [], 0
     for shape in task.layers:
         one = scores[shape.key].routed
@@ -116,7 +133,7 @@ def _per_layer(task: Task, scores: Neurons, scope: Scope, multiple: int) -> dict
         total = 1.0 if scope == "model" else float(one.sum()) or 1.0
         # Where a super expert keeps all its neurons, the layer is stored as wide as it was: it gives nothing.
         most = 0 if task.guard.experts(shape.key) else (shape.width - multiple) // unit
-        costs.append(lost[: most * unit + 1 : unit] / total)
+        costs.append(lost[: most * unit + 1 : unit] / total * weights[shape.layer])
     if wanted < 1:
         shape = task.layers[0]
         _refuse_width(task, shape.width, shape.width, multiple)

@@ -28,4 +28,6 @@ def draft(
     scores, notes = neuron_scores(
         task, "heapr", "neuron_gradient", scope="model", mix=mix, shared=False, parameters={"weighting": weighting}
     )
-    return slimmed(task, "heapr", scores, scope="model", multiple=multiple, unit="squared loss", notes=notes)
+    return slimmed(
+        task, "heapr", scores, scope="model", multiple=multiple, weigh="equal", unit="squared loss", notes=notes
+    )

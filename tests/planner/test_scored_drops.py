@@ -105,9 +105,8 @@ def test_random_is_seeded_and_spread(case: tuple[store.Run, Tokenwise]) -> None:
 def test_budgeted_loses_less_of_the_score(case: tuple[store.Run, Tokenwise]) -> None:
     run, seen = case
     uniform = planner.make(run, preset="frequency", share=0.25, mix="tokens")
-    budgeted = planner.make(
-        run, preset="frequency", share=0.25, mix="tokens", allocation="budgeted", engine="transformers"
-    )
+    options: dict[str, Any] = {"allocation": "budgeted", "weigh": "equal", "engine": "transformers"}
+    budgeted = planner.make(run, preset="frequency", share=0.25, mix="tokens", **options)
     counts = {key: len(experts) for key, experts in experts_after(budgeted).items()}
     assert sum(counts.values()) == 6 * len(seen.layers) and min(counts.values()) >= 2
     assert budgeted.estimate.kept_mass >= uniform.estimate.kept_mass  # type: ignore[operator]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,13 +13,16 @@ from numpy.typing import NDArray
 
 import planner
 import planner.importance as importance
+import store
 from compressor.plan import DropStep, LayerShape, Plan, experts_after
+from moescope.errors import PlanError
 from planner.drop import set_search
 from planner.drop.set_search import marginal_errors, masked_sets
 from planner.grams import domain_grams, mixed_gram
+from tests.app import synthetic
 from tests.planner.collected import sample, task
 from tests.profiler.capture.tiny import build
-from tests.profiler.recorders.tokenwise import Tokenwise, observe, watched
+from tests.profiler.recorders.tokenwise import Tokenwise, cosine, observe, watched
 
 Array = NDArray[np.float64]
 
@@ -145,14 +149,54 @@ def _gone(plan: Plan) -> list[int]:
     return [len(layer.experts) for layer in step.layers]
 
 
+BUDGETED: dict[str, Any] = {"allocation": "budgeted", "engine": "transformers", "mix": "tokens"}
+
+
 def test_budgeted_removes_as_many_at_less_error() -> None:
     with sample() as run:
-        uniform = planner.make(run, share=0.25, mix="tokens")
-        budgeted = planner.make(run, share=0.25, mix="tokens", allocation="budgeted", engine="transformers")
+        uniform = planner.make(run, preset="set_search", share=0.25, mix="tokens")
+        budgeted = planner.make(run, preset="set_search", share=0.25, weigh="equal", **BUDGETED)
     assert sum(_gone(budgeted)) == sum(_gone(uniform)) == 24
     assert max(_gone(budgeted)) <= 14  # two are used by every token
     assert budgeted.steps[0].form == "per_layer"
     assert budgeted.estimate.layer_error < uniform.estimate.layer_error  # type: ignore[operator]
+    assert "Layers count alike: each by its share of its own score." in budgeted.evidence[0].notes
+
+
+def test_layers_compete_by_their_influence(seen: tuple[Tokenwise, Any, Any]) -> None:
+    """Of all ways to spread 8 of 32 experts over four layers, the one with the least weighed error."""
+    tokens, pooled, _ = seen
+    plan = planner.make(pooled, preset="set_search", share=0.25, **BUDGETED)
+    costs = []
+    for layer in tokens.layers:
+        turned = [
+            1 - cosine(layer.residual[where], (layer.residual + layer.total)[where]).mean()
+            for where in (tokens.where("code"), tokens.where("german"))
+        ]
+        errors = [
+            min(
+                _masked_error(layer, sorted(set(range(8)) - set(gone)), tokens.where())
+                for gone in itertools.combinations(range(8), count)
+            )
+            for count in range(7)
+        ]
+        costs.append(np.mean(turned) * np.array(errors))
+    best = min(
+        (counts for counts in itertools.product(range(7), repeat=4) if sum(counts) == 8),
+        key=lambda counts: sum(cost[count] for cost, count in zip(costs, counts, strict=True)),
+    )
+    assert tuple(8 - len(experts) for experts in experts_after(plan).values()) == best
+    assert any(note.startswith("Layers count by how far their experts turn") for note in plan.evidence[0].notes)
+
+
+def test_layers_count_alike_where_their_influence_is_not_known(tmp_path: Path) -> None:
+    with store.open_run(synthetic.finished(tmp_path, metrics=False)) as run:
+        plan = planner.make(run, preset="frequency", share=0.25, **BUDGETED)
+        assert "Layers count alike: the run does not know how far" in " ".join(plan.evidence[0].notes)
+        equal = planner.make(run, preset="frequency", share=0.25, weigh="equal", **BUDGETED)
+        assert equal.steps == plan.steps
+        with pytest.raises(PlanError, match="weigh 'size' is not known: use influence or equal"):
+            planner.make(run, preset="frequency", share=0.25, weigh="size", **BUDGETED)
 
 
 def test_loud_domains_do_not_count_more() -> None:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+import polars as pl
 import pytest
 from numpy.typing import NDArray
 
@@ -16,6 +17,7 @@ import store
 from compressor.plan import Plan, Protected
 from compressor.plan.result import neurons_after, widths_after
 from moescope.errors import PlanError
+from planner.drop.depth import depth_probe
 from planner.guard import Guard
 from planner.slim import camera_p, forms, heapr, width
 from tests.planner.collected import collected, task
@@ -102,15 +104,17 @@ def test_what_uniformity_costs_is_told(run: store.Run) -> None:
     assert plan.estimate.kept_mass is not None and plan.estimate.kept_mass < sum(free) / total
 
 
-@pytest.mark.parametrize("preset", ["heapr", "width"])
-def test_per_layer_widths_lose_least_of_all_widths(run: store.Run, preset: str) -> None:
-    plan = planner.make(run, preset=preset, share=0.25, multiple=4, form="per_layer", engine="transformers")
+@pytest.mark.parametrize(("preset", "options"), [("heapr", {}), ("width", {}), ("width", {"weigh": "equal"})])
+def test_per_layer_widths_lose_least_of_all_widths(run: store.Run, preset: str, options: dict[str, Any]) -> None:
+    plan = planner.make(run, preset=preset, share=0.25, multiple=4, form="per_layer", engine="transformers", **options)
     found = [_masks(plan, layer)[0].sum(1) for layer in range(4)]
     assert all(len(set(widths.tolist())) == 1 and widths[0] % 4 == 0 for widths in found)
+    influence = depth_probe(run).group_by("layer").agg(pl.col("moe_influence").mean()).sort("layer")["moe_influence"]
     costs = []
-    for routed, _ in _scores(run, preset).values():
+    for layer, (routed, _) in _scores(run, preset).items():
         lost = np.concatenate([[0], np.sort(routed, axis=1).sum(0).cumsum()])[::4][:8]
-        costs.append(lost / (1.0 if preset == "heapr" else routed.sum()))
+        weight = influence[layer] if preset == "width" and not options else 1.0
+        costs.append(lost if preset == "heapr" else weight * lost / routed.sum())
     every = [counts for counts in itertools.product(range(8), repeat=4) if sum(counts) == 8]
     best = min(sum(cost[count] for cost, count in zip(costs, counts, strict=True)) for counts in every)
     mine = [(WIDTH - int(widths[0])) // 4 for widths in found]
