@@ -170,7 +170,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "no parameter": ({"share": 0.25, "preset": "random", "x": 1}, "no parameter 'x': it takes seed"),
     "domain": ({"share": 0.25, "domains": ["pyton"]}, "no domain 'pyton': did you mean 'python'?"),
     "no domain": ({"share": 0.25, "domains": []}, "no domain is left: name some of arithmetic"),
-    "form": ({"share": 0.25, "form": "masked"}, "'even_search' has no form 'masked': it has uniform, per_layer, padded"),
+    "form": ({"share": 0.25, "form": "masked"}, "'even_search' has no form 'masked': it has uniform, per_layer"),
     "engine": ({"share": 0.25, "engine": "vllm"}, "engine 'vllm' is not known: use any or transformers"),
     "guard": ({"share": 0.25, "guard": "on"}, "guard 'on' is not known"),
     "allocation": ({"share": 0.25, "allocation": "fair"}, "allocation 'fair' is not known"),
