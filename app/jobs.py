@@ -18,7 +18,7 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -82,13 +82,15 @@ class Status:
     Attributes:
         state: see :data:`State`.
         step: number of the command it is at, from 1.
-        share: 0..1 of that command's bytes; None = unknown.
+        command: its name: apply or evaluate.
+        share: 0..1 of its bytes; None = unknown.
         words: the last line that it printed.
         log: the end of what it printed.
     """
 
     state: State
     step: int
+    command: str
     share: float | None
     words: str
     log: str
@@ -105,7 +107,7 @@ def start(run: Path, *, plan: Path, digest: str, source: Path, destination: Path
         digest: of the plan.
         source: folder of the checkpoint.
         destination: folder of the new checkpoint.
-        held_out: files or folders of text, as ``moescope evaluate --data`` takes them.
+        held_out: files or folders of text by their absolute paths, as ``moescope evaluate --data`` takes them.
 
     Raises:
         InputError: a job is writing to that folder already.
@@ -136,14 +138,15 @@ def start(run: Path, *, plan: Path, digest: str, source: Path, destination: Path
 
 
 def again(job: Job) -> Job:
-    """Start a job that ended once more; what it wrote before is taken up.
+    """Start a job that ended once more, from the command that it was at; what it wrote before is taken up.
 
     Raises:
         InputError: it runs, or another one is writing to its folder.
     """
     with _GUARD:
         _require_free(Path(job.run), Path(job.destination))
-        return _launch(Job(**{**_fields(job), "pid": 0, "started": time.time(), "host": socket.gethostname()}))
+        left = job.commands[status(job).step - 1 :]
+        return _launch(replace(job, commands=left, pid=0, started=time.time(), host=socket.gethostname()))
 
 
 def _require_free(run: Path, destination: Path) -> None:
@@ -172,7 +175,7 @@ def _launch(job: Job) -> Job:
             command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True, cwd=Path(job.run).parent
         )
     _STARTED.append(process)
-    started = Job(**{**_fields(job), "pid": process.pid})
+    started = replace(job, pid=process.pid)
     _write(started)
     return started
 
@@ -197,9 +200,10 @@ def status(job: Job) -> Status:
     words = next((line.strip() for line in reversed(log.replace("\r", "\n").split("\n")) if line.strip()), "")
     counted = _document(job, f"{job.name}-bytes")
     total = counted.get("total_bytes") or 0
-    step = int(said.get("step") or 1)
-    share = min(1.0, counted.get("done_bytes", 0) / total) if total and step == 1 else None
-    return Status(_state(job, said), step, share, words, log)
+    step = min(max(int(said.get("step") or 1), 1), len(job.commands))
+    command = job.commands[step - 1][0]
+    share = min(1.0, counted.get("done_bytes", 0) / total) if total and command == "apply" else None
+    return Status(_state(job, said), step, command, share, words, log)
 
 
 def _state(job: Job, said: dict[str, Any]) -> State:
@@ -239,10 +243,6 @@ def _write(job: Job) -> None:
     store.write_plan(job.run, json.dumps(asdict(job), indent=1) + "\n", kind="job", name=job.name)
 
 
-def _fields(job: Job) -> dict[str, Any]:
-    return {field.name: getattr(job, field.name) for field in fields(job)}
-
-
 def read(path: Path, run: Path | None = None) -> Job:
     """A job from its file; beside ``run``, wherever the store lies now.
 
@@ -254,7 +254,7 @@ def read(path: Path, run: Path | None = None) -> Job:
     job = Job(**{**document, "commands": tuple(map(tuple, document["commands"]))})
     if f"job-{job.name}.json" != path.name:
         raise StoreError(f"{path} is another job's file")
-    return job if run is None else Job(**{**_fields(job), "run": str(run.resolve())})
+    return job if run is None else replace(job, run=str(run.resolve()))
 
 
 def _document(job: Job, name: str) -> dict[str, Any]:

@@ -131,14 +131,13 @@ def _job(job: jobs.Job, status: jobs.Status) -> None:
     with st.container(border=True, gap="xsmall"):
         with st.container(horizontal=True, vertical_alignment="center", gap="small"):
             st.badge(label, color=colour, icon=icon)  # type: ignore[arg-type]
-            what = "applying" if status.step == 1 else "measuring"
+            what = "applying" if status.command == "apply" else "measuring"
             ran = f", {what} since {duration(time.time() - job.started)}" if status.state == "running" else ""
             st.markdown(f"{state.code(Path(job.plan).stem)} → {state.code(job.destination)}{ran}")
             if status.state == "running" and st.button("Stop", icon=":material/stop:", key=f"stop-{job.name}"):
                 _stop(job)
-            if status.state in ("stopped", "lost") and st.button(
-                "Go on", icon=":material/play_arrow:", key=f"go-on-{job.name}"
-            ):
+            again = {"stopped": "Go on", "lost": "Go on", "failed": "Try again"}.get(status.state)
+            if again and st.button(again, icon=":material/play_arrow:", key=f"go-on-{job.name}"):
                 _go_on(job)
         if status.state == "running":
             st.progress(status.share or 0.0, text=state.plain(status.words or "starting", 160))

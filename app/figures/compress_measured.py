@@ -72,7 +72,8 @@ def probe_differences(frame: pl.DataFrame, *, theme: Theme = "light") -> go.Figu
     clear = frame["enough"] & ((frame["difference_high"] < 0) | (frame["difference_low"] > 0)).fill_null(False)
     figure = go.Figure(
         go.Scatter(
-            x=frame["difference"], y=names, mode="markers+text", error_x=_interval(frame, "difference"),
+            x=frame["difference"], y=names, mode="markers+text",
+            error_x={**_interval(frame, "difference"), "color": colours.muted},
             marker={"size": 10, "symbol": "diamond",
                     "color": [colours.alarm if one else colours.accent for one in clear]},
             text=[f"{base:.0%} → {model:.0%}" for base, model in frame.select("base", "model").iter_rows()],

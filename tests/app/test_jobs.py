@@ -84,6 +84,21 @@ def test_a_job_that_fails_ends_with_its_reason(run: Path, plan: Path) -> None:
     assert "Traceback" not in status.log
 
 
+def test_what_failed_is_tried_again_from_where_it_was(run: Path, plan: Path, waiting: Path) -> None:
+    job = begin(run, plan, source=run.with_name("nothing here"), held_out=["text.jsonl"])
+    wait(lambda: jobs.status(job).state == "failed" and not jobs.is_alive(job))
+    said = {"state": "stopped", "step": 2, "code": 130}
+    store.plan_path(run, "progress", job.name).write_text(json.dumps(said))
+    assert jobs.status(job).command == "evaluate"
+    again = jobs.again(job)
+    assert again.commands == job.commands[1:]
+    wait(lambda: jobs.status(again).state != "running")
+    assert (jobs.status(again).state, jobs.status(again).command) == ("failed", "evaluate")
+    held = begin(run, waiting, destination=run.with_name("other"))
+    with pytest.raises(InputError, match="already"):
+        jobs.again(held)
+
+
 def test_the_commands_are_those_of_the_terminal(run: Path, waiting: Path) -> None:
     from app.cli import parser
 
