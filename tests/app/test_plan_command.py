@@ -97,6 +97,34 @@ def test_presets_beside_each_other(directory: Path) -> None:
     assert "removes none" in refused.row(by_predicate=pl.col("preset") == "reap", named=True)["refused"]
 
 
+def test_experts_to_fine_tune(directory: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from planner.esft import esft
+
+    file = tmp_path / "esft.json"
+    assert main(ask(directory, "--esft", "c", "-o", str(file))) == 0
+    assert "experts" in capsys.readouterr().out
+    with store.open_run(directory / "sample.duckdb") as run:
+        assert json.loads(file.read_text()) == esft(run, domain="c")
+        assert main(ask(directory, "--esft", "c", "--share", "0.5", "--set", "score=gate", "--json")) == 0
+        assert json.loads(capsys.readouterr().out) == esft(run, domain="c", score="gate", share=0.5)
+    assert main(ask(directory, "--esft", "c", "--memory", "3GiB")) == 2
+    assert main(ask(directory, "--esft", "c", "--set", "depth=3")) == 2
+    assert "has no parameter 'depth'" in capsys.readouterr().err
+
+
+def test_what_the_nearest_domain_keeps(directory: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from planner.drop import retrieval
+
+    assert main(ask(directory, "--nearest-to", "sample", "--share", "0.25", "--domains", "c,german", "--json")) == 0
+    answer = json.loads(capsys.readouterr().out)
+    with store.open_run(directory / "sample.duckdb") as run:
+        patterns = retrieval.build(run, share=0.25, domains=["c", "german"])
+        assert answer["digest"] == retrieval.retrieve(run, patterns).digest
+    assert main(ask(directory, "--nearest-to", "sample")) == 2
+    assert main(ask(directory, "--nearest-to", "nobody", "--share", "0.25")) == 2
+    assert "no run 'nobody'" in capsys.readouterr().err
+
+
 def test_difference_of_two_plans(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     first, second = tmp_path / "a.json", tmp_path / "b.json"
     by_hand.dropping().save(first)
