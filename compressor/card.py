@@ -50,7 +50,7 @@ def model_card(
         _steps(plan),
         _layers(plan),
         _unmeasured(plan, notes),
-        _loading(loads_with),
+        _loading(loads_with, any(step.form == "shared" for step in plan.steps)),
     ]
     return "\n".join(part for part in parts if part)
 
@@ -160,11 +160,15 @@ def _unmeasured(plan: Plan, notes: tuple[str, ...]) -> str:
     return "\n".join(text)
 
 
-def _loading(loads_with: str) -> str:
+def _loading(loads_with: str, shared: bool) -> str:
     if loads_with == "transformers":
         lines = "from transformers import AutoModelForCausalLM\n\nmodel = AutoModelForCausalLM.from_pretrained(FOLDER)"
         return f"## How to load it\n\nLike the model that it comes from.\n\n```python\n{lines}\n```\n"
-    return (
-        "## How to load it\n\nIts layers differ, which stock classes do not load (`per_layer_config`).\n\n"
-        "```python\nimport compressor\n\nmodel = compressor.load(FOLDER)\n```\n"
-    )
+    if shared:
+        why = (
+            "Its routers have more rows than there are experts: members of a merged group are chosen as before, and run"
+            " the one expert that they became (`moescope_expert_map` in config.json). Stock classes do not load that."
+        )
+    else:
+        why = "Its layers differ, which stock classes do not load (`per_layer_config`)."
+    return f"## How to load it\n\n{why}\n\n```python\nimport compressor\n\nmodel = compressor.load(FOLDER)\n```\n"

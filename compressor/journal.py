@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
+
+from compressor.families import ExpertMap
 
 
 class Journal:
@@ -43,6 +45,11 @@ class Journal:
 
         self._later(lambda: put(before))
         put(children)
+
+    def expert_map(self, experts: nn.Module, places: Sequence[int], weightless: int) -> None:
+        """A map between the router's rows and the stored experts, before the experts run."""
+        handle = experts.register_forward_pre_hook(ExpertMap(places, weightless), with_kwargs=True)
+        self._later(handle.remove)
 
     def config(self, config: Any) -> None:
         """From now on, whatever happens to a configuration's own attributes is taken back as well."""

@@ -1,29 +1,17 @@
-"""``load``: a model from a folder, also one whose layers have counts, widths or top-k of their own.
-
-The library (transformers 5) keeps such numbers in ``config.per_layer_config`` and has no classes that read them. While
-a model of this kind is being built, each decoder layer is given the configuration of its own place; nothing of that
-stays behind in the process, and the model is one of the library's own classes, which saves itself as any other.
-"""
+"""``load``: a model from a folder, also one whose layers differ, or share experts between rows of their routers."""
 
 from __future__ import annotations
 
-import inspect
 import json
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
+from compressor.building import building
 from moescope.errors import ModelError
-
-_PLACES = ("layer_idx", "block_idx", "layer_id")
-"""What decoder layers call their own number when they are built."""
-
-_LOCK = threading.RLock()
 
 
 def load(
@@ -46,13 +34,13 @@ def load(
     stated = _config_file(path)
     if options.get("trust_remote_code") or "auto_map" in stated:
         raise ModelError(f"{path} brings code of its own, which is never run: load a checkpoint of a library class")
-    with _as_model_error(path):
+    with as_model_error(path):
         config = options.pop("config", None) or AutoConfig.from_pretrained(path, local_files_only=True)
-        with _layers_of_their_own(config):
+        with building(config):
             settings = {"config": config, "dtype": dtype, "local_files_only": True, **options}
             # Of other shapes, too: that way the message can name the weight. None of them is kept.
             settings |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
-            model, info = _class(config, stated).from_pretrained(path, **settings)
+            model, info = model_class(config, stated).from_pretrained(path, **settings)
     _require_whole(path, info)
     return (model if "device_map" in options else model.to(device)).eval()
 
@@ -85,7 +73,7 @@ def _config_file(path: Path) -> dict[str, Any]:
     return content
 
 
-def _class(config: Any, stated: dict[str, Any]) -> Any:
+def model_class(config: Any, stated: Mapping[str, Any]) -> Any:
     """The class that the configuration names, where the library has it; else the language model of that family."""
     import transformers
 
@@ -97,85 +85,12 @@ def _class(config: Any, stated: dict[str, Any]) -> Any:
 
 
 @contextmanager
-def _as_model_error(path: Path) -> Iterator[None]:
+def as_model_error(name: Path | str) -> Iterator[None]:
+    """Whatever the library makes of a broken checkpoint, the user reads one line."""
     try:
         yield
     except ModelError:
         raise
-    except Exception as error:  # whatever a library makes of a broken checkpoint, the user reads one line
+    except Exception as error:
         text = " ".join(str(error).split())
-        raise ModelError(f"{path} cannot be loaded: {text[:300] or type(error).__name__}") from error
-
-
-@contextmanager
-def _layers_of_their_own(config: Any) -> Iterator[None]:
-    """While entered, decoder layers that are built with a configuration that differs by layer get their own one."""
-    differing = [part for part in _parts(config) if getattr(part, "is_heterogeneous", False)]
-    if not differing:
-        yield
-        return
-    for part in differing:
-        # The model as a whole reads such numbers for its losses only.
-        part.allow_global_per_layer_attribute_access = True
-    import transformers.modeling_layers as layers
-
-    with _LOCK:
-        _import_modeling(differing)
-        found: list[Any] = list(_subclasses(layers.GradientCheckpointingLayer))
-        originals = {kind: kind.__init__ for kind in found}
-        try:
-            for kind, original in originals.items():
-                kind.__init__ = _by_layer(original)
-            yield
-        finally:
-            for kind, original in originals.items():
-                kind.__init__ = original
-
-
-def _parts(config: Any) -> Iterator[Any]:
-    """A configuration and those inside it."""
-    yield config
-    for name in getattr(config, "sub_configs", {}):
-        part = getattr(config, name, None)
-        if part is not None:
-            yield from _parts(part)
-
-
-def _import_modeling(configs: list[Any]) -> None:
-    """Import the modules that define the layers, so that their classes are known."""
-    import importlib
-
-    for config in configs:
-        package = type(config).__module__.rpartition(".")[0]
-        name = type(config).__module__.rpartition(".")[2].replace("configuration_", "modeling_")
-        importlib.import_module(f"{package}.{name}")
-
-
-def _subclasses(kind: type) -> Iterator[type]:
-    child: type
-    for child in kind.__subclasses__():
-        if "__init__" in vars(child):
-            yield child
-        yield from _subclasses(child)
-
-
-def _by_layer(original: Callable[..., None]) -> Callable[..., None]:
-    """``__init__`` of a decoder layer, with the configuration of its place in the place of the model's."""
-    signature = inspect.signature(original)
-
-    def init(self: nn.Module, *args: Any, **kwargs: Any) -> None:
-        bound = signature.bind(self, *args, **kwargs)
-        config: Any = bound.arguments.get("config")
-        place = next((bound.arguments[name] for name in _PLACES if name in bound.arguments), None)
-        if place is None or not getattr(config, "is_heterogeneous", False):
-            original(self, *args, **kwargs)
-            return
-        own = config.per_layer_config[place]
-        bound.arguments["config"] = own
-        original(*bound.args, **bound.kwargs)
-        for module in self.modules():
-            # Settings of the whole model, such as how experts are run, are changed in its one configuration.
-            if getattr(module, "config", None) is own:
-                module.config = config
-
-    return init
+        raise ModelError(f"{name} cannot be loaded: {text[:300] or type(error).__name__}") from error

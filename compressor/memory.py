@@ -21,7 +21,7 @@ from torch import nn
 
 from compressor.edits.layer import LayerEdit, layer_edits
 from compressor.edits.moments import LayerMoments
-from compressor.families import router_traits
+from compressor.families import expert_map_of, router_traits, takes_expert_map
 from compressor.journal import Journal
 from compressor.plan import LayerKey, LayerShape, Plan, kept_layers
 from compressor.removal import remove_layers, require_removable
@@ -81,7 +81,10 @@ def _change(journal: Journal, model: nn.Module, plan: Plan, moments: Mapping[Lay
         edit.decide(site.read)
         if [edit.untouched(index) for index in range(edit.count)] != list(range(edit.shape.num_experts)):
             replace_experts(journal, site, edit)
-        if not edit.same_experts:
+        if edit.expert_map is not None:
+            assert site.layout is not None
+            journal.expert_map(site.experts, edit.expert_map.tolist(), len(site.layout.weightless))
+        if not edit.same_router:
             replace_router(journal, site, edit)
         replace_shared(journal, site, edit)
     remove_layers(journal, decoder, kept)
@@ -110,7 +113,14 @@ def _require_editable(decoder: Decoder, shape: LayerShape, edit: LayerEdit, key:
         raise ModelError(f"{site.name} has experts that give back their input: its block cannot be silenced")
     if site.shared is not None and changes_shared(edit):
         require_shared(site)
-    if not edit.same_experts:
+    if expert_map_of(site.experts) is not None:
+        raise ModelError(f"{site.name} keeps experts that stand for several rows of its router: edit the source of it")
+    if edit.expert_map is not None and not takes_expert_map(site.adapter):
+        raise ModelError(
+            f"{site.name} ({kind}) is not called with (hidden, ids, weights), so that no map can stand before it: use"
+            " another form than shared"
+        )
+    if not edit.same_router:
         _require_router(site, edit, key)
 
 

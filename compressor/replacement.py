@@ -42,6 +42,19 @@ def replace_experts(journal: Journal, site: Site, edit: LayerEdit) -> None:
         _renumber(journal, block, _WIDTHS, layout.width, edit.width)
 
 
+def cut_experts(journal: Journal, experts: nn.Module, layout: ExpertsLayout, count: int) -> None:
+    """Leave room for ``count`` experts in a module whose tensors are to be filled from a checkpoint."""
+    packed = isinstance(layout, DbrxLayout)
+    names = ["mlp.w1", "mlp.v1", "mlp.w2"] if packed else [layout.up_name, layout.down_name]
+    names += [f"{name}_bias" for name in names if layout.biased]
+    gone = (layout.num_weighted - count) * (layout.width if packed else 1)
+    for name in names:
+        tensor = experts.get_parameter(name).detach()
+        journal.tensor(experts, name, tensor[: len(tensor) - gone].clone())
+    for module in experts.modules():
+        _renumber(journal, module, _COUNTS, layout.num_weighted, count, len(layout.weightless))
+
+
 def replace_router(journal: Journal, site: Site, edit: LayerEdit) -> None:
     """What the router, or the block around it, keeps per expert."""
     if site.router is None:
@@ -52,12 +65,12 @@ def replace_router(journal: Journal, site: Site, edit: LayerEdit) -> None:
         rows = values[0] if values.ndim == 2 and name != site.projection else values
         rows = edit.bias(rows) if "bias" in name else edit.rows(rows)
         journal.tensor(owner, name, rows if rows.ndim == values.ndim else rows[None])
-    rows = len(site.router.get_parameter(site.projection))
+    stored = len(site.router.get_parameter(site.projection))
     for module in (*site.router.modules(), *site.blocks):
-        _renumber(journal, module, _COUNTS, before, after, rows - after)
+        _renumber(journal, module, _COUNTS, before, after, stored - after)
     linear = site.router.get_submodule(site.projection.rpartition(".")[0])
     if isinstance(linear, nn.Linear):
-        journal.attribute(linear, "out_features", rows)
+        journal.attribute(linear, "out_features", stored)
 
 
 def changes_shared(edit: LayerEdit) -> bool:

@@ -32,6 +32,12 @@ PROJECTIONS = (
 )
 """Where a router keeps one row per expert, whose product with the hidden state is the logit."""
 
+_PER_EXPERT = (
+    *("e_score_correction_bias", "expert_bias", "balancing_biases", "per_expert_scale"),
+    "moe_statics.e_score_correction_bias",
+)
+"""What a router, or a block around it, may keep per expert beside those rows and their bias."""
+
 
 @dataclass(frozen=True, eq=False)
 class Site:
@@ -40,6 +46,7 @@ class Site:
     Attributes:
         name: path of the experts module in the model.
         experts: the module.
+        adapter: how it is called.
         layout: how its weights are kept; None where they are packed.
         router: the module that chooses; None where none was found.
         projection: path in the router of the tensor with one row per expert.
@@ -49,6 +56,7 @@ class Site:
 
     name: str
     experts: nn.Module = field(repr=False)
+    adapter: Adapter = field(repr=False)
     layout: ExpertsLayout | None = field(repr=False)
     router: nn.Module | None = field(repr=False)
     projection: str
@@ -125,11 +133,9 @@ def router_tensors(site: Site) -> Iterator[tuple[nn.Module, str, Tensor]]:
     rows = len(site.router.get_parameter(site.projection))
     yield site.router, site.projection, site.router.get_parameter(site.projection)
     bias = f"{site.projection.removesuffix('weight')}bias"
-    names = (bias, "e_score_correction_bias", "expert_bias", "balancing_biases", "per_expert_scale")
-    names = (*names, "moe_statics.e_score_correction_bias")
     seen: set[int] = set()
     for owner in (site.router, *site.blocks):
-        for name in names if owner is site.router else names[1:]:
+        for name in (bias, *_PER_EXPERT) if owner is site.router else _PER_EXPERT:
             tensor = _tensor(owner, name)
             if tensor is not None and tensor.shape[-1] <= rows and id(tensor) not in seen:
                 seen.add(id(tensor))
@@ -189,7 +195,7 @@ def _site(modules: dict[str, nn.Module], name: str, layer_name: str) -> Site:
     blocks = tuple(modules[path] for path in paths)
     config = getattr(experts, "config", None)
     shared = next((found for block in blocks if (found := find_shared_experts(block, config))), None)
-    return Site(name, experts, layout, router, projection, blocks, shared)
+    return Site(name, experts, adapter, layout, router, projection, blocks, shared)
 
 
 def _find_router(

@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import nn
 
-from compressor.edits.layer import LayerEdit
+from compressor.edits.layer import LayerEdit, expert_maps
+from compressor.families import EXPERT_MAP
 from compressor.families.config_fields import COUNTS, WIDTHS
 from compressor.journal import Journal
 from compressor.plan import LayerKey
@@ -30,7 +31,7 @@ def write_sizes(
     old = _overrides(config)
     own: dict[int, dict[str, Any]] = {places[layer]: dict(values) for layer, values in old.items() if layer in places}
     for names, column in (
-        (COUNTS, {key: (edit.shape.num_experts, edit.count) for key, edit in edits.items()}),
+        (COUNTS, {key: (edit.shape.num_experts, edit.routed) for key, edit in edits.items()}),
         (WIDTHS, {key: (edit.shape.width, edit.width) for key, edit in edits.items()}),
     ):
         if all(before == after for before, after in column.values()):
@@ -49,6 +50,9 @@ def write_sizes(
         if names is COUNTS:
             _write_tops(journal, model, {before for before, _ in column.values()}, largest)
     _write_overrides(config, own)
+    maps = expert_maps(edits, places)
+    if maps:
+        setattr(config, EXPERT_MAP, maps)
 
 
 def _field(config: Any, names: Sequence[str], values: set[int], layers: int) -> str | None:
@@ -95,7 +99,7 @@ def require_sizes(decoder: Decoder, edits: Mapping[LayerKey, LayerEdit]) -> None
         ModelError: it is such a family.
     """
     zaya = any(type(site.router).__name__ == "ZayaRouter" for site in decoder.sites.values())
-    if zaya and len({edit.count for edit in edits.values()}) > 1:
+    if zaya and len({edit.routed for edit in edits.values()}) > 1:
         raise ModelError("routers of Zaya count experts by the model's configuration: keep the same number everywhere")
 
 

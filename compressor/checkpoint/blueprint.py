@@ -14,8 +14,10 @@ from compressor.checkpoint.fit import check_layers, check_model, check_quantized
 from compressor.checkpoint.layers import Decoder, ExpertReader, read_decoder
 from compressor.checkpoint.outputs import Output, OutputFile, whole
 from compressor.checkpoint.ties import check_ties
+from compressor.families import EXPERT_MAP
 from compressor.families.config_fields import LayerSizes, TextConfig, find_text_config, shared_width, write_sizes
 from compressor.plan import LayerKey, Plan, kept_layers
+from moescope.errors import ModelError, PlanError
 
 if TYPE_CHECKING:
     from compressor.edits.layer import LayerEdit
@@ -29,7 +31,7 @@ class Blueprint:
     Attributes:
         files: its safetensors files.
         config: its configuration.
-        per_layer: layers differ, so that ``compressor.load`` has to load it.
+        per_layer: layers differ, or share experts, so that ``compressor.load`` has to load it.
         copied: tensors whose bytes are those of the source.
         edited: tensors that are computed or put together anew.
         removed: tensors of the source that are no more.
@@ -68,6 +70,8 @@ def draw(plan: Plan, checkpoint: Checkpoint, moments: Mapping[LayerKey, LayerMom
     drawing = _Drawing(plan, checkpoint, text, decoder, layer_edits(plan, moments or {}), quantized)
     per_layer = drawing.configure()
     drawing.fits_beyond = config == checkpoint.config
+    if text.content.get(EXPERT_MAP):
+        _require_buildable(config)
     outputs = drawing.outputs()
     files, removed = drawing.files(outputs)
     every = [output for file in files for output in file.tensors]
@@ -76,6 +80,15 @@ def draw(plan: Plan, checkpoint: Checkpoint, moments: Mapping[LayerKey, LayerMom
     if not drawing.fits_beyond and decoder.beyond:
         leave_out_prediction(text)
     return Blueprint(tuple(files), config, per_layer, len(every) - edited, edited, removed, notes)
+
+
+def _require_buildable(config: dict[str, Any]) -> None:
+    from compressor.building import require_buildable
+
+    try:
+        require_buildable(config)
+    except ModelError as error:
+        raise PlanError(f"{error}: plan with another form than shared") from error
 
 
 @dataclass
@@ -108,7 +121,9 @@ class _Drawing:
         return {old: new for new, old in enumerate(kept_layers(self.plan))}
 
     def configure(self) -> bool:
-        """Make the configuration that of the result; whether its layers differ."""
+        """Make the configuration that of the result; whether stock classes cannot load it."""
+        from compressor.edits.layer import expert_maps
+
         before, after, fields = {}, {}, {}
         for (layer, _), edit in self.edits.items():
             shape = edit.shape
@@ -116,11 +131,14 @@ class _Drawing:
             stored, own = shared_width(self.text, layer, before[layer], edit.shared_width, edit.width)
             unchanged = (stored, edit.width) == (shape.shared_width, shape.width)
             self.shared[layer], fields[layer] = stored, {} if unchanged else own
-            after[layer] = LayerSizes(edit.count, edit.width, stored)
+            after[layer] = LayerSizes(edit.routed, edit.width, stored)
         check_ties(self.text, self.edits, self.decoder, self.checkpoint)
         differ = write_sizes(self.text, before, after, fields)
         drop_layers(self.text, sorted(self.places), self.checkpoint.entries, self.decoder.stack)
-        return differ
+        maps = expert_maps(self.edits, self.places)
+        if maps:
+            self.text.content[EXPERT_MAP] = maps
+        return differ or bool(maps)
 
     def outputs(self) -> dict[str, list[Output]]:
         """Name of a tensor of an MoE block of the source -> what is written in its place."""

@@ -171,7 +171,7 @@ class LayerEditing:
                 if self.edit.zero_output
                 else whole(entry, new)
             )
-        if not self._moved and not any(slot is not None and slot.merged for slot in self.edit.slots):
+        if self.edit.same_router:
             return whole(entry, new)
         if name.kind == "table":
             raise PlanError(

@@ -10,9 +10,11 @@ from typing import Any
 from compressor.checkpoint.files import Checkpoint
 from compressor.checkpoint.headers import FLOATS
 from compressor.checkpoint.layers import Decoder, check_layer
+from compressor.families import EXPERT_MAP
 from compressor.families.checkpoint import REFUSED, TensorName
 from compressor.families.config_fields import TextConfig
 from compressor.plan import DropStep, Plan
+from compressor.plan.source import SHARED_SOFTMAX
 from moescope.errors import PlanError
 
 _ADVICE = "dequantize the checkpoint first"
@@ -32,6 +34,10 @@ def check_model(plan: Plan, config: dict[str, Any], text: TextConfig) -> None:
         )
     for name in types & set(REFUSED):
         raise PlanError(f"checkpoints of {name} are not edited: {REFUSED[name]}")
+    if text.content.get(EXPERT_MAP):
+        raise PlanError("the checkpoint was merged in form shared already (moescope_expert_map): plan for its source")
+    if text.model_type in SHARED_SOFTMAX and any(getattr(step, "form", "") == "padded" for step in plan.steps):
+        raise PlanError(f"{text.model_type} cannot be filled up: its router's softmax is over all experts")
     if source.num_layers != text.layers:
         raise PlanError(
             f"the plan is for a model of {source.num_layers} decoder layers; the checkpoint has {text.layers}"

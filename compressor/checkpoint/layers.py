@@ -116,7 +116,13 @@ def read_decoder(checkpoint: Checkpoint, *, model_type: str, num_layers: int) ->
 
 
 def check_layer(
-    layer: StoredLayer, names: Iterable[TensorName], entries: dict[str, Entry], *, num_experts: int, extra_rows: int
+    layer: StoredLayer,
+    names: Iterable[TensorName],
+    entries: dict[str, Entry],
+    *,
+    num_experts: int,
+    extra_rows: int,
+    routed: int | None = None,
 ) -> None:
     """Refuse a layer that is not complete, or that holds something per expert which nobody knows.
 
@@ -126,20 +132,22 @@ def check_layer(
         entries: all tensors.
         num_experts: experts that it has to hold.
         extra_rows: rows of the router behind those of the experts.
+        routed: experts that the router chooses from, where several of its rows stand for one; None = those it holds.
 
     Raises:
         ModelError: with the tensor.
     """
     _check_numbers(layer, num_experts)
+    routed = num_experts if routed is None else routed
     for name, entry in layer.around:
         rows = entry.shape[-1] if entry.shape[:1] == (1,) else entry.shape[0]
-        if name.kind == "router" and rows != num_experts + extra_rows:
+        if name.kind == "router" and rows != routed + extra_rows:
             raise ModelError(f"layer {layer.layer} holds {num_experts} experts and router rows for {rows}: {name.name}")
         per_expert = name.kind in ("router_bias", "selection_bias", "expert_scale")
-        if per_expert and rows not in (num_experts, num_experts + extra_rows):
-            raise ModelError(f"{name.name} has shape {list(entry.shape)} for {num_experts} experts")
+        if per_expert and rows not in (routed, routed + extra_rows):
+            raise ModelError(f"{name.name} has shape {list(entry.shape)} for {routed} experts")
     for name in names:
-        if name.layer == layer.layer and name.kind == "plain" and _unknown(name, entries[name.name], num_experts):
+        if name.layer == layer.layer and name.kind == "plain" and _unknown(name, entries[name.name], routed):
             raise ModelError(
                 f"{name.name} {list(entries[name.name].shape)} may hold one entry per expert, and its name is not"
                 " known: this family has to be added to compressor/families/checkpoint.py"

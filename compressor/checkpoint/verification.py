@@ -12,6 +12,7 @@ from compressor.checkpoint.files import Checkpoint, reading
 from compressor.checkpoint.headers import read_header
 from compressor.checkpoint.layers import StoredLayer, check_layer, read_decoder
 from compressor.checkpoint.outputs import Copied, OutputFile
+from compressor.families import EXPERT_MAP
 from compressor.families.config_fields import TextConfig, find_text_config
 from compressor.plan import Plan, experts_after, kept_layers
 from moescope.errors import ModelError, RunError
@@ -40,8 +41,8 @@ class Verified:
 def verify(folder: str | Path) -> Verified:
     """Look a result of :func:`compressor.apply` over: headers, index, configuration, and its plan if it carries one.
 
-    Every MoE layer has to hold its experts without a gap, a router row and bias for each, and as many as the
-    configuration and the plan say.
+    Every MoE layer has to hold its experts without a gap, a router row and bias for each (or for each that the map of
+    form ``shared`` names), and as many as the configuration and the plan say.
 
     Raises:
         ModelError: something does not fit; the message names it.
@@ -50,17 +51,21 @@ def verify(folder: str | Path) -> Verified:
     text = find_text_config(checkpoint.config)
     decoder = read_decoder(checkpoint, model_type=text.model_type, num_layers=text.layers)
     planned = _planned(checkpoint.folder)
-    entries = checkpoint.entries
+    entries, maps = checkpoint.entries, text.content.get(EXPERT_MAP) or {}
     experts = {}
     for number, layer in decoder.layers.items():
         count = experts[number] = _count(layer, text)
         declared = text.number(text.count, number)
-        if declared is not None and declared != count:
-            raise ModelError(f"layer {number} holds {count} experts and the configuration speaks of {declared}")
+        places = maps.get(str(number))
+        stored = declared if places is None else len(set(places))
+        if stored is not None and stored != count:
+            raise ModelError(f"layer {number} holds {count} experts and the configuration speaks of {stored}")
+        if places is not None and (set(places) != set(range(count)) or len(places) != declared):
+            raise ModelError(f"layer {number} has {declared} rows in its router, which {EXPERT_MAP} does not map")
         if planned is not None and planned.get(number, count) != count:
             raise ModelError(f"layer {number} holds {count} experts and its plan leaves {planned[number]}")
         names = (name for name in decoder.names.values() if name.stack == decoder.stack)
-        check_layer(layer, names, entries, num_experts=count, extra_rows=text.extra_rows)
+        check_layer(layer, names, entries, num_experts=count, extra_rows=text.extra_rows, routed=declared)
     if planned is not None and set(planned) != set(experts):
         raise ModelError(f"{folder} has experts in layers {sorted(experts)} and its plan leaves {sorted(planned)}")
     return Verified(len(checkpoint.shards), len(entries), checkpoint.bytes_on_disk, experts)

@@ -61,6 +61,8 @@ class LayerEdit:
         width: stored neurons per routed expert.
         zero_output: the block was dropped: down projections and their biases become zero.
         merging: how its groups become experts; None where nothing is merged.
+        expert_map: (E,) int64 place in which the expert that each row of the router stands for is stored (form
+            ``shared``); None where stored experts and rows are one to one.
         kept: (expert, role) -> (width,) bool mask of its neurons that stay.
         masked: neurons that go become zero, and stay in their places.
     """
@@ -71,6 +73,7 @@ class LayerEdit:
     width: int
     zero_output: bool = False
     merging: Merging | None = None
+    expert_map: Tensor | None = None
     kept: Mapping[tuple[int, Role], Tensor] = field(default_factory=dict)
     masked: bool = False
 
@@ -103,8 +106,18 @@ class LayerEdit:
         return self.shape.shared_width if kept is None or self.masked else max(int(kept.sum()), 1)
 
     @property
+    def routed(self) -> int:
+        """Experts that the router chooses from: with ``expert_map`` as many as before, else those that are stored."""
+        return self.count if self.expert_map is None else self.shape.num_experts
+
+    @property
+    def same_router(self) -> bool:
+        """Nothing changes for the router: it keeps its rows, or all experts stay in their order, unmerged."""
+        return self.expert_map is not None or self.same_experts
+
+    @property
     def same_experts(self) -> bool:
-        """All experts of the source in their order, each made of itself alone: nothing changes for the router."""
+        """All experts of the source in their order, each made of itself alone."""
         leads = [slot.lead if slot is not None and not slot.merged else -1 for slot in self.slots]
         return leads == list(range(self.shape.num_experts))
 
@@ -159,18 +172,20 @@ class LayerEdit:
 
         Rows behind the E-th, of experts without weights, are kept behind all others. A merged expert has the row of the
         lead or the weighted mean, as the step says; with method ``nearest`` always that of the member that stands for
-        the group.
+        the group. With ``expert_map`` all rows stay, (E, ...).
         """
-        return self._per_expert(values, 0.0)
+        return values if self.expert_map is not None else self._per_expert(values, 0.0)
 
     def bias(self, values: Tensor, *, selection: bool = True) -> Tensor:
         """(count,) what is added per expert, of (E,) values; fillers get a value with which no token selects them.
+
+        With ``expert_map`` all stay, (E,).
 
         Args:
             values: one per expert of the source.
             selection: it counts for choosing only; False: it belongs to the logits. Both are treated alike.
         """
-        return self._per_expert(values, NEVER)
+        return values if self.expert_map is not None else self._per_expert(values, NEVER)
 
     def shared(self, weights: ExpertWeights) -> ExpertWeights:
         """The shared experts, merged in one module, with the neurons that stay."""
@@ -202,6 +217,20 @@ def layer_edits(plan: Plan, moments: Mapping[LayerKey, LayerMoments] | None = No
     return {key: found.edit(key, (moments or {}).get(key)) for key in found.after}
 
 
+def expert_maps(edits: Mapping[LayerKey, LayerEdit], places: Mapping[int, int]) -> dict[str, list[int]]:
+    """What a configuration says of layers in which several rows of the router stand for one stored expert.
+
+    Args:
+        edits: (layer, step) of the source -> its edit.
+        places: number of a layer in the source -> its new one.
+    """
+    return {
+        str(places[layer]): edit.expert_map.tolist()
+        for (layer, _), edit in sorted(edits.items())
+        if edit.expert_map is not None
+    }
+
+
 class _Layers:
     """What a plan leaves, worked out once for all its layers."""
 
@@ -228,9 +257,18 @@ class _Layers:
             width=self.widths[key],
             zero_output=key[0] in self.blocks,
             merging=Merging(*self.merges[key], moments) if key in self.merges else None,
+            expert_map=self._expert_map(key, experts),
             kept=self.kept[key],
             masked=self.masked,
         )
+
+    def _expert_map(self, key: LayerKey, experts: list[NewExpert]) -> Tensor | None:
+        if key not in self.merges or self.merges[key][0].form != "shared" or not any(one.merged for one in experts):
+            return None
+        places = torch.empty(self.shapes[key].num_experts, dtype=torch.int64)
+        for place, expert in enumerate(experts):
+            places[list(expert.members)] = place
+        return places
 
 
 def _slots(experts: list[NewExpert], shape: LayerShape, count: int) -> list[NewExpert | None]:

@@ -5,6 +5,7 @@ Nothing here imports torch: modules are described by the attributes that they ca
 
 from compressor.families.adapters import ADAPTERS, FUSED, Adapter, adapter_of
 from compressor.families.calls import Call, Routed, Selection, flat, read_call, read_router, read_sequences, routed
+from compressor.families.expert_map import EXPERT_MAP, ExpertMap, expert_map_of, takes_expert_map
 from compressor.families.layout import ExpertKind, ExpertsLayout, describe_experts, is_fused_experts, stacked_layout
 from compressor.families.refusals import Refusal, left_out_reason, refusal_of
 from compressor.families.routers import RouterTraits, Score, find_router_outputs, router_traits
@@ -13,10 +14,12 @@ from compressor.families.shared import SharedExperts, find_shared_experts
 
 __all__ = [
     "ADAPTERS",
+    "EXPERT_MAP",
     "FUSED",
     "Adapter",
     "Call",
     "ExpertKind",
+    "ExpertMap",
     "ExpertsLayout",
     "Refusal",
     "Routed",
@@ -27,6 +30,7 @@ __all__ = [
     "SharedExperts",
     "adapter_of",
     "describe_experts",
+    "expert_map_of",
     "find_router_outputs",
     "find_shared_experts",
     "flat",
@@ -40,4 +44,5 @@ __all__ = [
     "router_traits",
     "separate_layout",
     "stacked_layout",
+    "takes_expert_map",
 ]

@@ -63,6 +63,12 @@ def experts_after(plan: Plan) -> dict[LayerKey, list[NewExpert]]:
     return result
 
 
+def router_stays(plan: Plan) -> bool:
+    """Routers choose as they did: whatever merges is stored in form ``shared``."""
+    steps = [step for step in plan.steps if isinstance(step, (DropStep, MergeStep)) and step.layers]
+    return all(step.form == "shared" for step in steps)
+
+
 def neurons_after(plan: Plan) -> dict[tuple[int, int, int, Role], NDArray[np.bool_]]:
     """(layer, step, expert, role) -> (width,) mask of its neurons that stay; units that keep all are left out."""
     shapes = plan.source.by_key

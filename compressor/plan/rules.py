@@ -6,8 +6,8 @@ from collections import Counter
 from collections.abc import Iterator
 
 from compressor.plan.document import Plan
-from compressor.plan.result import experts_after, kept_layers, neurons_after
-from compressor.plan.source import LayerShape
+from compressor.plan.result import experts_after, kept_layers, neurons_after, router_stays
+from compressor.plan.source import SHARED_SOFTMAX, LayerShape
 from compressor.plan.steps import DropStep, MergeLayer, MergeStep, SlimStep
 from moescope.errors import PlanError
 
@@ -24,7 +24,8 @@ def check(plan: Plan) -> None:
             for layer in step.layers:
                 _groups_are_a_partition(layer, plan.source.by_key[layer.layer, layer.step], step)
     _layers_remain(plan)
-    _enough_experts(plan)
+    if not router_stays(plan):
+        _enough_experts(plan)
     _counts_fit_the_form(plan)
     _widths_fit_the_form(plan)
     _protected_units_stay(plan)
@@ -80,6 +81,11 @@ def _groups_are_a_partition(layer: MergeLayer, shape: LayerShape, step: MergeSte
         raise PlanError(f"method 'segments' of {where} lacks the least cosine at which a neuron moves: a threshold")
     if layer.given_up and step.method != "segments":
         raise PlanError(f"{where} gives experts up, which method {step.method!r} cannot use: it takes segments")
+    if step.form == "shared" and (step.method == "segments" or step.router != "lead"):
+        wrong = "method segments, which gives experts up" if step.router == "lead" else "mean rows"
+        raise PlanError(
+            f"{where} is stored in form shared, in which all rows of the router stay: it goes without {wrong}"
+        )
     for group in layer.groups:
         if group.lead not in group.members or len(group.members) != len(group.weights):
             raise PlanError(f"group {group.lead} of {where} lacks its lead or a weight")
@@ -137,6 +143,11 @@ def _counts_fit_the_form(plan: Plan) -> None:
         raise PlanError(
             f"layers would keep {low} to {high} experts, which no stock engine loads: keep the same number everywhere,"
             " or plan with form per_layer (compressor.load) or padded (models with a selection bias)"
+        )
+    if form == "padded" and plan.source.model_type in SHARED_SOFTMAX:
+        raise PlanError(
+            f"{plan.source.model_type} chooses by a softmax over all experts, of which any that only fills up has"
+            " a part: use form per_layer"
         )
     if form == "padded" and not plan.source.selection_bias:
         raise PlanError(

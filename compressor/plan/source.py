@@ -12,6 +12,10 @@ LayerKey = tuple[int, int]
 MAX_LAYERS, MAX_EXPERTS, MAX_TOTAL = 65_536, 65_536, 1_000_000
 """Decoder layers, experts of a layer and of all layers that a document may state: checking it takes memory for them."""
 
+SHARED_SOFTMAX = ("ernie4_5_moe", "ernie4_5_vl_moe", "ernie4_5_vl_moe_text", "longcat_flash", "zaya")
+"""Families that add their selection bias to a softmax over all experts: one that only fills up would have a part of it,
+and the others smaller gate weights, whatever its bias."""
+
 
 class LayerShape(Record):
     """The experts of one MoE layer.
@@ -65,7 +69,8 @@ class Source(Record):
         expert_size: width of what enters and leaves the experts; other than ``hidden_size`` in a few families.
         num_layers: decoder layers, dense ones included.
         gated: experts have a gate projection beside up and down.
-        selection_bias: the router adds a bias that counts for choosing only, or a bias to its logits.
+        selection_bias: the router adds a bias that counts for choosing only, or a bias to its logits, and experts which
+            it keeps out change nothing for the others.
         layers: the MoE layers in order.
     """
 

@@ -18,13 +18,15 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 Role = Literal["routed", "shared"]
 """Which kind of expert a unit is."""
 
-Form = Literal["uniform", "per_layer", "padded", "masked"]
+Form = Literal["uniform", "per_layer", "padded", "shared", "masked"]
 """How an edit is stored.
 
 ``uniform``: all layers alike; any engine loads it. ``per_layer``: each layer has its own count or width;
 ``compressor.load`` loads it. ``padded``: all layers have as many experts as the largest; those that fill up are never
-selected, which needs a selection bias (drop, merge). ``masked``: shapes stay, what is cut is zero; any engine loads it,
-nothing is saved (slim).
+selected, which needs a selection bias (drop, merge). ``shared``: the router keeps all its rows, and a map says which
+stored expert each of them stands for; a token that chooses two members of a group runs its expert with the sum of both
+gate weights, so that merging exact copies changes nothing; ``compressor.load`` loads it (merge). ``masked``: shapes
+stay, what is cut is zero; any engine loads it, nothing is saved (slim).
 """
 
 
@@ -140,7 +142,7 @@ class MergeStep(Record):
         grouping: by which planner the groups were found.
         method: how their weights become one.
         router: the merged expert's router row is the lead's, or the weighted mean of the members'.
-        form: uniform, per_layer or padded.
+        form: uniform, per_layer, padded or shared; with shared the lead's row is one of all that stay.
         rank: directions kept (method ``subspace``).
         threshold: least cosine at which a neuron moves (method ``segments``).
         layers: the groups, layer by layer.
@@ -150,7 +152,7 @@ class MergeStep(Record):
     grouping: str
     method: MergeMethod
     router: Literal["lead", "mean"] = "lead"
-    form: Literal["uniform", "per_layer", "padded"] = "uniform"
+    form: Literal["uniform", "per_layer", "padded", "shared"] = "uniform"
     rank: int | None = Field(default=None, ge=1)
     threshold: float | None = Field(default=None, ge=-1, le=1)
     layers: tuple[MergeLayer, ...]
