@@ -39,7 +39,8 @@ def waiting(run: Path) -> Iterator[Path]:
     os.mkfifo(pipe)
     yield pipe
     for job in jobs.jobs(run):
-        jobs.stop(job)
+        # One that has just begun cannot be told yet from another process: ask until it is gone.
+        wait(lambda job=job: jobs.status(job).state != "running" or (jobs.stop(job) and False))  # type: ignore[misc]
 
 
 def wait(check: Callable[[], bool], seconds: float = 60.0) -> None:
