@@ -11,15 +11,11 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
-import json
-import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from compressor.families import EXPERT_MAP, SeparateLayout, adapter_of, takes_expert_map
@@ -64,26 +60,9 @@ def building(config: Any) -> Iterator[None]:
                 kind.__init__ = original
     if waiting:
         raise ModelError(
-            f"layer {min(waiting)} of a {config.model_type} cannot be built with experts that stand for several rows of its"
-            f" router ({EXPERT_MAP})"
+            f"layer {min(waiting)} of {config.model_type} cannot be built with experts that stand for several rows of"
+            f" its router ({EXPERT_MAP})"
         )
-
-
-def require_buildable(config: dict[str, Any]) -> None:
-    """Build the model of a configuration, as it stands in config.json, without memory for its weights.
-
-    Raises:
-        ModelError: it cannot be built so that every layer has the experts that the configuration says.
-    """
-    from transformers import AutoConfig
-
-    from compressor.load import as_model_error, model_class
-
-    with tempfile.TemporaryDirectory() as folder, as_model_error(f"a {config.get('model_type')} of this plan"):
-        (Path(folder) / "config.json").write_text(json.dumps(config), encoding="utf-8")
-        loaded = AutoConfig.from_pretrained(folder, local_files_only=True)
-        with building(loaded), torch.device("meta"):
-            model_class(loaded, config)._from_config(loaded)
 
 
 def _parts(config: Any) -> Iterator[Any]:

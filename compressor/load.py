@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -34,15 +35,30 @@ def load(
     stated = _config_file(path)
     if options.get("trust_remote_code") or "auto_map" in stated:
         raise ModelError(f"{path} brings code of its own, which is never run: load a checkpoint of a library class")
-    with as_model_error(path):
+    with _as_model_error(path):
         config = options.pop("config", None) or AutoConfig.from_pretrained(path, local_files_only=True)
         with building(config):
             settings = {"config": config, "dtype": dtype, "local_files_only": True, **options}
             # Of other shapes, too: that way the message can name the weight. None of them is kept.
             settings |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
-            model, info = model_class(config, stated).from_pretrained(path, **settings)
+            model, info = _class(config, stated).from_pretrained(path, **settings)
     _require_whole(path, info)
     return (model if "device_map" in options else model.to(device)).eval()
+
+
+def require_loadable(config: Mapping[str, Any]) -> None:
+    """Build the model of a configuration, as it stands in config.json, without memory for its weights.
+
+    Raises:
+        ModelError: :func:`load` could not build it.
+    """
+    from transformers import AutoConfig
+
+    with tempfile.TemporaryDirectory() as folder, _as_model_error(f"a {config.get('model_type')} of this plan"):
+        (Path(folder) / "config.json").write_text(json.dumps(config), encoding="utf-8")
+        loaded = AutoConfig.from_pretrained(folder, local_files_only=True)
+        with building(loaded), torch.device("meta"):
+            _class(loaded, config)._from_config(loaded)
 
 
 def _require_whole(path: Path, info: dict[str, Any]) -> None:
@@ -73,7 +89,7 @@ def _config_file(path: Path) -> dict[str, Any]:
     return content
 
 
-def model_class(config: Any, stated: Mapping[str, Any]) -> Any:
+def _class(config: Any, stated: Mapping[str, Any]) -> Any:
     """The class that the configuration names, where the library has it; else the language model of that family."""
     import transformers
 
@@ -85,7 +101,7 @@ def model_class(config: Any, stated: Mapping[str, Any]) -> Any:
 
 
 @contextmanager
-def as_model_error(name: Path | str) -> Iterator[None]:
+def _as_model_error(name: Path | str) -> Iterator[None]:
     """Whatever the library makes of a broken checkpoint, the user reads one line."""
     try:
         yield

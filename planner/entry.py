@@ -30,7 +30,7 @@ def make(
     memory: int | None = None,
     other_weights: int = 0,
     domains: Sequence[str] | None = None,
-    form: Literal["uniform", "per_layer", "padded", "masked"] | None = None,
+    form: Literal["uniform", "per_layer", "padded", "shared", "masked"] | None = None,
     engine: str = "any",
     guard: bool | Rule = True,
     allow_invalid: bool = False,
@@ -177,7 +177,7 @@ def _domains(run: store.Run, wanted: Sequence[str] | None) -> tuple[str, ...]:
 def _form(preset: presets.Preset, form: str | None, engine: str, source: Source, settings: Mapping[str, Any]) -> str:
     if engine not in ENGINES:
         raise PlanError(f"engine {engine!r} is not known: use {' or '.join(ENGINES)}")
-    loads = [one for one in preset.forms if one != "per_layer" or engine == "transformers"]
+    loads = [one for one in preset.forms if one not in ("per_layer", "shared") or engine == "transformers"]
     loads = [one for one in loads if one != "padded" or source.selection_bias]
     if settings.get("allocation") == "budgeted" and form is None:
         loads = [one for one in loads if one != "uniform"]
@@ -192,8 +192,9 @@ def _form(preset: presets.Preset, form: str | None, engine: str, source: Source,
             f"{source.model_type} chooses experts without a bias, so an expert that only fills up could be chosen: use"
             " form per_layer with engine transformers"
         )
-    instead = f", or form {preset.forms[0]}" if form is not None and preset.forms[0] != form else ""
-    raise PlanError(f"layers that differ are loaded by compressor.load only: use engine transformers{instead}")
+    instead = f", or form {loads[0]}" if form is not None and loads else ""
+    what = "merges in which the router keeps its rows" if form == "shared" else "layers that differ"
+    raise PlanError(f"{what} are loaded by compressor.load only: use engine transformers{instead}")
 
 
 def _evidence(draft: Draft, guard: Guard, preset: presets.Preset) -> Evidence:

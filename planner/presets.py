@@ -57,6 +57,7 @@ class Preset:
 _R, _X, _S, _G = "routing", "activations", "similarity", "gradients"
 _SLIM_MASKED, _SLIM_UNIFORM = ("masked", "uniform", "per_layer"), ("uniform", "per_layer", "masked")
 _WHOLE = ("uniform",)
+_MERGED = ("uniform", "shared")
 
 
 def _scored(name: str, title: str, level: str, source: str, *, differs: bool = True, **parameters: Any) -> Preset:
@@ -91,16 +92,17 @@ PRESETS: tuple[Preset, ...] = (
     _preset("block_influence", "Decoder layers", "drop", "drop.depth", _X, "ShortGPT, arXiv 2403.03853", forms=_WHOLE,
             what="layers"),
     _preset("moe_blocks", "MoE blocks", "drop", "drop.depth", _X, "ours", forms=_WHOLE, differs=False, what="blocks"),
-    _preset("m_smoe", "M-SMoE", "merge", "merge.m_smoe", _R, "MC-SMoE, ICLR 2024"),
+    _preset("m_smoe", "M-SMoE", "merge", "merge.m_smoe", _R, "MC-SMoE, ICLR 2024",
+            forms=("uniform", "per_layer", "padded", "shared")),
     _preset("stun", "STUN, first stage", "merge", "merge.stun", _X, "STUN, ACL 2025", forms=_WHOLE,
             coactivation_weight=1.0),
-    _preset("sub_moe", "Sub-MoE", "merge", "merge.sub_moe", _S, "arXiv 2506.23266", forms=_WHOLE, seed=0),
+    _preset("sub_moe", "Sub-MoE", "merge", "merge.sub_moe", _S, "arXiv 2506.23266", forms=_MERGED, seed=0),
     _preset("sub_moe_truncated", "Sub-MoE, truncated", "merge", "merge.sub_moe", f"{_X},{_S},moments",
-            "arXiv 2506.23266", forms=_WHOLE, seed=0, truncation=0.1),
-    _preset("hc_smoe", "HC-SMoE", "merge", "merge.hc_smoe", _S, "HC-SMoE, arXiv 2410.08589", forms=_WHOLE),
+            "arXiv 2506.23266", forms=_MERGED, seed=0, truncation=0.1),
+    _preset("hc_smoe", "HC-SMoE", "merge", "merge.hc_smoe", _S, "HC-SMoE, arXiv 2410.08589", forms=_MERGED),
     _preset("dern", "DERN-style recombination", "merge", "merge.dern", _R, "DERN, EMNLP Findings 2025", threshold=0.6),
-    _preset("copies", "Copies", "merge", "merge.copies", _S, "ours", forms=("per_layer", "uniform", "padded"),
-            differs=False, threshold=0.99),
+    _preset("copies", "Copies", "merge", "merge.copies", _S, "ours",
+            forms=("shared", "per_layer", "uniform", "padded"), differs=False, threshold=0.99),
     _preset("camera_p", "CAMERA-P", "slim", "slim.camera_p", _X, "CAMERA, AAAI 2026", forms=_SLIM_MASKED, alpha=0.9),
     _preset("heapr", "HEAPr", "slim", "slim.heapr", _G, "HEAPr, ICLR 2026", forms=_SLIM_MASKED, weighting="mean"),
     _preset("width", "Width", "slim", "slim.width", _X, "arXiv 2512.02351", forms=_SLIM_UNIFORM),

@@ -45,8 +45,14 @@ class Task:
 
     @property
     def layers(self) -> tuple[LayerShape, ...]:
-        """The MoE layers in order."""
-        return self.source.layers
+        """The MoE layers in order.
+
+        In form ``shared`` the router goes on as it is, so that neither its groups nor its k bind what may merge.
+        """
+        if self.form != "shared":
+            return self.source.layers
+        free = {"groups": 1, "chosen_groups": 1, "top_k": 1}
+        return tuple(shape.model_copy(update=free) for shape in self.source.layers)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 NAME = "plan"
 SUMMARY = "plan what to drop, merge or slim, from a run; or compare two plans"
-FORMS = ("uniform", "per_layer", "padded", "masked")
+FORMS = ("uniform", "per_layer", "padded", "shared", "masked")
 ROWS = {"layers": 100, "difference": 60}
 """Rows that the terminal gets of long tables; --json prints all."""
 
@@ -48,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--allocation", metavar="NAME", help="how the cut is spread over the layers")
     parser.add_argument(
         "--engine", choices=("any", "transformers"), default="any",
-        help="what shall load it; form per_layer takes transformers, through compressor.load (default: any)",
+        help="what shall load it; forms per_layer and shared take transformers, through compressor.load (default: any)",
     )  # fmt: skip
     parser.add_argument("--no-guard", action="store_true", help="do not protect super experts")
     parser.add_argument("--allow-invalid", action="store_true", help="take a run whose checks failed all the same")

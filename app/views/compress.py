@@ -20,6 +20,7 @@ _FORMS = {
     "default": "the preset's own",
     "uniform": "all layers alike",
     "per_layer": "each layer its own",
+    "shared": "the router keeps its rows",
     "padded": "padded to the largest",
     "masked": "zeroed, shapes stay",
 }
@@ -80,7 +81,7 @@ def _controls(run: Run, known: pl.DataFrame) -> dict[str, Any]:
             asked |= {"domains": tuple(domains)} if domains else {}
         form = state.choose("Stored", list(_FORMS), key="form", words=_FORMS.__getitem__)
         asked |= {"form": form} if form != "default" else {}
-        asked |= {"engine": "transformers"} if form == "per_layer" else {}
+        asked |= {"engine": "transformers"} if form in ("per_layer", "shared") else {}
         asked["guard"] = state.choose_flag(
             "Protect super experts",
             key="guard",

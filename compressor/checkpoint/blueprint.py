@@ -71,7 +71,7 @@ def draw(plan: Plan, checkpoint: Checkpoint, moments: Mapping[LayerKey, LayerMom
     per_layer = drawing.configure()
     drawing.fits_beyond = config == checkpoint.config
     if text.content.get(EXPERT_MAP):
-        _require_buildable(config)
+        _require_loadable(config)
     outputs = drawing.outputs()
     files, removed = drawing.files(outputs)
     every = [output for file in files for output in file.tensors]
@@ -82,11 +82,11 @@ def draw(plan: Plan, checkpoint: Checkpoint, moments: Mapping[LayerKey, LayerMom
     return Blueprint(tuple(files), config, per_layer, len(every) - edited, edited, removed, notes)
 
 
-def _require_buildable(config: dict[str, Any]) -> None:
-    from compressor.building import require_buildable
+def _require_loadable(config: dict[str, Any]) -> None:
+    from compressor.load import require_loadable
 
     try:
-        require_buildable(config)
+        require_loadable(config)
     except ModelError as error:
         raise PlanError(f"{error}: plan with another form than shared") from error
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from compressor.plan import LayerKey, LayerShape
 from moescope.errors import PlanError
-from planner.allocation import allocate, blocks, most_removed, removed
+from planner.allocation import allocate, blocks, most_removed, part, removed
 from planner.domains import Mix, expert_scores
 from planner.merge.groups import Groups, inner_similarity, merge_step, pair_matrices
 from planner.merge.linkage import Merge, labels_after, merge_sequence
@@ -21,7 +21,8 @@ from planner.task import Array, Draft, Task
 def draft(task: Task, *, threshold: float = 0.99, mix: Mix = "union") -> Draft:
     """The most similar experts merge first, none below the threshold; neurons are matched to the lead's.
 
-    In form ``uniform`` every layer gives the same number, in the other forms the copies may stand anywhere.
+    In form ``uniform`` every layer gives the same number, in the other forms the copies may stand anywhere. In form
+    ``shared`` the share is that of all experts of the model, and merging exact copies changes nothing.
 
     Args:
         task: what to plan.
@@ -89,9 +90,11 @@ def _numbers(task: Task, merges: dict[LayerKey, _Merges], threshold: float) -> d
         )
         for shape in task.layers
     }
-    wanted = {shape.key: removed(task, shape) for shape in task.layers}
-    total = sum(wanted.values())
     every = sum(shape.num_experts for shape in task.layers)
+    wanted = {shape.key: removed(task, shape) for shape in task.layers} if task.form != "shared" else {}
+    total = sum(wanted.values()) if wanted else part(every, task.share)
+    if not total:
+        raise PlanError(f"share {task.share:g} of {every} experts removes none: ask for at least {1 / every:.4g}")
     if task.form == "uniform":
         short = [shape for shape in task.layers if there[shape.key] < wanted[shape.key]]
         if not short:

@@ -28,6 +28,7 @@ def draft(task: Task, *, mix: Mix = "union") -> Draft:
 
     In form ``uniform`` the most used experts of each layer (and router group) are dominant, the same number everywhere.
     In the other forms they are chosen over all layers together, as published, at least as many as a token uses in each.
+    Form ``shared`` is the published one: all rows of the router stay, and one expert of each layer is enough.
 
     Args:
         task: what to plan.

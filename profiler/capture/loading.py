@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from compressor.families import EXPERT_MAP
 from moescope.errors import InputError, ModelError, MoescopeError
 from profiler.capture.placement import Placement, plan_placement, require_fitting
 from profiler.capture.precision import (
@@ -23,6 +24,7 @@ from profiler.capture.precision import (
     require_one_scheme,
     stored_precision,
 )
+from profiler.capture.session_rules import SHARED
 
 
 def load_tokenizer(path_or_id: str | Path, *, revision: str | None = None) -> Any:
@@ -42,7 +44,7 @@ def load_config(path_or_id: str | Path, *, revision: str | None = None) -> Any:
     """The configuration of a folder, a GGUF file or a hub id.
 
     Raises:
-        ModelError: there is none that can be read; one line.
+        ModelError: there is none that can be read, or it is of a model that is not profiled; one line.
     """
     from transformers import AutoConfig
 
@@ -51,6 +53,8 @@ def load_config(path_or_id: str | Path, *, revision: str | None = None) -> Any:
         config = AutoConfig.from_pretrained(place, **options)
         if "gguf_file" in options:
             _complete_gguf_config(config, Path(path_or_id))
+    if any(getattr(part, EXPERT_MAP, None) for part in (config, config.get_text_config())):
+        raise ModelError(f"{path_or_id} {SHARED}")
     return config
 
 

@@ -6,9 +6,22 @@ from collections.abc import Sequence
 from typing import Any
 
 import store as run_store
+from compressor.families import expert_map_of
 from moescope.errors import InputError, ModelError
 from profiler.capture.discovery import MoELayer
 from profiler.capture.stacks import DECODER
+
+SHARED = (
+    "keeps experts that stand for several rows of their router (form shared): a token may run one twice, which no table"
+    " of a run can hold; profile the model that it was made from, or measure it with moescope evaluate"
+)
+
+
+def require_one_to_one(layers: Sequence[MoELayer]) -> None:
+    """Refuse layers whose router has more rows than there are experts."""
+    for layer in layers:
+        if expert_map_of(layer.experts) is not None:
+            raise ModelError(f"{layer.name} {SHARED}")
 
 
 def require_rows(layers: Sequence[MoELayer], levels: Sequence[str]) -> None:

@@ -24,7 +24,7 @@ from compressor.plan import (
     SlimLayer,
     SlimStep,
 )
-from moescope.errors import ModelError
+from moescope.errors import ModelError, PlanError
 from profiler.capture.discovery import inspect_model
 from tests.compressor.edit_plans import dropping, plan, source, unreachable
 from tests.compressor.edited_models import Snapshot, merging, near, run, slimming
@@ -121,8 +121,12 @@ def test_experts_that_fill_up_are_never_selected(family: str) -> None:
 @pytest.mark.parametrize("family", ["longcat_flash", "zaya", "ernie4_5_moe"])
 def test_fillers_that_would_take_part_in_a_softmax_are_refused(family: str) -> None:
     model = build(family)
+    known = source(model)
+    drop = DropStep(method="test", form="padded", layers=(DropLayer(layer=known.layers[0].layer, experts=(1,)),))
+    with pytest.raises(PlanError, match="softmax over all experts"):
+        plan(known, drop)
     with pytest.raises(ModelError, match="softmax over all experts"):
-        edit(model, dropping(model, {source(model).layers[0].layer: [1]}, form="padded"))
+        edit(model, plan(known.model_copy(update={"model_type": "another"}), drop))
 
 
 @pytest.mark.parametrize("family", ["olmoe", "deepseek_v3", "jetmoe", "gpt_oss", "granitemoeshared"])

@@ -63,7 +63,7 @@ def test_every_form_of_every_preset(run: store.Run, preset: Preset) -> None:
         if form == "padded":
             with pytest.raises(PlanError, match="olmoe chooses experts without a bias"):
                 planner.make(run, preset=preset.name, share=0.25, form=form)
-        elif form == "per_layer":
+        elif form in ("per_layer", "shared"):
             with pytest.raises(PlanError, match="use engine transformers"):
                 planner.make(run, preset=preset.name, share=0.25, form=form)
             plan = planner.make(run, preset=preset.name, share=0.25, form=form, engine="transformers")
