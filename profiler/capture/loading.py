@@ -53,9 +53,18 @@ def load_config(path_or_id: str | Path, *, revision: str | None = None) -> Any:
         config = AutoConfig.from_pretrained(place, **options)
         if "gguf_file" in options:
             _complete_gguf_config(config, Path(path_or_id))
-    if any(getattr(part, EXPERT_MAP, None) for part in (config, config.get_text_config())):
-        raise ModelError(f"{path_or_id} {SHARED}")
+    refuse_shared(config, str(path_or_id))
     return config
+
+
+def refuse_shared(config: Any, name: str) -> None:
+    """Refuse a checkpoint in which experts stand for several rows of their router, which no class of the library loads.
+
+    Raises:
+        ModelError: it is one.
+    """
+    if any(getattr(part, EXPERT_MAP, None) for part in (config, config.get_text_config())):
+        raise ModelError(f"{name} {SHARED}")
 
 
 def load_model(

@@ -127,7 +127,7 @@ def _build(name: str) -> tuple[nn.Module, Any]:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from profiler.capture.loading import load_config
+    from profiler.capture.loading import load_config, refuse_shared
     from profiler.capture.precision import is_gguf
 
     _check_folder(name)
@@ -135,6 +135,7 @@ def _build(name: str) -> tuple[nn.Module, Any]:
         config = load_config(name) if is_gguf(name) else AutoConfig.from_pretrained(name, trust_remote_code=False)
     except Exception as error:  # OSError, ValueError, KeyError, hub errors: whatever a bad file or name leads to
         raise ModelError(f"{name}: its configuration cannot be read ({_one_line(error)}); check config.json") from None
+    refuse_shared(config, name)
     from_config: Any = AutoModelForCausalLM.from_config
     try:
         with torch.device("meta"):

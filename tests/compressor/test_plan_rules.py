@@ -52,6 +52,7 @@ def slim(kept: int, *, experts: range = range(EXPERTS), layers: tuple[int, ...] 
 
 SINGLES = tuple(group(one) for one in range(6))
 PAIRS = tuple(group(one, one + 1) for one in range(0, EXPERTS, 2))
+FEW = (group(0, 1, 2), *(group(one) for one in range(3, 8)))
 SUPER = Protected(layer=2, expert=5, reason="super expert")
 SUPER_SHARED = Protected(layer=2, expert=0, role="shared", reason="super expert")
 SHARED = SlimLayer(layer=2, experts=(SlimExpert.of(expert=0, role="shared", mask=np.arange(6) < 3),))
@@ -65,6 +66,13 @@ GOOD: dict[str, tuple[tuple[Step, ...], dict[str, Any]]] = {
     "merge": ((merge(*PAIRS),), {}),
     "segments": ((merge(*SINGLES, given_up=(6, 7), method="segments", threshold=0.6),), {}),
     "subspace": ((merge(*PAIRS, method="subspace", rank=3),), {}),
+    "router stays": ((merge(*PAIRS, layers=(2,), form="shared"),), {}),
+    "router stays, fewer than k": ((merge(group(*range(8)), form="shared"),), {}),
+    "router stays, groups differ": ((merge(*FEW, form="shared"),), {"groups": 2, "chosen_groups": 1}),
+    "router stays, fewer layers": (
+        (merge(*PAIRS, layers=(1,), form="shared"), DropStep(method="x", decoder_layers=(0,)), slim(8)),
+        {},
+    ),
     "slim": ((slim(8),), {}),
     "drop and slim": ((drop(7), slim(8, experts=range(7))), {}),
     "ragged": ((slim(3, experts=range(2), form="masked", width=None),), {}),
@@ -89,6 +97,18 @@ BAD: dict[str, tuple[tuple[Step, ...], dict[str, Any], str]] = {
     "uneven": ((drop(0, layers=(1, 2)),), {}, "layers would keep 7 to 8 experts, which no stock engine loads"),
     "padded without a bias": ((drop(0, form="padded"),), {}, "toy_moe chooses experts without a bias"),
     "forms": ((drop(0, layers=(1,)), merge(*PAIRS, layers=(2, 3), form="per_layer")), {}, "in different forms"),
+    "forms, one shared": (
+        (drop(0, layers=(1,)), merge(*PAIRS, layers=(2, 3), form="shared")), {}, "in different forms: shared, uniform"
+    ),
+    "softmax over fillers": (
+        (drop(0, form="padded"),), {"selection_bias": True, "model_type": "longcat_flash"}, "a softmax over all experts"
+    ),
+    "shared, given up": (
+        (merge(*SINGLES, given_up=(6, 7), method="segments", threshold=0.6, form="shared"),), {},
+        "layer 1 is stored in form shared, .*: it goes without method segments",
+    ),
+    "shared, mean rows": ((merge(*PAIRS, router="mean", form="shared"),), {}, "it goes without mean rows"),
+    "groups differ": ((merge(*FEW),), {"groups": 2, "chosen_groups": 1}, "would keep 2, 4 experts"),
     "group left behind": ((drop(0, 1),), {"groups": 2}, "would keep 2, 4 experts: drop the same number from each"),
     "groups too small": (
         (drop(0, 1, 2, 4, 5, 6),), {"groups": 2, "chosen_groups": 1}, "keep 1 experts in each of 2 groups"
@@ -151,6 +171,11 @@ def test_what_cannot_be_is_refused(name: str) -> None:
     with pytest.raises(PlanError, match=sentence) as raised:
         plan(*steps, **changes).checked()
     assert "\n" not in str(raised.value)
+
+
+def test_a_drop_cannot_be_shared() -> None:
+    with pytest.raises(ValidationError, match="form"):
+        drop(0, form="shared")
 
 
 def test_models_that_cannot_be_are_refused() -> None:

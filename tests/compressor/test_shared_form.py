@@ -13,12 +13,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import compressor
+import profiler
 from compressor.edits.layer import LayerEdit
 from compressor.families import EXPERT_MAP, expert_map_of
 from compressor.memory import edit, edited
 from compressor.plan import DropStep, MergeStep, Plan, SlimStep
 from moescope.errors import ModelError, PlanError
 from profiler.capture.discovery import inspect_model
+from profiler.inspect import inspect_model as inspection
 from tests.compressor.apply_cases import LAYOUTS, config, saved, source_of
 from tests.compressor.edited_models import Snapshot, merging, near, run, slimming
 from tests.profiler.capture.tiny import batch, build, recorded_calls
@@ -248,3 +250,20 @@ def test_the_edit_of_a_layer() -> None:
     assert torch.equal(values.rows(rows), rows) and torch.equal(values.bias(rows[:, 0]), rows[:, 0])
     other = LayerEdit.of(merging(source_of(build("olmoe")), GROUPS), (0, 0))
     assert other.expert_map is None and other.routed == other.count == 5
+
+
+def test_such_a_model_is_not_profiled(tmp_path: Path) -> None:
+    model = build("olmoe")
+    with edited(model, shared(model, GROUPS)):
+        with (
+            pytest.raises(ModelError, match="several rows of their router"),
+            profiler.watch(model, store=tmp_path, name="a"),
+        ):
+            raise AssertionError("it was watched")
+        model.save_pretrained(tmp_path / "out")
+    for reads in (profiler.load_model, inspection):
+        with pytest.raises(ModelError, match="several rows of their router"):
+            reads(tmp_path / "out")
+    with profiler.watch(model, store=tmp_path, name="a") as session:
+        run(model)
+    assert session.path is not None

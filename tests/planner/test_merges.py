@@ -286,6 +286,36 @@ def test_more_than_the_copies_is_refused(copied: store.Run) -> None:
         planner.make(copied, preset="copies", share=0.125)
 
 
+def test_copies_of_a_whole_model_are_counted_together_where_the_router_stays(copied: store.Run) -> None:
+    plan = planner.make(copied, preset="copies", share=1 / 32, engine="transformers")
+    (pair,) = [
+        (one.layer, group.members) for one in _step(plan).layers for group in one.groups if len(group.members) > 1
+    ]
+    assert pair in {(0, (2, 5)), (2, (0, 4)), (2, (1, 7)), (3, (3, 6))} and _step(plan).form == "shared"
+    before, after = plan.estimate.expert_parameters, plan.estimate.expert_parameters_after
+    assert after == before * 31 // 32 and plan.estimate.active_parameters == plan.estimate.active_parameters_after
+    with pytest.raises(PlanError, match="4 of 32 experts are copies .* asks for 5"):
+        planner.make(copied, preset="copies", share=5 / 32, engine="transformers")
+    with pytest.raises(PlanError, match="share 0.03 of 32 experts removes none: ask for at least 0.03125"):
+        planner.make(copied, preset="copies", share=0.03, engine="transformers")
+    assert (
+        find("copies").forms[0] == "shared"
+        and planner.make(copied, preset="m_smoe", share=0.25).steps[0].form == "uniform"
+    )
+
+
+@pytest.mark.parametrize("preset", ["m_smoe", "sub_moe", "hc_smoe", "sub_moe_truncated"])
+def test_neither_groups_nor_k_bind_merges_in_which_the_router_stays(run: store.Run, preset: str) -> None:
+    with pytest.raises(PlanError, match="ask for at most|groups"):
+        planner.make(run, preset=preset, share=0.875)
+    plan = planner.make(run, preset=preset, share=0.875, form="shared", engine="transformers")
+    kept = [len(layer.groups) for layer in _step(plan).layers]
+    assert sum(kept) == len(kept) and (set(kept) == {1} or preset == "m_smoe")
+    assert plan.estimate.expert_parameters_after < plan.estimate.expert_parameters
+    with pytest.raises(PlanError, match="the router keeps its rows are loaded by compressor.load only"):
+        planner.make(run, preset=preset, share=0.5, form="shared")
+
+
 def test_a_copy_is_merged_first_by_uniform_plans_too(tmp_path: Path) -> None:
     model = _with_copies({layer: [(2, 5)] for layer in range(4)})
     with collected(model, tmp_path, level="activations,similarity") as run:

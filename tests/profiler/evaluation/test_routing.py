@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from compressor.load import load
+from compressor.memory import edit
+from compressor.plan import experts_after
 from moescope.errors import ModelError
+from profiler.capture.discovery import inspect_model
 from profiler.evaluation import evaluate
 from profiler.evaluation.routing import Routing, RoutingCounts, SelectionReader
+from tests.compressor.edit_plans import source
+from tests.compressor.edited_models import merging
 from tests.profiler.capture.tiny import CALLED_OTHERWISE, FAST, build, recorded_calls
 from tests.profiler.evaluation.test_distribution import damaged
 from tests.profiler.test_evaluate import batches
@@ -128,6 +135,24 @@ def test_merged_experts_and_those_that_fill_up() -> None:
     kept = dict.fromkeys(range(base.config.num_hidden_layers), members)
     found = measured(model, base, kept={(layer, 0): one for layer, one in kept.items()})
     assert_counts(found, brute_force(selected(model), selected(base), kept, list(kept)))
+
+
+@pytest.mark.parametrize("family", ["olmoe", "deepseek_v3"])
+def test_merged_experts_whose_router_rows_stay(family: str, tmp_path: Path) -> None:
+    base, model = build(family), build(family)
+    plan = merging(source(model), [(1, 2, 5), (0, 6)], form="shared")
+    edit(model, plan)
+    model.save_pretrained(tmp_path)
+    kept = {key: [expert.members for expert in experts] for key, experts in experts_after(plan).items()}
+    members = {layer: experts for (layer, _), experts in kept.items()}
+    everyone = list(range(len(inspect_model(base).stack)))
+    for merged in (model, load(tmp_path)):
+        found = measured(merged, base, kept=kept)
+        assert_counts(found, brute_force(selected(merged), selected(base), members, everyone))
+        first, *others = sorted(found.layers)
+        # The first layer chooses as before, and whoever was chosen is a part of what runs.
+        assert found.layers[first].agreement.value == 1.0 > found.layers[others[0]].agreement.value
+        assert found.whole.forced.value == 0.0
 
 
 def test_dropped_layers() -> None:
