@@ -116,14 +116,15 @@ def _by_place(original: Callable[..., None], waiting: set[int]) -> Callable[...,
 
 def _share(layer: nn.Module, places: Sequence[int]) -> bool:
     """Cut the experts of a layer down to those that are stored; whether it has such experts."""
+    count = len(set(places))
     for module in layer.modules():
         adapter = adapter_of(module)
         layout = adapter.layout(module) if adapter is not None and takes_expert_map(adapter) else None
         if layout is None or isinstance(layout, SeparateLayout):
             continue
-        if layout.num_weighted == len(places):
+        if layout.num_weighted == len(places) and set(places) == set(range(count)):
             journal = Journal(remember=False)
-            cut_experts(journal, module, layout, max(places) + 1)
+            cut_experts(journal, module, layout, count)
             journal.expert_map(module, places, len(layout.weightless))
             return True
     return False

@@ -29,14 +29,12 @@ def load(
     Raises:
         ModelError: no such folder, a checkpoint that brings its own code, does not load, or lacks weights; one line.
     """
-    from transformers import AutoConfig
-
     path = Path(path)
     stated = _config_file(path)
-    if options.get("trust_remote_code") or "auto_map" in stated:
-        raise ModelError(f"{path} brings code of its own, which is never run: load a checkpoint of a library class")
+    if options.pop("trust_remote_code", False):
+        raise ModelError(f"{path} may bring code of its own, which is never run: leave out trust_remote_code")
     with _as_model_error(path):
-        config = options.pop("config", None) or AutoConfig.from_pretrained(path, local_files_only=True)
+        config = options.pop("config", None) or _library_config(path, stated)
         with building(config):
             settings = {"config": config, "dtype": dtype, "local_files_only": True, **options}
             # Of other shapes, too: that way the message can name the weight. None of them is kept.
@@ -52,11 +50,9 @@ def require_loadable(config: Mapping[str, Any]) -> None:
     Raises:
         ModelError: :func:`load` could not build it.
     """
-    from transformers import AutoConfig
-
     with tempfile.TemporaryDirectory() as folder, _as_model_error(f"a {config.get('model_type')} of this plan"):
         (Path(folder) / "config.json").write_text(json.dumps(config), encoding="utf-8")
-        loaded = AutoConfig.from_pretrained(folder, local_files_only=True)
+        loaded = _library_config(folder, config)
         with building(loaded), torch.device("meta"):
             _class(loaded, config)._from_config(loaded)
 
@@ -87,6 +83,22 @@ def _config_file(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ModelError(f"{path} is no folder with a checkpoint: its config.json holds no settings")
     return content
+
+
+def _library_config(path: str | Path, stated: Mapping[str, Any]) -> Any:
+    """The configuration by the library's own class, whatever code the checkpoint brings beside it.
+
+    Raises:
+        ModelError: the library has no class of that name.
+    """
+    from transformers import CONFIG_MAPPING, AutoConfig
+
+    if "auto_map" in stated and stated.get("model_type") not in CONFIG_MAPPING:
+        raise ModelError(
+            f"a {stated.get('model_type')} is no class of the library, and code of its own is never run: load a"
+            " checkpoint of a library class"
+        )
+    return AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
 
 
 def _class(config: Any, stated: Mapping[str, Any]) -> Any:
