@@ -178,7 +178,7 @@ def _form(preset: presets.Preset, form: str | None, engine: str, source: Source,
     if engine not in ENGINES:
         raise PlanError(f"engine {engine!r} is not known: use {' or '.join(ENGINES)}")
     loads = [one for one in preset.forms if one not in ("per_layer", "shared") or engine == "transformers"]
-    loads = [one for one in loads if one != "padded" or source.selection_bias]
+    loads = [one for one in loads if one != "padded" or not source.unpadded]
     if settings.get("allocation") == "budgeted" and form is None:
         loads = [one for one in loads if one != "uniform"]
     if form is None and loads:
@@ -188,10 +188,7 @@ def _form(preset: presets.Preset, form: str | None, engine: str, source: Source,
     if form is not None and form not in preset.forms:
         raise PlanError(f"preset {preset.name!r} has no form {form!r}: it has {', '.join(preset.forms)}")
     if form == "padded":
-        raise PlanError(
-            f"{source.model_type} chooses experts without a bias, so an expert that only fills up could be chosen: use"
-            " form per_layer with engine transformers"
-        )
+        raise PlanError(f"{source.unpadded}: use form per_layer with engine transformers")
     instead = f", or form {loads[0]}" if form is not None and loads else ""
     what = "merges in which the router keeps its rows" if form == "shared" else "layers that differ"
     raise PlanError(f"{what} are loaded by compressor.load only: use engine transformers{instead}")

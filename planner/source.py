@@ -9,7 +9,6 @@ import polars as pl
 
 import store
 from compressor.plan import LayerShape, Source
-from compressor.plan.source import SHARED_SOFTMAX
 from moescope.errors import PlanError
 
 TYPE_BYTES = {
@@ -156,8 +155,6 @@ def _gated(run: store.Run) -> bool:
 
 
 def _selection_bias(run: store.Run, configs: list[Mapping[str, Any]]) -> bool:
-    if any(config.get("model_type") in SHARED_SOFTMAX for config in [*configs, {"model_type": run.info.model_type}]):
-        return False
     rows = run.table("router_row")
     if not rows.is_empty():
         return any(bool(rows[name].is_not_null().any()) for name in ("selection_bias", "bias") if name in rows.columns)

@@ -14,7 +14,6 @@ from compressor.families import EXPERT_MAP
 from compressor.families.checkpoint import REFUSED, TensorName
 from compressor.families.config_fields import TextConfig
 from compressor.plan import DropStep, Plan
-from compressor.plan.source import SHARED_SOFTMAX
 from moescope.errors import PlanError
 
 _ADVICE = "dequantize the checkpoint first"
@@ -36,8 +35,9 @@ def check_model(plan: Plan, config: dict[str, Any], text: TextConfig) -> None:
         raise PlanError(f"checkpoints of {name} are not edited: {REFUSED[name]}")
     if text.content.get(EXPERT_MAP):
         raise PlanError("the checkpoint was merged in form shared already (moescope_expert_map): plan for its source")
-    if text.model_type in SHARED_SOFTMAX and any(getattr(step, "form", "") == "padded" for step in plan.steps):
-        raise PlanError(f"{text.model_type} cannot be filled up: its router's softmax is over all experts")
+    unpadded = source.model_copy(update={"model_type": text.model_type}).unpadded
+    if unpadded and any(step.form == "padded" and step.layers for step in plan.steps):
+        raise PlanError(f"{unpadded}: use form per_layer")
     if source.num_layers != text.layers:
         raise PlanError(
             f"the plan is for a model of {source.num_layers} decoder layers; the checkpoint has {text.layers}"

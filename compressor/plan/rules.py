@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from compressor.plan.document import Plan
 from compressor.plan.result import experts_after, kept_layers, neurons_after, router_stays
-from compressor.plan.source import SHARED_SOFTMAX, LayerShape
+from compressor.plan.source import LayerShape
 from compressor.plan.steps import DropStep, MergeLayer, MergeStep, SlimStep
 from moescope.errors import PlanError
 
@@ -144,16 +144,8 @@ def _counts_fit_the_form(plan: Plan) -> None:
             f"layers would keep {low} to {high} experts, which no stock engine loads: keep the same number everywhere,"
             " or plan with form per_layer (compressor.load) or padded (models with a selection bias)"
         )
-    if form == "padded" and plan.source.model_type in SHARED_SOFTMAX:
-        raise PlanError(
-            f"{plan.source.model_type} chooses by a softmax over all experts, of which any that only fills up has"
-            " a part: use form per_layer"
-        )
-    if form == "padded" and not plan.source.selection_bias:
-        raise PlanError(
-            f"{plan.source.model_type} chooses experts without a bias, so an expert that only fills up could be chosen:"
-            " use form per_layer"
-        )
+    if form == "padded" and plan.source.unpadded:
+        raise PlanError(f"{plan.source.unpadded}: use form per_layer")
     _same_steps(plan)
 
 

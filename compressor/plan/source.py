@@ -12,7 +12,7 @@ LayerKey = tuple[int, int]
 MAX_LAYERS, MAX_EXPERTS, MAX_TOTAL = 65_536, 65_536, 1_000_000
 """Decoder layers, experts of a layer and of all layers that a document may state: checking it takes memory for them."""
 
-SHARED_SOFTMAX = ("ernie4_5_moe", "ernie4_5_vl_moe", "ernie4_5_vl_moe_text", "longcat_flash", "zaya")
+_SHARED_SOFTMAX = ("ernie4_5_moe", "ernie4_5_vl_moe", "ernie4_5_vl_moe_text", "longcat_flash", "zaya")
 """Families that add their selection bias to a softmax over all experts: one that only fills up would have a part of it,
 and the others smaller gate weights, whatever its bias."""
 
@@ -69,8 +69,7 @@ class Source(Record):
         expert_size: width of what enters and leaves the experts; other than ``hidden_size`` in a few families.
         num_layers: decoder layers, dense ones included.
         gated: experts have a gate projection beside up and down.
-        selection_bias: the router adds a bias that counts for choosing only, or a bias to its logits, and experts which
-            it keeps out change nothing for the others.
+        selection_bias: the router adds a bias that counts for choosing only, or a bias to its logits.
         layers: the MoE layers in order.
     """
 
@@ -100,3 +99,12 @@ class Source(Record):
     def by_key(self) -> dict[LayerKey, LayerShape]:
         """The MoE layers by (layer, step)."""
         return {layer.key: layer for layer in self.layers}
+
+    @property
+    def unpadded(self) -> str:
+        """Why experts that only fill up (form ``padded``) would change something; empty where they would not."""
+        if self.model_type in _SHARED_SOFTMAX:
+            return f"{self.model_type} chooses by a softmax over all experts, and fillers would have a part of it"
+        if not self.selection_bias:
+            return f"{self.model_type} chooses experts without a bias, so an expert that only fills up could be chosen"
+        return ""

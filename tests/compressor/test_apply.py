@@ -16,6 +16,7 @@ import torch
 import compressor
 from compressor.edits.moments import LayerMoments
 from compressor.plan import (
+    DropLayer,
     DropStep,
     GivenUp,
     MergeGroup,
@@ -28,6 +29,7 @@ from compressor.plan import (
     Step,
 )
 from moescope.errors import InputError, ModelError, PlanError, RunError
+from tests.compressor import edit_plans
 from tests.compressor.apply_cases import (
     assert_same_output,
     config,
@@ -243,6 +245,17 @@ def test_slimmed_shared_experts_are_filled_up_where_the_configuration_ties_them(
     name = "model.layers.2.mlp.shared_experts.up_proj.weight"
     assert torch.equal(new[name][:54], old[name][10:]) and not new[name][54:].any()
     reload("deepseek_v3", tmp_path / "out")
+
+
+def test_padding_is_refused_by_the_checkpoints_family_too(tmp_path: Path) -> None:
+    known = edit_plans.source(saved("longcat_flash", tmp_path / "source"))
+    layers = (DropLayer(layer=0, experts=(1,)),)
+    another = known.model_copy(update={"model_type": "whole_model"})  # a plan may name the model around the decoder
+    made = edit_plans.plan(another, DropStep(method="x", form="padded", layers=layers))
+    content = {**config(tmp_path / "source"), "whole": {"model_type": "whole_model"}}
+    (tmp_path / "source" / "config.json").write_text(json.dumps(content), encoding="utf-8")
+    with pytest.raises(PlanError, match="longcat_flash chooses by a softmax over all experts"):
+        compressor.apply(made, source=tmp_path / "source", destination=tmp_path / "out")
 
 
 def test_padded_experts_are_never_chosen(tmp_path: Path) -> None:

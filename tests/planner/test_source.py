@@ -9,6 +9,7 @@ import polars as pl
 import pytest
 import torch
 
+import planner
 import profiler
 import store
 from moescope.errors import PlanError
@@ -52,6 +53,17 @@ def test_families(family: str, level: str, tmp_path: Path) -> None:
     assert source.gated == expected["gated"] and source.model_type == model.config.model_type
     if level == "activations":  # without weights, only the configuration can say
         assert source.selection_bias == expected["bias"] and source.expert_size == expected["size"]
+
+
+@pytest.mark.parametrize("family", ["ernie4_5_moe", "longcat_flash", "zaya"])
+def test_fillers_that_would_have_a_part_of_a_softmax(family: str, tmp_path: Path) -> None:
+    with profiler.watch(build(family), store=tmp_path, name="tiny", level="activations") as session, torch.no_grad():
+        session.model(**batch())
+    assert session.path is not None
+    with store.open_run(session.path) as run:
+        assert source_of(run).selection_bias
+        with pytest.raises(PlanError, match=f"{family} chooses by a softmax over all experts"):
+            planner.make(run, preset="frequency", share=0.25, form="padded")
 
 
 def _run(tmp_path: Path, *, layer: dict[str, Any], info: dict[str, Any] | None = None, **tables: Any) -> store.Run:
