@@ -86,21 +86,15 @@ class LayerEditing:
         for name, entry in self.layer.experts:
             rows = self._reader.rows(name)
             size = size_of(entry.dtype, entry.shape[1:]) * rows
-            pieces: list[Piece] = []
-            for index in range(self.edit.count):
-                source = self._source_of(index, name)
-                if source is None:
-                    pieces.append(self._piece(index, name, entry))
-                else:
-                    pieces.append(Copied(entry, entry.start + source * size, size))
+            sources = [self._source_of(index, name) for index in range(self.edit.count)]
+            pieces = tuple(
+                self._piece(index, name, entry) if source is None else Copied(entry, entry.start + source * size, size)
+                for index, source in enumerate(sources)
+            )
             own = self._slot_shape(name)
             shape = (self.edit.count * own[0], *own[1:]) if name.packed else (self.edit.count, *own)
-            same = shape == entry.shape and all(isinstance(piece, Copied) for piece in pieces) and not self._moved
-            yield entry, Output(name.renumbered(layer=self.place), entry.dtype, shape, tuple(pieces), edited=not same)
-
-    @property
-    def _moved(self) -> bool:
-        return [slot.lead if slot else -1 for slot in self.edit.slots] != list(range(self.edit.shape.num_experts))
+            same = shape == entry.shape and sources == list(range(self.edit.shape.num_experts))
+            yield entry, Output(name.renumbered(layer=self.place), entry.dtype, shape, pieces, edited=not same)
 
     @property
     def _reader(self) -> ExpertReader:
