@@ -64,12 +64,12 @@ def corpus_of(lines: dict[str, list[str]], folder: Path, tokenizer: Any, tokens:
 
 
 def plans(run: store.Run, share: float) -> Iterator[tuple[str, Plan]]:
-    """Every preset that lowers the number of experts, uniformly, and random controls."""
+    """Every preset that lowers the number of experts, in its own form, and random controls."""
     for preset in PRESETS:
         if preset.step == "slim" or preset.name in WHOLE:
             continue
         try:
-            yield preset.name, planner.make(run, preset=preset.name, share=share, form="uniform")
+            yield preset.name, planner.make(run, preset=preset.name, share=share)
         except PlanError as error:
             print(f"  {preset.name}: {error}")
     for seed in range(CONTROLS):

@@ -20,18 +20,20 @@ from planner.source import source_of
 from planner.task import Draft, Task
 
 ENGINES = ("any", "transformers")
+OURS = ("per_layer", "shared")
+"""Forms that ``compressor.load`` alone loads."""
 
 
 def make(
     run: store.Run,
     *,
-    preset: str = presets.DEFAULT,
+    preset: str | None = None,
     share: float | None = None,
     memory: int | None = None,
     other_weights: int = 0,
     domains: Sequence[str] | None = None,
     form: Literal["uniform", "per_layer", "padded", "shared", "masked"] | None = None,
-    engine: str = "any",
+    engine: str | None = None,
     guard: bool | Rule = True,
     allow_invalid: bool = False,
     **parameters: Any,
@@ -40,14 +42,16 @@ def make(
 
     Args:
         run: a finished run.
-        preset: a method with its defaults, one of :data:`planner.presets.PRESETS`.
+        preset: a method with its defaults, one of :data:`planner.presets.PRESETS`; None = ours, see
+            :func:`planner.presets.default`.
         share: part of the experts, neurons or layers to remove, above 0 and below 1.
         memory: bytes that weights may take, instead of a share: the smallest share that fits is taken. It counts the
             weights of the experts (biases left out) and ``other_weights``.
         other_weights: bytes of all other weights of the model, which a run does not know.
         domains: whose text counts; None = all of the run's.
         form: how the result is stored; None = the first of the preset's forms that the engine loads.
-        engine: ``any`` = what every engine loads; ``transformers`` = through ``compressor.load``.
+        engine: ``any`` = only what every engine loads; ``transformers`` = also what ``compressor.load`` alone loads;
+            None = what the form takes.
         guard: keep super experts whatever their score, see :func:`planner.guard.guard_of`.
         allow_invalid: take a run whose checks failed.
         parameters: of the method, in place of the preset's; docs/plan.md lists them.
@@ -55,7 +59,7 @@ def make(
     Raises:
         PlanError: what cannot be, with the number and what would do; before anything is computed where possible.
     """
-    chosen = presets.find(preset)
+    chosen = presets.find(presets.default(engine=engine, form=form) if preset is None else preset)
     _require_usable(run, chosen, allow_invalid)
     settings = _settings(chosen, parameters)
     source = source_of(run)
@@ -63,7 +67,8 @@ def make(
         run=run, source=source, domains=_domains(run, domains), share=_share(share, memory),
         form=_form(chosen, form, engine, source, settings), guard=guard_of(run, guard),
     )  # fmt: skip
-    target = Target(share=share, memory=memory, engine=engine, preset=preset)
+    needs = "transformers" if task.form in OURS else "any"
+    target = Target(share=share, memory=memory, engine=engine or needs, preset=chosen.name)
     if memory is None:
         return assemble(task, chosen.function(task, **settings), target)
     return _within(task, chosen, settings, target, memory, other_weights)
@@ -174,10 +179,12 @@ def _domains(run: store.Run, wanted: Sequence[str] | None) -> tuple[str, ...]:
     return tuple(names)
 
 
-def _form(preset: presets.Preset, form: str | None, engine: str, source: Source, settings: Mapping[str, Any]) -> str:
-    if engine not in ENGINES:
+def _form(
+    preset: presets.Preset, form: str | None, engine: str | None, source: Source, settings: Mapping[str, Any]
+) -> str:
+    if engine is not None and engine not in ENGINES:
         raise PlanError(f"engine {engine!r} is not known: use {' or '.join(ENGINES)}")
-    loads = [one for one in preset.forms if one not in ("per_layer", "shared") or engine == "transformers"]
+    loads = [one for one in preset.forms if one not in OURS or engine != "any"]
     loads = [one for one in loads if one != "padded" or not source.unpadded]
     if settings.get("allocation") == "budgeted" and form is None:
         loads = [one for one in loads if one != "uniform"]

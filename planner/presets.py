@@ -72,11 +72,17 @@ def _preset(
     return Preset(name, title, step, f"planner.{target}", level, source, MappingProxyType(parameters), forms, differs)
 
 
-DEFAULT = "even_search"
+DEFAULT = "budgeted_reap"
 """The preset that is taken where none is named; benchmarks/compression.py compares it with the others."""
 
+DEFAULT_UNIFORM = "even_search"
+"""The one where every layer has to keep as many experts."""
+
 PRESETS: tuple[Preset, ...] = (
-    _preset("even_search", "Set search, even use", "drop", "drop.set_search", _X, "ours", differs=False, use="even"),
+    _preset("budgeted_reap", "REAP, budgeted", "drop", "drop.scored", _X, "ours, with REAP's score",
+            forms=("per_layer", "padded"), differs=False, score="reap", allocation="budgeted", weigh="influence"),
+    _preset("even_search", "Set search, even use", "drop", "drop.set_search", _X, "ours", differs=False, use="even",
+            mix="tokens"),
     _preset("set_search", "Set search", "drop", "drop.set_search", _X, "ours", differs=False),
     _scored("reap", "REAP", _X, "arXiv 2510.13999"),
     _scored("ean", "EAN", _X, "REAP's code, ean_sum"),
@@ -107,6 +113,11 @@ PRESETS: tuple[Preset, ...] = (
     _preset("heapr", "HEAPr", "slim", "slim.heapr", _G, "HEAPr, ICLR 2026", forms=_SLIM_MASKED, weighting="mean"),
     _preset("width", "Width", "slim", "slim.width", _X, "arXiv 2512.02351", forms=_SLIM_UNIFORM),
 )  # fmt: skip
+
+
+def default(*, engine: str | None, form: str | None) -> str:
+    """The preset where none is named: layers may differ, unless every engine has to load the result."""
+    return DEFAULT_UNIFORM if engine == "any" or form == "uniform" else DEFAULT
 
 
 def find(name: str) -> Preset:

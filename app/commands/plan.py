@@ -44,11 +44,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="what the model's other weights take of --memory (default: it is for the experts alone)",
     )  # fmt: skip
     parser.add_argument("--domains", metavar="LIST", help="comma list: only their text counts (default: all)")
-    parser.add_argument("--form", choices=FORMS, help="how it is stored (default: what every engine loads)")
+    parser.add_argument("--form", choices=FORMS, help="how it is stored (default: the preset's first)")
     parser.add_argument("--allocation", metavar="NAME", help="how the cut is spread over the layers")
     parser.add_argument(
-        "--engine", choices=("any", "transformers"), default="any",
-        help="what shall load it; forms per_layer and shared take transformers, through compressor.load (default: any)",
+        "--engine", choices=("any", "transformers"),
+        help="any: only what every engine loads; transformers: also forms per_layer and shared, which compressor.load"
+        " loads (default: what the form takes)",
     )  # fmt: skip
     parser.add_argument("--no-guard", action="store_true", help="do not protect super experts")
     parser.add_argument("--allow-invalid", action="store_true", help="take a run whose checks failed all the same")

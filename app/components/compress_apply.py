@@ -55,7 +55,7 @@ def commands(run: Run, asked: dict[str, Any]) -> str:
     words = [f"--preset {asked['preset']}", amount]
     if asked.get("domains"):
         words.append(f"--domains {shlex.quote(','.join(asked['domains']))}")
-    words += [f"--{name} {asked[name]}" for name in ("form", "engine") if asked.get(name)]
+    words += [f"--{name} {asked[name]}" for name in ("form",) if asked.get(name)]
     words += ["--no-guard"] if not asked.get("guard", True) else []
     words += ["--allow-invalid"] if asked.get("allow_invalid") else []
     return (

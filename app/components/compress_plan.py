@@ -26,7 +26,7 @@ def figures(run: Run, plan: Plan) -> None:
     estimate, kept, whole = plan.estimate, frames.kept(plan), compress_presets.expert_bytes(run)
     experts = sum(shape.num_experts for shape in plan.source.layers)
     active, was = estimate.active_parameters_after, estimate.active_parameters
-    error = estimate.layer_error
+    error = estimate.weighed_error
     columns = st.columns(4)
     columns[0].metric("Experts", f"{kept:,}", _change(kept, experts, f"{experts:,}"), **_PLAIN)
     columns[1].metric(
@@ -40,9 +40,10 @@ def figures(run: Run, plan: Plan) -> None:
         help="Expert parameters that one token uses.",
     )  # fmt: skip
     columns[3].metric(
-        "Predicted layer error", "unknown" if error is None else f"{error:.3g}", "of the layers' output", **_PLAIN,
+        "Predicted error", "unknown" if error is None else f"{error:.3g}", "of the layers' output", **_PLAIN,
         help="Squared error of the MoE layers' outputs over their square, before anything is routed anew, mean over "
-        "layers; 0 = unchanged. It ranks plans of one size that drop; it does not say what the model loses.",
+        "layers, each weighed by how far it turns the residual stream; 0 = unchanged. "
+        "It ranks plans of one size that drop; it does not say what the model loses.",
     )  # fmt: skip
     first, *others = frames.rests_on(plan)
     st.caption(state.plain(first, 600))
@@ -85,18 +86,17 @@ def presets(run: Run, asked: dict[str, Any]) -> None:
     with st.spinner("Planning with every preset"):
         frame = data.frame(compress_presets.comparison, run, **rest)
     made = frame.filter(pl.col("refused").is_null())
-    priced = len(made["layer_error"].drop_nulls())
+    priced = len(made["weighed_error"].drop_nulls())
     chart.show(
-        figures_of.preset_errors(
-            frame, title="Predicted layer error by preset", chosen=asked["preset"], theme=state.theme()
-        ),
+        figures_of.preset_errors(frame, title="Predicted error by preset", chosen=asked["preset"], theme=state.theme()),
         frame,
         key="presets",
         read="Shorter is better, among plans that cut as much: what each choice is expected to change in the outputs "
-        "of the MoE layers before tokens are routed anew. It is an estimate from the run; measured damage can differ.",
+        "of the MoE layers before tokens are routed anew, layers weighed by how "
+        "far they turn the residual stream. It is an estimate from the run; measured damage can differ.",
         rests_on=f"{len(made)} of {len(frame)} presets can be planned so, {priced} are priced: merges and slimming "
         f"are not. {run.info.tokens:,} tokens.",
-        alt="Bars: predicted layer error of every preset",
+        alt="Bars: predicted error of every preset",
     )
     with st.expander("All figures: every preset", icon=":material/table:"):
         st.dataframe(
@@ -106,7 +106,8 @@ def presets(run: Run, asked: dict[str, Any]) -> None:
             column_config={
                 "experts_after": _number("experts that stay", format="localized"),
                 "parameters_after": _number("expert parameters", format="compact"),
-                "layer_error": _number("predicted layer error", format="%.4g"),
+                "layer_error": _number("predicted error, layers alike", format="%.4g"),
+                "weighed_error": _number("predicted error, layers weighed", format="%.4g"),
                 "kept_mass": _number("score that stays", format="percent"),
             },
         )

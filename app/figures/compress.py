@@ -71,7 +71,7 @@ def preset_errors(frame: pl.DataFrame, *, title: str, chosen: str, theme: Theme 
 
     frame: ``app.frames.compress_presets.comparison``.
     """
-    shown = frame.filter(pl.col("layer_error").is_not_null()).sort("layer_error")
+    shown = frame.filter(pl.col("weighed_error").is_not_null()).sort("weighed_error")
     if shown.is_empty():
         return message(
             "This run cannot predict the layers' error: it takes level activations.", title=title, theme=theme
@@ -84,15 +84,15 @@ def preset_errors(frame: pl.DataFrame, *, title: str, chosen: str, theme: Theme 
     extra = list(zip(shown["experts_after"], shown["saved"], shown["score"], strict=True))
     figure = go.Figure(
         go.Bar(
-            x=shown["layer_error"], y=names, orientation="h", customdata=extra,
+            x=shown["weighed_error"], y=names, orientation="h", customdata=extra,
             marker={"color": [colours.accent if name == chosen else colours.muted for name in shown["preset"]]},
-            text=[f"{value:.3g}" for value in shown["layer_error"]], textposition="outside", cliponaxis=False,
+            text=[f"{value:.3g}" for value in shown["weighed_error"]], textposition="outside", cliponaxis=False,
             hovertemplate="%{y}: predicted error %{x:.4g}<br>%{customdata[0]:,} experts stay, %{customdata[1]} saved"
             "<br>by %{customdata[2]}<extra></extra>",
         )
     )  # fmt: skip
     layout(
-        figure, title=title, x="predicted relative squared error of the layers' outputs", y="", theme=theme,
+        figure, title=title, x="predicted relative squared error, layers weighed", y="", theme=theme,
         height=110 + 26 * len(shown), legend=False,
     )  # fmt: skip
     figure.update_yaxes(autorange="reversed", showgrid=False, type="category")

@@ -150,8 +150,9 @@ def key_figures(plan: Plan) -> pl.DataFrame:
     layer_count = len(kept_layers(plan))
     if layer_count != plan.source.num_layers:
         rows.append(_counted("decoder layers", plan.source.num_layers, layer_count))
-    if estimate.layer_error is not None:
-        rows.append(("predicted layer error", "0", f"{estimate.layer_error:.4g}", ""))
+    for name, error in (("alike", estimate.layer_error), ("weighed", estimate.weighed_error)):
+        if error is not None:
+            rows.append((f"predicted error, layers {name}", "0", f"{error:.4g}", ""))
     if estimate.kept_mass is not None:
         rows.append(("score that stays", "100 %", f"{estimate.kept_mass:.1%}".replace("%", " %"), ""))
     return pl.DataFrame(rows, schema=_FIGURES, orient="row")

@@ -19,7 +19,7 @@ _PLANS = {
     "experts": pl.Int64,
     "experts_after": pl.Int64,
     "saved": pl.String,
-    "layer_error": pl.Float64,
+    "weighed_error": pl.Float64,
     "kl": pl.Float64,
     "ratio": pl.Float64,
     "tokens": pl.Int64,
@@ -50,7 +50,7 @@ def plan_titles(run: store.Run) -> dict[str, str]:
 
 def plans(run: store.Run) -> pl.DataFrame:
     """One row per plan beside a run, the newest first: plan, digest, experts before and after, saved, predicted
-    layer_error; kl, perplexity ratio and predicted tokens of its newest evaluation, null where there is none; file.
+    weighed_error; kl, perplexity ratio and predicted tokens of its newest evaluation, null where there is none; file.
     """
     measured: dict[str, dict[str, Any]] = {}
     for document in evaluation.documents(run):
@@ -65,7 +65,7 @@ def plans(run: store.Run) -> pl.DataFrame:
                 "experts": sum(shape.num_experts for shape in plan.source.layers),
                 "experts_after": kept(plan),
                 "saved": size(plan.estimate.bytes_saved),
-                "layer_error": plan.estimate.layer_error,
+                "weighed_error": plan.estimate.weighed_error,
                 **{name: found.get(name) for name in ("kl", "ratio", "tokens")},
                 "file": file,
             }

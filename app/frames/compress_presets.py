@@ -14,7 +14,7 @@ from app.text import size
 from compressor.plan import Plan
 from moescope.errors import PlanError
 from planner.estimate.parameters import expert_parameters, sizes_before
-from planner.presets import DEFAULT, PRESETS, Preset
+from planner.presets import DEFAULT, DEFAULT_UNIFORM, PRESETS, Preset
 from planner.source import source_of, value_bytes
 
 _PRESETS = {
@@ -37,6 +37,7 @@ _COMPARISON = {
     "parameters_after": pl.Int64,
     "saved": pl.String,
     "layer_error": pl.Float64,
+    "weighed_error": pl.Float64,
     "kept_mass": pl.Float64,
     "refused": pl.String,
 }
@@ -60,7 +61,7 @@ def presets(run: store.Run) -> pl.DataFrame:
 
 def comparison(run: store.Run, *, form: Any = None, **asked: Any) -> pl.DataFrame:
     """One row per preset that the run can give, at what was asked for: preset, title, step, form, score, experts_after,
-    parameters_after, saved, layer_error, kept_mass; refused: why there is no such plan, null where there is one.
+    parameters_after, saved, layer_error, weighed_error, kept_mass; refused: why there is no such plan, else null.
 
     Args:
         run: a run.
@@ -85,7 +86,7 @@ def comparison(run: store.Run, *, form: Any = None, **asked: Any) -> pl.DataFram
 
 def first_choice(names: Sequence[str]) -> str:
     """The preset that is shown first: the planner's default where the run can give it."""
-    return DEFAULT if DEFAULT in names else names[0]
+    return next((name for name in (DEFAULT, DEFAULT_UNIFORM) if name in names), names[0])
 
 
 def expert_bytes(run: store.Run) -> int:
@@ -107,6 +108,7 @@ def _figures(plan: Plan) -> dict[str, Any]:
         "parameters_after": estimate.expert_parameters_after,
         "saved": size(estimate.bytes_saved),
         "layer_error": estimate.layer_error,
+        "weighed_error": estimate.weighed_error,
         "kept_mass": estimate.kept_mass,
     }
 

@@ -81,7 +81,6 @@ def _controls(run: Run, known: pl.DataFrame) -> dict[str, Any]:
             asked |= {"domains": tuple(domains)} if domains else {}
         form = state.choose("Stored", list(_FORMS), key="form", words=_FORMS.__getitem__)
         asked |= {"form": form} if form != "default" else {}
-        asked |= {"engine": "transformers"} if form in ("per_layer", "shared") else {}
         asked["guard"] = state.choose_flag(
             "Protect super experts",
             key="guard",

@@ -102,6 +102,8 @@ class Estimate(Record):
         kept_mass: part of the score that stays, over all layers, 0..1; null where the score does not add up.
         layer_error: predicted relative squared error of the MoE layers' outputs before anything is routed anew, mean
             over layers; null where the run cannot say.
+        weighed_error: the same, layers weighed by how far their experts turn the residual stream; it compares plans
+            that cut layers differently.
     """
 
     expert_parameters: int = Field(ge=0)
@@ -111,3 +113,4 @@ class Estimate(Record):
     bytes_saved: int = Field(ge=0)
     kept_mass: float | None = None
     layer_error: float | None = None
+    weighed_error: float | None = None

@@ -157,7 +157,7 @@ def nearest(patterns: Patterns, vector: Array) -> tuple[str, dict[str, float]]:
     return min(distances, key=lambda name: (distances[name], name)), distances
 
 
-def retrieve(run: store.Run, patterns: Patterns, *, engine: str = "any", guard: bool = True) -> Plan:
+def retrieve(run: store.Run, patterns: Patterns, *, engine: str | None = None, guard: bool = True) -> Plan:
     """The plan of the domain that a run's text is nearest to.
 
     Args:
@@ -191,4 +191,4 @@ def retrieve(run: store.Run, patterns: Patterns, *, engine: str = "any", guard: 
         values={source.layers[0].key: query(run, rank=patterns.rank)},
         notes=(f"The pattern of domain {domain} was taken: its vector is nearest. Distances: {told}.",),
     )
-    return assemble(task, draft, Target(share=patterns.share, engine=engine, preset="tcess"))
+    return assemble(task, draft, Target(share=patterns.share, engine=engine or "any", preset="tcess"))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from compressor.plan import Estimate, Plan
-from planner.estimate.layer_error import layer_error
+from planner.estimate.layer_error import layer_errors, weighed
 from planner.estimate.parameters import active_parameters, expert_parameters, sizes_after, sizes_before
 from planner.source import value_bytes
 from planner.task import Draft, Task, rounded
@@ -19,7 +21,7 @@ def estimate(plan: Plan, task: Task, draft: Draft) -> Estimate:
     """
     before, after = sizes_before(plan.source), sizes_after(plan)
     whole, left = expert_parameters(plan.source, before), expert_parameters(plan.source, after)
-    error = layer_error(plan, task)
+    errors = layer_errors(plan, task)
     return Estimate(
         expert_parameters=whole,
         expert_parameters_after=left,
@@ -27,7 +29,8 @@ def estimate(plan: Plan, task: Task, draft: Draft) -> Estimate:
         active_parameters_after=active_parameters(plan.source, after),
         bytes_saved=(whole - left) * (value_bytes(task.run) or 0),
         kept_mass=None if draft.kept_mass is None else _short(draft.kept_mass),
-        layer_error=None if error is None else _short(error),
+        layer_error=None if errors is None else _short(float(np.mean(list(errors.values())))),
+        weighed_error=None if errors is None else _short(weighed(errors, task)),
     )
 
 

@@ -16,7 +16,7 @@ import store
 from compressor.plan import DropStep, MergeStep, Plan, SlimStep, experts_after
 from moescope.errors import PlanError
 from planner.estimate.parameters import expert_parameters, sizes_after, sizes_before
-from planner.presets import PRESETS, Preset, find
+from planner.presets import DEFAULT_UNIFORM, PRESETS, Preset, find
 from tests.app import synthetic
 from tests.planner.collected import ROOT, sample
 
@@ -38,7 +38,7 @@ def test_every_preset_plans_or_names_the_level(run: store.Run, preset: Preset) -
             planner.make(run, preset=preset.name, share=0.25)
         return
     if preset.name == "copies":
-        with pytest.raises(PlanError, match="layer 0 has 0 copies"):
+        with pytest.raises(PlanError, match="0 of 96 experts are copies"):
             planner.make(run, preset=preset.name, share=0.25)
         return
     plan = planner.make(run, preset=preset.name, share=0.25)
@@ -65,12 +65,14 @@ def test_every_form_of_every_preset(run: store.Run, preset: Preset) -> None:
                 planner.make(run, preset=preset.name, share=0.25, form=form)
         elif form in ("per_layer", "shared"):
             with pytest.raises(PlanError, match="use engine transformers"):
-                planner.make(run, preset=preset.name, share=0.25, form=form)
-            plan = planner.make(run, preset=preset.name, share=0.25, form=form, engine="transformers")
+                planner.make(run, preset=preset.name, share=0.25, form=form, engine="any")
+            plan = planner.make(run, preset=preset.name, share=0.25, form=form)
+            assert plan.target.engine == "transformers"
             assert plan.estimate.expert_parameters_after == 0.75 * plan.estimate.expert_parameters
         else:
             plan = planner.make(run, preset=preset.name, share=0.25, form=form)  # type: ignore[arg-type]
             assert plan.steps[0].form == form
+            assert plan.target.engine == "any"
 
 
 def test_the_same_again_is_the_same_bytes(run: store.Run) -> None:
@@ -88,6 +90,9 @@ def test_the_same_again_is_the_same_bytes(run: store.Run) -> None:
 def test_the_default_is_one_of_the_presets(run: store.Run) -> None:
     plan = planner.make(run, share=0.25)
     assert plan.target.preset == planner.DEFAULT == find(planner.DEFAULT).name
+    for asked in ({"engine": "any"}, {"form": "uniform"}):
+        plan = planner.make(run, share=0.25, **asked)  # type: ignore[arg-type]
+        assert plan.target.preset == DEFAULT_UNIFORM and plan.steps[0].form == "uniform"
 
 
 def test_importing_planner_loads_little() -> None:
@@ -98,7 +103,7 @@ def test_importing_planner_loads_little() -> None:
 
 def test_every_layer_loses_its_share(run: store.Run) -> None:
     for share, kept in ((0.0625, 15), (0.25, 12), (0.5, 8), (0.875, 2)):
-        after = experts_after(planner.make(run, share=share))
+        after = experts_after(planner.make(run, share=share, form="uniform"))
         assert {len(experts) for experts in after.values()} == {kept}
 
 
@@ -164,20 +169,20 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "masked bytes": ({"memory": 10**7, "preset": "camera_p"}, "form masked .*: give a share, or form uniform"),
     "silent blocks": ({"memory": 10**7, "preset": "moe_blocks"}, "saves no memory: give a share"),
     "preset": ({"share": 0.25, "preset": "reep"}, "no preset 'reep': did you mean 'reap'?"),
-    "preset unlike any": ({"share": 0.25, "preset": "zzz"}, "no preset 'zzz': there are even_search, set_search"),
+    "preset unlike any": ({"share": 0.25, "preset": "zzz"}, "no preset 'zzz': there are budgeted_reap, even_search"),
     "parameter": ({"share": 0.25, "preset": "camera_p", "alpa": 1}, "no parameter 'alpa': did you mean 'alpha'?"),
     "score parameter": ({"share": 0.25, "preset": "reap", "rank": 1}, "score 'reap' has no parameter 'rank'"),
     "no parameter": ({"share": 0.25, "preset": "random", "x": 1}, "no parameter 'x': it takes seed"),
     "domain": ({"share": 0.25, "domains": ["pyton"]}, "no domain 'pyton': did you mean 'python'?"),
     "no domain": ({"share": 0.25, "domains": []}, "no domain is left: name some of arithmetic"),
-    "form": ({"share": 0.25, "form": "masked"}, "'even_search' has no form 'masked': it has uniform, per_layer"),
+    "form": ({"share": 0.25, "form": "masked"}, "'budgeted_reap' has no form 'masked': it has per_layer, padded"),
     "engine": ({"share": 0.25, "engine": "vllm"}, "engine 'vllm' is not known: use any or transformers"),
     "guard": ({"share": 0.25, "guard": "on"}, "guard 'on' is not known"),
     "allocation": ({"share": 0.25, "allocation": "fair"}, "allocation 'fair' is not known"),
     "uneven": (
         {"share": 0.25, "allocation": "budgeted", "form": "uniform"}, "which form uniform cannot hold: use form per_l"
     ),
-    "uneven for any": ({"share": 0.25, "allocation": "budgeted"}, "use engine transformers"),
+    "uneven for any": ({"share": 0.25, "allocation": "budgeted", "engine": "any"}, "use engine transformers"),
     "mix": ({"share": 0.25, "preset": "reap", "mix": "mean"}, "mix 'mean' is not known"),
     "mixed tokens": (
         {"share": 0.25, "preset": "reap", "mix": "tokens", "domains": ["c", "german"]}, "takes all domains or one"
@@ -235,7 +240,7 @@ def test_runs_without_the_tables_are_refused(tmp_path: Path) -> None:
         store.open_run(synthetic.finished(tmp_path, "rich", metrics=False)) as run,
         pytest.raises(PlanError, match="has no expert_pair.output_products: collect it with --level activations"),
     ):
-        planner.make(run, share=0.25)
+        planner.make(run, preset="set_search", share=0.25)
 
 
 def test_a_run_that_does_not_know_its_model_is_refused(tmp_path: Path) -> None:

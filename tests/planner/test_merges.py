@@ -283,7 +283,7 @@ def test_more_than_the_copies_is_refused(copied: store.Run) -> None:
     with pytest.raises(
         PlanError, match="layer 1 has 0 copies .* share 0.125 asks for 1; the model has 4: use form per_layer"
     ):
-        planner.make(copied, preset="copies", share=0.125)
+        planner.make(copied, preset="copies", share=0.125, engine="any")
 
 
 def test_copies_of_a_whole_model_are_counted_together_where_the_router_stays(copied: store.Run) -> None:
@@ -313,7 +313,7 @@ def test_neither_groups_nor_k_bind_merges_in_which_the_router_stays(run: store.R
     assert sum(kept) == len(kept) and (set(kept) == {1} or preset == "m_smoe")
     assert plan.estimate.expert_parameters_after < plan.estimate.expert_parameters
     with pytest.raises(PlanError, match="the router keeps its rows are loaded by compressor.load only"):
-        planner.make(run, preset=preset, share=0.5, form="shared")
+        planner.make(run, preset=preset, share=0.5, form="shared", engine="any")
 
 
 def test_a_copy_is_merged_first_by_uniform_plans_too(tmp_path: Path) -> None:

@@ -138,9 +138,9 @@ def test_pooled_grams_are_exact_in_the_diagonal(seen: tuple[Tokenwise, Any, Any]
     for key, gram in mixed_gram(task(pooled), "tokens")[0].items():
         assert gram.sum() == pytest.approx(1.0) and len(gram) == 8, key
     assert any(
-        "estimated from its exact diagonal" in note for note in planner.make(pooled, share=0.5).evidence[0].notes
+        "estimated from its exact diagonal" in note for note in planner.make(pooled, preset="set_search", share=0.5).evidence[0].notes
     )
-    assert not any("estimated" in note for note in planner.make(split, share=0.5).evidence[0].notes)
+    assert not any("estimated" in note for note in planner.make(split, preset="set_search", share=0.5).evidence[0].notes)
 
 
 def test_even_use_takes_frequency_out(seen: tuple[Tokenwise, Any, Any]) -> None:
