@@ -105,7 +105,7 @@ def one_seed(
     }
     corpus = corpus_of(calibration, folder / f"calibration-{seed}", tokenizer, tokens)
     held_out = corpus_of(
-        {name: lines for name, (_, lines) in halves.items()}, folder / f"held-out-{seed}", tokenizer, 2 * tokens // 3
+        {name: lines for name, (_, lines) in halves.items()}, folder / f"held-out-{seed}", tokenizer, tokens // 2
     )
     path = collect(
         model, corpus=corpus, name=f"seed-{seed}", tokenizer=tokenizer, store=folder, level=LEVEL, similarity_every=4,

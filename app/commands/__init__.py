@@ -8,7 +8,21 @@ from __future__ import annotations
 
 from types import ModuleType
 
-from app.commands import ablate, apply, collect, compare, dashboard, demo, evaluate, import_, inspect, plan, runs, show
+from app.commands import (
+    ablate,
+    apply,
+    collect,
+    compare,
+    dashboard,
+    demo,
+    evaluate,
+    import_,
+    inspect,
+    plan,
+    rank,
+    runs,
+    show,
+)
 
 COMMANDS: tuple[ModuleType, ...] = (
     demo,
@@ -20,6 +34,7 @@ COMMANDS: tuple[ModuleType, ...] = (
     compare,
     ablate,
     plan,
+    rank,
     apply,
     evaluate,
     dashboard,

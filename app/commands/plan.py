@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--nearest-to", metavar="RUN", help="PreMoe: what RUN's nearest domain would keep, for the text of this run"
     )
     budget = parser.add_mutually_exclusive_group()
-    budget.add_argument("--share", type=_share, metavar="S", help="part to remove, such as 0.25")
+    budget.add_argument("--share", type=share, metavar="S", help="part to remove, such as 0.25")
     budget.add_argument("--memory", type=memory, metavar="SIZE", help="what the weights may take, such as 3GiB")
     parser.add_argument(
         "--other-weights", type=memory, default=0, metavar="SIZE",
@@ -205,7 +205,7 @@ def memory(text: str) -> int:
     return count
 
 
-def _share(text: str) -> float:
+def share(text: str) -> float:
     try:
         value = float(text[:-1]) / 100 if text.endswith("%") else float(text)
     except ValueError:
