@@ -41,6 +41,8 @@ VIEWS = {
     "agreement": ("app.frames.coverage", "agreement"),
     "attention-sinks": ("app.frames.super_experts", "attention_sinks"),
     "ablations": ("app.frames.ablation", "ablations"),
+    "depth": ("app.frames.room", "depth"),
+    "width": ("app.frames.room", "width"),
     "plans": ("app.frames.compress_measured", "plans"),
     "evaluations": ("app.frames.evaluation", "evaluations"),
     "metrics": ("app.commands.show", "metrics"),

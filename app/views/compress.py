@@ -8,7 +8,7 @@ import polars as pl
 import streamlit as st
 
 from app import data, state
-from app.components import compress_apply, compress_measured, compress_plan, header
+from app.components import compress_apply, compress_measured, compress_plan, compress_room, header
 from app.components.page import render
 from app.frames import compress
 from app.frames import compress_presets as frames
@@ -51,6 +51,7 @@ def page(run: Run) -> None:
         compress_plan.maps(plan, units)
         compress_plan.tables(units)
     beside = st.container()
+    compress_room.section(run)
     if plan is not None:
         compress_apply.section(run, plan, asked)
     compress_apply.running_jobs(run)

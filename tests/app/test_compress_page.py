@@ -18,10 +18,12 @@ import store
 from app import jobs
 from app.figures import compress as figures
 from app.figures import compress_measured as measured_figures
+from app.figures.room import influence
+from app.figures.room import width as neurons
 from app.frames import compress as frames
 from app.frames import compress_measured as measured
 from app.frames import compress_presets as presets
-from app.frames import evaluation
+from app.frames import evaluation, room
 from compressor.plan import Plan
 from planner.presets import DEFAULT, PRESETS
 from sample_data import MODEL, RUN
@@ -109,7 +111,7 @@ def test_the_plan_stands_there_at_once(monkeypatch: pytest.MonkeyPatch, clean: P
     app = visit(monkeypatch, clean)
     with store.open_run(clean / "sample.duckdb") as run:
         plan = planner.make(run, share=0.25)
-    assert titles(app) == [f"What becomes of every expert: {DEFAULT}, 25 %, per_layer", "Predicted error by preset"]
+    assert titles(app)[:2] == [f"What becomes of every expert: {DEFAULT}, 25 %, per_layer", "Predicted error by preset"]
     assert metrics(app)["Experts"] == ("72", "-25.0% of 96")
     assert metrics(app)["Weights of all experts"] == ("13.5 MiB", "-25.0% of 18 MiB")
     assert metrics(app)["Parameters per token"][1] == "unchanged"
@@ -122,6 +124,21 @@ def test_the_plan_stands_there_at_once(monkeypatch: pytest.MonkeyPatch, clean: P
     assert "HEAPr" in text  # what this run cannot give
     units = next(one.value for one in app.dataframe if "fate" in one.value.columns)
     assert (units["fate"] == "dropped").sum() == 24
+
+
+def test_room_to_cut_stands_by_layer_and_domain(monkeypatch: pytest.MonkeyPatch, clean: Path) -> None:
+    app = visit(monkeypatch, clean)
+    assert "Where there is room" in [one.value for one in app.subheader]
+    with store.open_run(clean / "sample.duckdb") as run:
+        depth, width = room.depth(run), room.width(run)
+        plain, sums = run.table("moe_output"), run.table("neuron_activation")
+    assert depth.shape == (6 * 7, 6) and width["domain"].unique().to_list() == [room.ALL]
+    for row in depth.iter_rows(named=True):
+        own = plain.filter((pl.col("layer") == row["layer"]) & (pl.col("domain") == row["domain"]))
+        assert row["moe_influence"] == pytest.approx(1 - own["cosine_sum"].sum() / own["residual_tokens"].sum())
+    assert (width["quarter"] >= 0.25).all() and (width["half"] >= width["quarter"]).all() and len(sums)
+    assert influence(depth).data[0].z.shape == (6, 7)
+    assert neurons(width).data[0].z.shape == (6, 3)
 
 
 def test_a_link_restores_the_choice(monkeypatch: pytest.MonkeyPatch, clean: Path) -> None:
@@ -243,7 +260,7 @@ def test_what_was_measured_stands_beside_the_original(monkeypatch: pytest.Monkey
     store.write_evaluation(run, document("0" * 64))  # of a plan that is not here
     app = visit(monkeypatch, clean, preset="REAP")
     assert "has not been measured" not in words(app)
-    assert titles(app)[2:] == [
+    assert titles(app)[4:] == [
         "KL divergence from the original", "Perplexity beside the original's",
         "Probes, edited model against the original",
     ]  # fmt: skip
