@@ -264,7 +264,7 @@ def test_what_was_measured_stands_beside_the_original(monkeypatch: pytest.Monkey
         "KL divergence from the original", "Perplexity beside the original's",
         "Probes, edited model against the original",
     ]  # fmt: skip
-    names = [trace["name"] for trace in json.loads(app.get("plotly_chart")[2].proto.spec)["data"]]
+    names = [trace["name"] for trace in json.loads(app.get("plotly_chart")[4].proto.spec)["data"]]
     assert sorted(name.split(",")[0] for name in names) == ["frequency", "reap"]
     assert app.selectbox(key="measured").value.startswith("reap, 25 %")
     assert "Perplexity has risen" in words(app)
