@@ -49,20 +49,25 @@ def section(run: Run, plan: Plan, asked: dict[str, Any]) -> None:
 
 
 def commands(run: Run, asked: dict[str, Any]) -> str:
-    """The commands that do the same in a terminal."""
-    target = shlex.quote(str(run.path))
+    """The commands that do the same in a terminal, from the folder that the dashboard was started in."""
+    target, store = shlex.quote(_from_here(run.path)), shlex.quote(_from_here(run.path.parent))
     amount = f"--share {asked['share']:g}" if "share" in asked else f"--memory {asked['memory']}"
     words = [f"--preset {asked['preset']}", amount]
     if asked.get("domains"):
         words.append(f"--domains {shlex.quote(','.join(asked['domains']))}")
-    words += [f"--{name} {asked[name]}" for name in ("form",) if asked.get(name)]
+    words += [f"--form {asked['form']}"] if asked.get("form") else []
     words += ["--no-guard"] if not asked.get("guard", True) else []
     words += ["--allow-invalid"] if asked.get("allow_invalid") else []
     return (
         f"moescope plan {target} {' '.join(words)} -o plan.json\n"
-        f"moescope apply plan.json MODEL -o SMALLER --store {shlex.quote(str(run.path.parent))}\n"
+        f"moescope apply plan.json MODEL -o SMALLER --store {store}\n"
         f"moescope evaluate SMALLER --against MODEL --data HELD-OUT --beside {target}"
     )
+
+
+def _from_here(path: Path) -> str:
+    here = Path.cwd()
+    return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)
 
 
 def running_jobs(run: Run) -> None:
