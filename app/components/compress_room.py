@@ -23,8 +23,8 @@ def section(run: Run) -> None:
             figures.influence(depth, theme=state.theme()),
             depth,
             key="influence",
-            read="Pale layers hardly turn the residual stream: their experts can be spared first. Where domains "
-            "differ, a cut that one of them does not feel may cost another.",
+            read="Layers near the background hardly turn the residual stream: their experts can be spared first. "
+            "Where domains differ, a cut that one of them does not feel may cost another.",
             rests_on=f"1 - mean cos(r, r + y), y the routed experts' sum. {tokens}",
             alt="Map of layers and domains: how far the routed experts turn the residual stream",
         )
