@@ -3,6 +3,7 @@
     python -m benchmarks.compression_checks guard         the guard of super experts, on and off
     python -m benchmarks.compression_checks stun          experts first, then Wanda, against Wanda alone
     python -m benchmarks.compression_checks copies        copied experts are found, and merging them is free
+    python -m benchmarks.compression_checks allocation    how many experts each layer loses, or which: what counts
     python -m benchmarks.compression_checks layer-error   set search's predicted layer error against the measured one
 
 Plans are made from the first half of each domain's documents and measured on the second. The model is small, and its
@@ -19,6 +20,7 @@ CHECKS = {
     "guard": "the guard of super experts, on and off, also on a model into which they were planted",
     "stun": "experts first, then Wanda, against Wanda alone with as many weights left",
     "copies": "copied experts are found, and merging them is free where the router stays",
+    "allocation": "how many experts each layer loses, or which: what the default plan's gain comes from",
     "layer-error": "the layer error that set search predicts against the one that masking has",
 }
 
