@@ -72,6 +72,30 @@ def removed(task: Task, shape: LayerShape) -> int:
     return count
 
 
+def removed_in_all(task: Task) -> int:
+    """Experts that all layers together lose at the task's share.
+
+    Raises:
+        PlanError: that is none, or more than the layers can spare.
+    """
+    whole = sum(shape.num_experts for shape in task.layers)
+    step = math.gcd(*(shape.groups for shape in task.layers))
+    total = part(whole, task.share)
+    total -= total % step
+    if total < 1:
+        raise PlanError(
+            f"share {task.share:g} of {whole} experts removes none: ask for at least {step / whole:.4g}"
+            + (f", one from each of {step} groups" if step > 1 else "")
+        )
+    most = sum(most_removed(shape, task.guard.experts(shape.key)) for shape in task.layers)
+    if total > most:
+        raise PlanError(
+            f"share {task.share:g} would remove {total} of {whole} experts, and the layers can spare {most}, by the"
+            f" experts of a token and those that are protected: ask for at most {most / whole:.4g}"
+        )
+    return total
+
+
 def most_removed(shape: LayerShape, protected: Collection[int]) -> int:
     """Experts that a layer can lose at most."""
     size = shape.num_experts // shape.groups
@@ -87,28 +111,28 @@ def counts(
 
     Args:
         task: share, guard and form.
-        allocation: ``uniform`` = the same share of every layer; ``budgeted`` = as many in all, from where it costs
-            least.
+        allocation: ``uniform`` = the same share of every layer; ``budgeted`` = the share of all experts together, from
+            where it costs least.
         weigh: what makes costs of different layers comparable.
         costs: of a layer, for ``budgeted``: (at most removed + 1,) what removing 0, 1, ... experts costs, as a part of
             the layer's whole.
 
     Raises:
-        PlanError: as :func:`removed`, or another allocation, or one that the form cannot hold.
+        PlanError: as :func:`removed` and :func:`removed_in_all`, another allocation, or one that the form cannot hold.
     """
     if allocation not in ("uniform", "budgeted"):
         raise PlanError(f"allocation {allocation!r} is not known: use uniform or budgeted")
     weights, note = layer_weights(task, weigh)
-    uniform = {shape.key: removed(task, shape) for shape in task.layers}
     if allocation == "uniform":
-        return uniform, []
+        return {shape.key: removed(task, shape) for shape in task.layers}, []
     if task.form == "uniform":
         raise PlanError(
             "allocation budgeted keeps different numbers of experts per layer, which form uniform cannot hold: use form"
             " per_layer (engine transformers), or padded where the router has a selection bias"
         )
+    total = removed_in_all(task)
     weighed = [costs(shape) * weights[shape.layer] for shape in task.layers]
-    chosen = allocate(weighed, sum(uniform.values()))
+    chosen = allocate(weighed, total)
     return {shape.key: count for shape, count in zip(task.layers, chosen, strict=True)}, [note]
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from compressor.families import EXPERT_MAP
+from compressor.families.per_layer import own_layers
 from moescope.errors import InputError, ModelError, MoescopeError
 from profiler.capture.placement import Placement, plan_placement, require_fitting
 from profiler.capture.precision import (
@@ -105,7 +106,7 @@ def load_model(
     precision = gguf_precision(Path(path_or_id)) if is_gguf(path_or_id) else stored_precision(config)
     if precision is not None:
         placement = placement.at_once()
-    with as_model_error(f"{path_or_id}"):
+    with as_model_error(f"{path_or_id}"), own_layers(config):
         compressed = precision is not None and precision.method == "compressed-tensors"
         width = experts_width(config) if compressed else None
         options |= {"config": config, "dtype": weights, **_dequantizing(config, precision, dequantize)}

@@ -127,6 +127,7 @@ def _build(name: str) -> tuple[nn.Module, Any]:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    from compressor.families.per_layer import own_layers
     from profiler.capture.loading import load_config, refuse_shared
     from profiler.capture.precision import is_gguf
 
@@ -138,7 +139,7 @@ def _build(name: str) -> tuple[nn.Module, Any]:
     refuse_shared(config, name)
     from_config: Any = AutoModelForCausalLM.from_config
     try:
-        with torch.device("meta"):
+        with own_layers(config), torch.device("meta"):
             return from_config(config, trust_remote_code=False), config
     except Exception as error:
         kind = getattr(config, "model_type", "") or "unknown"

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from compressor.families.per_layer import own_layers
 from moescope.errors import ModelError
 from profiler.capture.loading import as_model_error, auto_class, load_config, weight_dtype
 from profiler.capture.precision import stored_precision
@@ -43,7 +44,7 @@ def build_skeleton(folder: Path, *, dtype: str = "auto", device: torch.device | 
     with as_model_error(str(folder)):
         if wanted == "auto":
             wanted = config.dtype if getattr(config, "dtype", None) is not None else _stored_dtype(folder)
-        with torch.device("meta"):
+        with own_layers(config), torch.device("meta"):
             model: Any = auto_class(config).from_config(config, dtype=wanted, trust_remote_code=False)
         _widen(model, wanted)
         _fill_buffers(model, device or torch.device("cpu"))
