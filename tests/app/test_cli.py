@@ -167,11 +167,16 @@ def test_tables_for_a_terminal() -> None:
 def test_a_killed_demo_takes_its_dashboard_along(tmp_path: Path) -> None:
     import os
     import signal
+    import socket
     import time
     import urllib.error
     import urllib.request
 
-    command = [sys.executable, "-m", "app.cli", "demo", "--no-browser", "--store", str(tmp_path / "runs")]
+    with socket.socket() as probe:  # a port of its own: dashboards of other tests would take the one that gets free
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    command = [sys.executable, "-m", "app.cli", "demo", "--no-browser", "--port", port]
+    command += ["--store", str(tmp_path / "runs")]
     root = Path(__file__).parents[2]
     demo = subprocess.Popen(
         command, cwd=root, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=dict(os.environ)
