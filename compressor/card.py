@@ -42,9 +42,7 @@ def model_card(
     parts = [
         _front_matter(plan, source),
         f"# {name}\n",
-        f"This is [{plan.source.model}](https://huggingface.co/{plan.source.model}) with fewer or smaller experts."
-        if re.fullmatch(r"[\w.-]+/[\w.-]+", plan.source.model)
-        else f"This is {plan.source.model} with fewer or smaller experts.",
+        f"This is {_model(plan, source)} with fewer or smaller experts.",
         f"Its weights take {_gib(sizes[1])} instead of {_gib(sizes[0])}. `moescope_plan.json` holds the plan that was"
         " applied, with the score of every expert.\n",
         _steps(plan),
@@ -55,10 +53,24 @@ def model_card(
     return "\n".join(part for part in parts if part)
 
 
+def hub_id(source: Path) -> str | None:
+    """The hub's name of a model whose folder is in the hub's cache; None for any other folder.
+
+    A plan's own name for its model may be a folder's: ``a/b`` is both.
+    """
+    found = [re.fullmatch(r"models--([\w.-]+?)--([\w.-]+)", part) for part in source.parts]
+    return next((f"{match[1]}/{match[2]}" for match in reversed(found) if match), None)
+
+
+def _model(plan: Plan, source: Path) -> str:
+    known = hub_id(source)
+    return plan.source.model if known is None else f"[{known}](https://huggingface.co/{known})"
+
+
 def _front_matter(plan: Plan, source: Path) -> str:
     lines = _carried(source / CARD)
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", plan.source.model):
-        lines.append(f"base_model: {plan.source.model}")
+    if (known := hub_id(source)) is not None:
+        lines.append(f"base_model: {known}")
     kinds = sorted({step.step for step in plan.steps})
     lines += ["library_name: transformers", "tags:", "- mixture-of-experts", *(f"- expert-{kind}" for kind in kinds)]
     return "\n".join(["---", *lines, "---\n"])

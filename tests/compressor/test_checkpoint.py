@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import compressor
+from compressor.card import hub_id
 from compressor.checkpoint.headers import header_bytes, read_header
 from compressor.checkpoint.slots import Slot, find_slots
 from compressor.families.checkpoint import read_name
@@ -442,3 +443,9 @@ def test_a_plan_of_another_orientation_does_not_pass(tmp_path: Path) -> None:
     other: Plan = edit_plans.plan(source, *plan.steps)
     with pytest.raises(ModelError, match=r"experts of 40 neurons between 64 channels would have"):
         compressor.apply(other, source=tmp_path / "in", destination=tmp_path / "out")
+
+
+def test_only_the_hubs_own_folders_are_named_as_its_models() -> None:
+    cached = Path("/cache/hub/models--Qwen--Qwen3-30B-A3B/snapshots/0123abcd")
+    assert hub_id(cached) == "Qwen/Qwen3-30B-A3B"
+    assert hub_id(Path("sample_data/model")) is None and hub_id(Path("Qwen/Qwen3-30B-A3B")) is None
