@@ -31,8 +31,11 @@ def main(arguments: Sequence[str]) -> int:
         except SystemExit as error:  # an option that a command has not
             code = error.code if isinstance(error.code, int) else 2
         except BaseException:
-            code = 1
-            raise
+            if not stoppable.stopped:
+                code = 1
+                raise
+            code = 130  # the signal came amid something that its own clean-up could not mend
+            print("moescope: interrupted", file=sys.stderr)
         finally:
             ended = "done" if not code else "stopped" if stoppable.stopped or code == 130 else "failed"
             _say(job, state=ended, step=step, code=code)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -15,7 +16,7 @@ import by_hand
 import pytest
 
 import store
-from app import jobs
+from app import job_runner, jobs
 from app.progress import ByteProgress, Stoppable
 from moescope.errors import InputError, RunError
 
@@ -66,6 +67,26 @@ def test_a_job_is_stopped_and_says_so(run: Path, waiting: Path) -> None:
     wait(lambda: not jobs.is_alive(job))
     assert not jobs.stop(job)
     assert "interrupted" in jobs.status(job).log
+
+
+def test_a_stop_amid_clean_up_leaves_no_traceback(
+    run: Path, waiting: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    job = begin(run, waiting)
+    assert jobs.stop(job) or not jobs.is_alive(job)
+    wait(lambda: not jobs.is_alive(job))
+
+    def break_down(command: object) -> int:
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(5)
+        finally:
+            raise AttributeError("half done")
+
+    monkeypatch.setattr("app.cli.main", break_down)
+    assert job_runner.main([str(job.path)]) == 130
+    assert "interrupted" in capsys.readouterr().err
+    assert jobs.status(job).state == "stopped"
 
 
 def test_nobody_writes_to_one_folder_twice(run: Path, waiting: Path, plan: Path) -> None:
