@@ -74,8 +74,8 @@ def replace_router(journal: Journal, site: Site, edit: LayerEdit) -> None:
 
 
 def changes_shared(edit: LayerEdit) -> bool:
-    """Whether the shared experts of a layer, if it has any, are cut or silenced."""
-    return edit.zero_output or (0, "shared") in edit.kept
+    """Whether the shared experts of a layer, if it has any, are cut, quantized or silenced."""
+    return edit.zero_output or (0, "shared") in edit.kept or (0, "shared") in edit.bits
 
 
 def require_shared(site: Site) -> None:

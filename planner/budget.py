@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from compressor.plan import Plan
 from moescope.errors import PlanError
 from planner.allocation import least_kept
-from planner.estimate.parameters import expert_parameters, sizes_after, sizes_before
+from planner.estimate.parameters import expert_parameters, sizes_before
+from planner.estimate.storage import expert_bytes
 from planner.presets import Preset
 from planner.source import value_bytes
 from planner.task import Task
@@ -16,8 +17,25 @@ _ROUNDING = 1e-12
 
 
 def bytes_after(task: Task, plan: Plan) -> int:
-    """Bytes of the experts' weights that a plan stores, in the run's type."""
-    return expert_parameters(plan.source, sizes_after(plan)) * _value_bytes(task)
+    """Bytes of the experts' weights that a plan stores: in the run's type, or in the widths that they have."""
+    return expert_bytes(plan, source_bits=8.0 * value_bytes_of(task))
+
+
+def bits_that_fit(task: Task, *, memory: int, other: int) -> float:
+    """Effective bits per weight at which all experts fit.
+
+    Raises:
+        PlanError: nothing is left for them, everything fits as it is, or the type of the weights is not known.
+    """
+    whole = expert_parameters(task.source, sizes_before(task.source))
+    size = value_bytes_of(task)
+    if other + whole * size <= memory:
+        raise PlanError(
+            f"the weights take {other + whole * size:,} bytes and fit into {memory:,}: leave them as they are"
+        )
+    if other >= memory:
+        raise PlanError(f"the other weights alone take {other:,} of {memory:,} bytes: nothing is left for the experts")
+    return (memory - other) * 8.0 / whole
 
 
 def shares_that_may_fit(task: Task, preset: Preset, *, memory: int, other: int) -> Iterator[float]:
@@ -34,7 +52,7 @@ def shares_that_may_fit(task: Task, preset: Preset, *, memory: int, other: int) 
         raise PlanError(f"form masked keeps all shapes and saves no memory: give a share, or form {others}")
     if preset.name == "moe_blocks":
         raise PlanError("preset 'moe_blocks' keeps all shapes and saves no memory: give a share")
-    source, size = task.source, _value_bytes(task)
+    source, size = task.source, value_bytes_of(task)
     whole = expert_parameters(source, sizes_before(source)) * size
     if other + whole <= memory:
         raise PlanError(f"the weights take {other + whole:,} bytes and fit into {memory:,}: nothing has to be removed")
@@ -65,7 +83,12 @@ def _units(task: Task, preset: Preset) -> tuple[int | None, int]:
     return widest.num_experts, widest.num_experts - least_kept(widest)
 
 
-def _value_bytes(task: Task) -> int:
+def value_bytes_of(task: Task) -> int:
+    """Bytes of one weight in the run's type.
+
+    Raises:
+        PlanError: the run does not say.
+    """
     size = value_bytes(task.run)
     if size is None:
         raise PlanError(

@@ -5,14 +5,15 @@ from __future__ import annotations
 import difflib
 import inspect
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from dataclasses import replace
+from typing import Any
 
 import store
 from compressor.plan import Estimate, Evidence, LayerValues, Plan, Provenance, Source, Target
 from moescope import __version__
 from moescope.errors import PlanError
 from planner import presets
-from planner.budget import bytes_after, shares_that_may_fit
+from planner.budget import bits_that_fit, bytes_after, shares_that_may_fit, value_bytes_of
 from planner.estimate import estimate
 from planner.guard import Guard, Rule, guard_of
 from planner.importance.statistics import Statistics
@@ -30,9 +31,11 @@ def make(
     preset: str | None = None,
     share: float | None = None,
     memory: int | None = None,
+    bits: float | None = None,
+    quantizer: str | None = None,
     other_weights: int = 0,
     domains: Sequence[str] | None = None,
-    form: Literal["uniform", "per_layer", "padded", "shared", "masked"] | None = None,
+    form: str | None = None,
     engine: str | None = None,
     guard: bool | Rule = True,
     allow_invalid: bool = False,
@@ -45,8 +48,13 @@ def make(
         preset: a method with its defaults, one of :data:`planner.presets.PRESETS`; None = ours, see
             :func:`planner.presets.default`.
         share: part of the experts, neurons or layers to remove, above 0 and below 1.
-        memory: bytes that weights may take, instead of a share: the smallest share that fits is taken. It counts the
-            weights of the experts (biases left out) and ``other_weights``.
+        memory: bytes that weights may take, instead of a share: the smallest share that fits is taken; with a preset
+            that quantizes, the widths that fit. It counts the weights of the experts (biases left out) and
+            ``other_weights``.
+        bits: effective bits that a weight of the experts may take, scales and zero points counted. With a preset that
+            cuts, what is left is quantized to it.
+        quantizer: preset that finds the widths of what a cut leaves; None = ours,
+            :data:`planner.presets.DEFAULT_QUANTIZER`.
         other_weights: bytes of all other weights of the model, which a run does not know.
         domains: whose text counts; None = all of the run's.
         form: how the result is stored; None = the first of the preset's forms that the engine loads.
@@ -62,16 +70,39 @@ def make(
     chosen = presets.find(presets.default(engine=engine, form=form) if preset is None else preset)
     _require_usable(run, chosen, allow_invalid)
     settings = _settings(chosen, parameters)
+    second = _quantizer(run, chosen, quantizer, bits, allow_invalid)
     source = source_of(run)
+    if chosen.step == "quantize":
+        _only_bits(chosen, share, memory, bits)
     task = Task(
-        run=run, source=source, domains=_domains(run, domains), share=_share(share, memory),
-        form=_form(chosen, form, engine, source, settings), guard=guard_of(run, guard),
+        run=run, source=source, domains=_domains(run, domains),
+        share=_share(share, memory) if chosen.step != "quantize" else 0.0,
+        form=_form(chosen, form, engine, source, settings), guard=guard_of(run, guard), bits=_bits(bits),
     )  # fmt: skip
     needs = "transformers" if task.form in OURS else "any"
-    target = Target(share=share, memory=memory, engine=engine or needs, preset=chosen.name)
-    if memory is None:
-        return assemble(task, chosen.function(task, **settings), target)
-    return _within(task, chosen, settings, target, memory, other_weights)
+    name = chosen.name if second is None else f"{chosen.name}+{second.name}"
+    target = Target(share=share, memory=memory, bits=bits, engine=engine or needs, preset=name)
+    if chosen.step == "quantize" and memory is not None:
+        task = replace(task, bits=bits_that_fit(task, memory=memory, other=other_weights))
+    if memory is None or chosen.step == "quantize":
+        return assemble(task, draft_of(task, chosen, settings, second), target)
+    return _within(task, chosen, settings, second, target, memory, other_weights)
+
+
+def draft_of(
+    task: Task, preset: presets.Preset, settings: Mapping[str, Any], second: presets.Preset | None = None
+) -> Draft:
+    """What a preset decides, and what the second one makes of what it leaves.
+
+    Raises:
+        PlanError: as their methods.
+    """
+    first: Draft = preset.function(task, **settings)
+    if second is None:
+        return first
+    form = second.forms[0]
+    behind: Draft = second.function(replace(task, before=first.steps, form=form), **second.defaults)
+    return replace(first, steps=(*first.steps, *behind.steps), notes=(*first.notes, *behind.notes))
 
 
 def assemble(task: Task, draft: Draft, target: Target) -> Plan:
@@ -93,21 +124,24 @@ def assemble(task: Task, draft: Draft, target: Target) -> Plan:
             expert_parameters=0, expert_parameters_after=0, active_parameters=0, active_parameters_after=0,
             bytes_saved=0,
         ),
-        evidence=(_evidence(draft, task.guard, presets.find(target.preset)),),
+        evidence=(_evidence(draft, task.guard, target.preset),),
     ).checked()  # fmt: skip
     return plan.model_copy(update={"estimate": estimate(plan, task, draft)})
 
 
 def _within(
-    task: Task, preset: presets.Preset, settings: Mapping[str, Any], target: Target, memory: int, other: int
-) -> Plan:
+    task: Task, preset: presets.Preset, settings: Mapping[str, Any], second: presets.Preset | None, target: Target,
+    memory: int, other: int,
+) -> Plan:  # fmt: skip
     """The plan with the smallest share whose weights fit; shares are tried upwards, from the first that may."""
     smallest: int | None = None
     refusal: PlanError | None = None
-    for share in shares_that_may_fit(task, preset, memory=memory, other=other):
+    # What is quantized afterwards takes less: a share may fit that would not by itself.
+    room = memory if second is None else other + round((memory - other) * 8.0 * value_bytes_of(task) / (task.bits or 1))
+    for share in shares_that_may_fit(task, preset, memory=room, other=other):
         tried = Task(**{**vars(task), "share": share})
         try:
-            plan = assemble(tried, preset.function(tried, **settings), target)
+            plan = assemble(tried, draft_of(tried, preset, settings, second), target)
         except PlanError as error:
             refusal = error
             continue
@@ -164,6 +198,40 @@ def _share(share: float | None, memory: int | None) -> float:
     return float(share)
 
 
+def _bits(bits: float | None) -> float | None:
+    if bits is not None and not 0 < bits < 64:
+        raise PlanError(f"{bits:g} bits per weight cannot be: give effective bits, such as 3.0")
+    return bits
+
+
+def _only_bits(preset: presets.Preset, share: float | None, memory: int | None, bits: float | None) -> None:
+    if share is not None:
+        raise PlanError(
+            f"preset {preset.name!r} removes nothing: give bits (effective, such as 3.0) or a memory budget"
+        )
+    if (bits is None) == (memory is None):
+        raise PlanError(f"preset {preset.name!r} takes effective bits or a memory budget: give one of the two")
+
+
+def _quantizer(
+    run: store.Run, first: presets.Preset, name: str | None, bits: float | None, allow_invalid: bool
+) -> presets.Preset | None:
+    """The preset that follows one that cuts, where bits are wanted."""
+    if first.step == "quantize":
+        if name is not None:
+            raise PlanError(f"preset {first.name!r} finds widths itself: leave the quantizer out")
+        return None
+    if bits is None:
+        if name is not None:
+            raise PlanError(f"to how many bits? quantizer {name!r} takes effective bits, such as 3.0")
+        return None
+    second = presets.find(name or presets.DEFAULT_QUANTIZER)
+    if second.step != "quantize":
+        raise PlanError(f"preset {second.name!r} does not quantize, so it cannot follow another")
+    _require_usable(run, second, allow_invalid)
+    return second
+
+
 def _domains(run: store.Run, wanted: Sequence[str] | None) -> tuple[str, ...]:
     known = Statistics(run, level="routing").domains
     if wanted is None:
@@ -201,11 +269,11 @@ def _form(
     raise PlanError(f"{what} are loaded by compressor.load only: use engine transformers{instead}")
 
 
-def _evidence(draft: Draft, guard: Guard, preset: presets.Preset) -> Evidence:
+def _evidence(draft: Draft, guard: Guard, names: str) -> Evidence:
     return Evidence(
         score=draft.score,
         unit=draft.unit,
-        source=preset.source,
+        source="; ".join(presets.find(name).source for name in names.split("+")),
         layers=tuple(
             LayerValues(
                 layer=layer, step=step, values=tuple(None if value != value else value for value in values.tolist())

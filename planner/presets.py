@@ -14,7 +14,7 @@ from typing import Any, Literal, cast
 
 from moescope.errors import PlanError
 
-StepWord = Literal["drop", "merge", "slim"]
+StepWord = Literal["drop", "merge", "slim", "factor", "quantize"]
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Preset:
     Attributes:
         name: how it is asked for.
         title: its section in docs/plan.md.
-        step: what it does: drop, merge or slim.
+        step: what it does: drop, merge, slim, factor or quantize.
         target: module of the method, whose function ``draft(task, **parameters)`` is called.
         level: what the run has to record, a comma list.
         source: where it was published.
@@ -77,6 +77,9 @@ DEFAULT = "budgeted_reap"
 
 DEFAULT_UNIFORM = "even_search"
 """The one where every layer has to keep as many experts."""
+
+DEFAULT_QUANTIZER = "error_bits"
+"""The preset that finds widths where a cut is followed by bits and none is named."""
 
 PRESETS: tuple[Preset, ...] = (
     _preset("budgeted_reap", "REAP, budgeted", "drop", "drop.scored", _X, "ours, with REAP's score",

@@ -27,6 +27,8 @@ class Task:
         share: part of the experts, neurons or layers to remove, above 0 and below 1.
         form: how the result is stored.
         guard: what may not be cut.
+        bits: effective bits that a weight of the experts that stay may take; None where nothing is quantized.
+        before: steps that come first; methods that quantize find widths for what these leave.
         kept: what was computed for this run and domains before, so that another share costs little.
     """
 
@@ -36,6 +38,8 @@ class Task:
     share: float
     form: str
     guard: Guard
+    bits: float | None = None
+    before: tuple[Step, ...] = ()
     kept: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @property

@@ -262,6 +262,34 @@ create table expert_output (
     input_max                double    -- [max] largest |activation| that enters down_proj
 );
 
+-- table expert_error: what narrower weights of an expert do to its output, on a sample of its tokens. Level errors.
+create table expert_error (
+    layer                    integer,  -- [key]
+    step                     integer,  -- [key]
+    expert                   integer,  -- [key]
+    kind                     varchar,  -- [key]
+    part                     varchar,  -- [key] whose weights are narrower: all | gate | up | down
+    domain                   varchar,  -- [key]
+    phase                    varchar,  -- [key]
+    tokens                   bigint,   -- [sum] sampled tokens that went through the expert
+    gated_output_square_sum  double,   -- [sum] squared L2 norm of gate weight x output, weights as they are
+    gated_error_square_sum   double[], -- [sum] per width 1, ternary, 2, 3, 4, 8: squared L2 norm of gate weight x what the output changes by
+    nested_error_square_sum  double[]  -- [sum] the same per width 2, 3, 4 made from 2 by binary residuals; part all, null for others
+);
+
+-- table expert_grid: what narrower widths do to the weights themselves. Level errors.
+create table expert_grid (
+    layer         integer,  -- [key]
+    step          integer,  -- [key]
+    expert        integer,  -- [key]
+    kind          varchar,  -- [key]
+    part          varchar,  -- [key] gate | up | down
+    group_size    integer,  -- [max] input channels that share a scale; 0 = a row
+    square_sum    double,   -- [max] squared Frobenius norm
+    error_square  double[], -- [max] per width 1, ternary, 2, 3, 4, 8: squared Frobenius norm of what the weights change by
+    outlier       double    -- [max] largest over input channels of max |w| / mean |w| (QuantMoE-Bench)
+);
+
 -- table moe_output: what the routed experts of a layer add (y) to the residual stream (r). Level activations.
 create table moe_output (
     layer                integer, -- [key]
@@ -303,6 +331,7 @@ create table expert_vector (
     phase             varchar, -- [key]
     tokens            bigint,  -- [sum]
     input_square_sum  float[], -- [sum] squared input x of the expert, over its tokens
+    input_max         float[], -- [max] largest |x|
     output_sum        float[], -- [sum] output f, before the gate weight
     gated_output_sum  float[]  -- [sum] gate weight x f
 );

@@ -130,6 +130,7 @@ class LayerEditing:
         new = name.renumbered(layer=self.place)
         kept = self.edit.kept.get((0, "shared"))
         same = (kept is None or bool(kept.all())) and self.shared_width == self.edit.shape.shared_width
+        same = same and (0, "shared") not in self.edit.bits
         if self.edit.zero_output and name.part == "down":
             if same and entry.dtype in FLOATS:
                 return Output(new, entry.dtype, entry.shape, (Zeros(entry.size),), edited=True)

@@ -22,18 +22,22 @@ from torch import Tensor
 
 from compressor.edits.merging import Merging
 from compressor.edits.moments import LayerMoments
+from compressor.edits.quantize import quantized
 from compressor.edits.silence import empty, silenced
 from compressor.edits.slim import mask, slim, widen
 from compressor.plan import (
     DropStep,
+    ExpertBits,
     LayerKey,
     LayerShape,
     MergeLayer,
     MergeStep,
     NewExpert,
     Plan,
+    QuantizeStep,
     Role,
     SlimStep,
+    bits_after,
     experts_after,
     widths_after,
 )
@@ -65,6 +69,8 @@ class LayerEdit:
             ``shared``); None where stored experts and rows are one to one.
         kept: (expert, role) -> (width,) bool mask of its neurons that stay.
         masked: neurons that go become zero, and stay in their places.
+        bits: (expert, role) -> widths of its projections; those that are not named stay as they are.
+        grids: the step that says what the widths mean; None where nothing is quantized.
     """
 
     shape: LayerShape
@@ -76,6 +82,8 @@ class LayerEdit:
     expert_map: Tensor | None = None
     kept: Mapping[tuple[int, Role], Tensor] = field(default_factory=dict)
     masked: bool = False
+    bits: Mapping[tuple[int, Role], ExpertBits] = field(default_factory=dict)
+    grids: QuantizeStep | None = None
 
     @staticmethod
     def of(plan: Plan, key: LayerKey, moments: LayerMoments | None = None) -> LayerEdit:
@@ -125,7 +133,8 @@ class LayerEdit:
     def changes(self) -> bool:
         """Whether anything of the layer may change."""
         cut = self.zero_output or self.width != self.shape.width or self.merging is not None
-        return cut or not self.same_experts or not all(bool(kept.all()) for kept in self.kept.values())
+        whole = self.same_experts and all(bool(kept.all()) for kept in self.kept.values())
+        return cut or not whole or bool(self.bits)
 
     def decide(self, read: Read) -> None:
         """What depends on weights: which member stands for its group, and which neurons move where. Only done once.
@@ -142,18 +151,24 @@ class LayerEdit:
         if slot is None or self.zero_output or self.width != self.shape.width:
             return None
         kept = self.kept.get((slot.lead, "routed"))
-        if kept is not None and not kept.all():
+        if (kept is not None and not kept.all()) or (slot.lead, "routed") in self.bits:
             return None
         return slot.lead if self.merging is None else self.merging.untouched(slot)
 
     def expert(self, index: int, read: Read) -> ExpertWeights:
-        """The expert stored at ``index``, in the types of the source.
-
-        A merged expert is cut by the mask of its lead, after merging.
+        """The expert stored at ``index``, in the types of the source, with the values of its grids.
 
         Args:
             index: place, 0 to ``count`` - 1.
             read: weights of one expert of the source, as it has them.
+        """
+        slot, weights = self.slots[index], self.cut(index, read)
+        return weights if slot is None else self._on_grid(weights, (slot.lead, "routed"))
+
+    def cut(self, index: int, read: Read) -> ExpertWeights:
+        """The expert stored at ``index`` before its weights are put on grids.
+
+        A merged expert is cut by the mask of its lead, after merging.
         """
         self.decide(read)
         slot = self.slots[index]
@@ -188,11 +203,19 @@ class LayerEdit:
         return values if self.expert_map is not None else self._per_expert(values, NEVER)
 
     def shared(self, weights: ExpertWeights) -> ExpertWeights:
-        """The shared experts, merged in one module, with the neurons that stay."""
+        """The shared experts, merged in one module, with the neurons that stay and the values of their grids."""
+        return self._on_grid(self.cut_shared(weights), (0, "shared"))
+
+    def cut_shared(self, weights: ExpertWeights) -> ExpertWeights:
+        """The shared experts before their weights are put on grids."""
         kept = self.kept.get((0, "shared"))
         if kept is not None and not kept.all():
             weights = mask(weights, kept) if self.masked else widen(slim(weights, kept), self.shared_width)
         return silenced(weights) if self.zero_output else weights
+
+    def _on_grid(self, weights: ExpertWeights, unit: tuple[int, Role]) -> ExpertWeights:
+        bits = self.bits.get(unit)
+        return weights if bits is None or self.grids is None else quantized(weights, bits, self.grids)
 
     def _per_expert(self, values: Tensor, filler: float) -> Tensor:
         rows = [torch.full_like(values[0], filler) if slot is None else self._row(values, slot) for slot in self.slots]
@@ -239,6 +262,10 @@ class _Layers:
         self.kept: dict[LayerKey, dict[tuple[int, Role], Tensor]] = defaultdict(dict)
         for (layer, number, expert, role), kept in neurons_after(plan).items():
             self.kept[layer, number][expert, role] = torch.from_numpy(kept)
+        self.bits: dict[LayerKey, dict[tuple[int, Role], ExpertBits]] = defaultdict(dict)
+        for (layer, number, expert, role), (bits, _) in bits_after(plan).items():
+            self.bits[layer, number][expert, role] = bits
+        self.grids = next((step for step in plan.steps if isinstance(step, QuantizeStep)), None)
         merges = [step for step in plan.steps if isinstance(step, MergeStep)]
         drops = [step for step in plan.steps if isinstance(step, DropStep)]
         self.merges = {(layer.layer, layer.step): (step, layer) for step in merges for layer in step.layers}
@@ -260,6 +287,8 @@ class _Layers:
             expert_map=self._expert_map(key, experts),
             kept=self.kept[key],
             masked=self.masked,
+            bits=self.bits[key],
+            grids=self.grids,
         )
 
     def _expert_map(self, key: LayerKey, experts: list[NewExpert]) -> Tensor | None:

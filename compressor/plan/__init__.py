@@ -9,10 +9,22 @@
 Nothing here imports torch. The same run gives the same plan, byte for byte: no timestamps, no measurements.
 """
 
+from compressor.plan.bits import (
+    BITS,
+    PARTS,
+    Bits,
+    ExpertBits,
+    QuantizeLayer,
+    QuantizeStep,
+    SmoothLayer,
+    group_size_for,
+    stored_bits,
+)
 from compressor.plan.difference import differences
-from compressor.plan.document import VERSION, Plan, json_schema
+from compressor.plan.document import VERSION, Plan, Step, json_schema
 from compressor.plan.evidence import Estimate, Evidence, LayerValues, Protected, Provenance, Target
-from compressor.plan.result import NewExpert, experts_after, kept_layers, widths_after
+from compressor.plan.factors import FactorGroup, FactorLayer, FactorStep
+from compressor.plan.result import NewExpert, bits_after, experts_after, kept_layers, widths_after
 from compressor.plan.source import LayerKey, LayerShape, Source
 from compressor.plan.steps import (
     DropLayer,
@@ -25,15 +37,21 @@ from compressor.plan.steps import (
     SlimExpert,
     SlimLayer,
     SlimStep,
-    Step,
 )
 
 __all__ = [
+    "BITS",
+    "PARTS",
     "VERSION",
+    "Bits",
     "DropLayer",
     "DropStep",
     "Estimate",
     "Evidence",
+    "ExpertBits",
+    "FactorGroup",
+    "FactorLayer",
+    "FactorStep",
     "GivenUp",
     "LayerKey",
     "LayerShape",
@@ -45,16 +63,22 @@ __all__ = [
     "Plan",
     "Protected",
     "Provenance",
+    "QuantizeLayer",
+    "QuantizeStep",
     "Role",
     "SlimExpert",
     "SlimLayer",
     "SlimStep",
+    "SmoothLayer",
     "Source",
     "Step",
     "Target",
+    "bits_after",
     "differences",
     "experts_after",
+    "group_size_for",
     "json_schema",
     "kept_layers",
+    "stored_bits",
     "widths_after",
 ]

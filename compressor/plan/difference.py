@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from compressor.plan.bits import PARTS, ExpertBits
 from compressor.plan.document import Plan
-from compressor.plan.result import NewExpert, experts_after, kept_layers, neurons_after
+from compressor.plan.result import NewExpert, bits_after, experts_after, kept_layers, neurons_after
 from compressor.plan.source import LayerKey
 from moescope.errors import PlanError
 
@@ -62,7 +63,18 @@ def _fates(plan: Plan) -> dict[tuple[int, int, int, str], str]:
         unit = (layer, step, expert, role)
         if layer in stays and fates.get(unit, "kept") != "dropped" and not mask.all():
             fates[unit] = f"{int(mask.sum())} of {len(mask)} neurons"
+    for unit, (bits, _) in bits_after(plan).items():
+        fate = fates.get(unit, "kept")
+        if unit[0] in stays and fate != "dropped" and not fate.startswith("merged into"):
+            fates[unit] = ", ".join([*([fate] if fate != "kept" else []), _in_bits(bits)])
     return fates
+
+
+def _in_bits(bits: ExpertBits) -> str:
+    widths = {part: bits.of(part) for part in PARTS if bits.of(part) is not None}
+    if len(widths) > 1 and len(set(widths.values())) == 1:
+        widths = {"": next(iter(widths.values()))}
+    return ", ".join(f"{part} {width} bit".strip() for part, width in widths.items())
 
 
 def _of_layer(key: LayerKey, experts: list[NewExpert], count: int) -> dict[int, str]:

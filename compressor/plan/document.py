@@ -6,16 +6,21 @@ import hashlib
 import json
 import os
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError
 
+from compressor.plan.bits import QuantizeStep
 from compressor.plan.evidence import Estimate, Evidence, Provenance, Target
+from compressor.plan.factors import FactorStep
 from compressor.plan.source import Source
-from compressor.plan.steps import Record, Step
+from compressor.plan.steps import DropStep, MergeStep, Record, SlimStep
 from moescope.errors import PlanError
 
 VERSION = 1
+
+Step = Annotated[DropStep | MergeStep | SlimStep | FactorStep | QuantizeStep, Field(discriminator="step")]
+"""One step of a plan. Cuts come first, then factors, then bits: what is left is what is put on grids."""
 
 
 class Plan(Record):

@@ -31,14 +31,18 @@ class Target(Record):
     """What was asked for.
 
     Attributes:
-        share: part of the routed experts, neurons or layers to remove, 0..1; null where bytes were asked for.
-        memory: bytes that the weights may take; null where a share was asked for.
+        share: part of the routed experts, neurons or layers to remove, 0..1; null where nothing is cut, or bytes were
+            asked for.
+        memory: bytes that the weights may take; null where a share or bits were asked for.
+        bits: effective bits that a weight of the experts that stay may take, scales and zero points counted; null where
+            nothing is quantized, or memory was asked for.
         engine: ``any`` = what every engine loads; ``transformers`` = through compressor.load.
         preset: named preset whose defaults were taken.
     """
 
     share: float | None = Field(default=None, gt=0, lt=1)
     memory: int | None = Field(default=None, ge=1)
+    bits: float | None = Field(default=None, gt=0)
     engine: str = "any"
     preset: str
 
@@ -98,7 +102,9 @@ class Estimate(Record):
         expert_parameters_after: and after.
         active_parameters: expert parameters that one token uses, before.
         active_parameters_after: and after.
-        bytes_saved: of weights in the run's type; 0 where the form saves nothing.
+        bytes_saved: of the experts' weights, against the run's type; 0 where the form saves nothing.
+        bits: effective bits of a weight of the experts that stay, mean, scales and zero points counted; null where
+            nothing is quantized.
         kept_mass: part of the score that stays, over all layers, 0..1; null where the score does not add up.
         layer_error: predicted relative squared error of the MoE layers' outputs before anything is routed anew, mean
             over layers; null where the run cannot say.
@@ -111,6 +117,7 @@ class Estimate(Record):
     active_parameters: int = Field(ge=0)
     active_parameters_after: int = Field(ge=0)
     bytes_saved: int = Field(ge=0)
+    bits: float | None = None
     kept_mass: float | None = None
     layer_error: float | None = None
     weighed_error: float | None = None

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from compressor.plan.bits import ExpertBits, QuantizeStep
 from compressor.plan.document import Plan
 from compressor.plan.source import LayerKey
 from compressor.plan.steps import DropStep, MergeLayer, MergeStep, Role, SlimStep
@@ -83,6 +84,17 @@ def neurons_after(plan: Plan) -> dict[tuple[int, int, int, Role], NDArray[np.boo
                 mask = expert.mask(shape.width if expert.role == "routed" else shape.shared_width)
                 masks[unit] = mask & masks[unit] if unit in masks else mask
     return masks
+
+
+def bits_after(plan: Plan) -> dict[tuple[int, int, int, Role], tuple[ExpertBits, QuantizeStep]]:
+    """(layer, step, expert, role) -> widths of its projections and the step that says how; others are left out."""
+    return {
+        (layer.layer, layer.step, expert.expert, expert.role): (expert, step)
+        for step in plan.steps
+        if isinstance(step, QuantizeStep)
+        for layer in step.layers
+        for expert in layer.experts
+    }
 
 
 def widths_after(plan: Plan) -> dict[LayerKey, int]:

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 
+from compressor.plan.bits_rules import check_bits
 from compressor.plan.document import Plan
+from compressor.plan.factors import FactorLayer
 from compressor.plan.result import experts_after, kept_layers, neurons_after, router_stays
 from compressor.plan.source import LayerShape
 from compressor.plan.steps import DropStep, MergeLayer, MergeStep, SlimStep
@@ -29,6 +31,7 @@ def check(plan: Plan) -> None:
     _counts_fit_the_form(plan)
     _widths_fit_the_form(plan)
     _protected_units_stay(plan)
+    check_bits(plan)
 
 
 def _known_units(plan: Plan) -> None:
@@ -46,7 +49,7 @@ def _known_units(plan: Plan) -> None:
                     f"the plan's {step.step} step names expert {wrong[0]} of layer {_name(*key)}, which has experts"
                     f" 0..{shapes[key].num_experts - 1}"
                 )
-            if not isinstance(step, SlimStep):
+            if isinstance(step, (DropStep, MergeStep)):
                 edited[key] += 1
                 if edited[key] > 1:
                     raise PlanError(f"two steps of the plan drop or merge experts of layer {_name(*key)}")
@@ -57,10 +60,10 @@ def _known_units(plan: Plan) -> None:
 
 
 def _numbers(layer: object) -> Iterator[int]:
-    if isinstance(layer, MergeLayer):
+    if isinstance(layer, (MergeLayer, FactorLayer)):
         for group in layer.groups:
             yield from (*group.members, group.lead)
-        yield from (entry.expert for entry in layer.given_up)
+        yield from (entry.expert for entry in getattr(layer, "given_up", ()))
     else:
         for entry in layer.experts:  # type: ignore[attr-defined]
             if isinstance(entry, int):

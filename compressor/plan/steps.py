@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import base64
 import binascii
-from typing import Annotated, Literal
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -215,10 +215,6 @@ class SlimStep(Record):
     form: Literal["uniform", "per_layer", "masked"]
     width: int | None = Field(default=None, ge=1)
     layers: tuple[SlimLayer, ...]
-
-
-Step = Annotated[DropStep | MergeStep | SlimStep, Field(discriminator="step")]
-"""One step of a plan."""
 
 
 def _ascending(value: tuple[int, ...]) -> tuple[int, ...]:

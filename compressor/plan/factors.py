@@ -1,0 +1,65 @@
+"""Experts kept as a shared centre and a small difference: the step that factors them."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from compressor.plan.steps import Record
+
+
+class FactorGroup(Record):
+    """Experts that share a centre.
+
+    Attributes:
+        lead: the member whose neurons the others are aligned to.
+        members: all members, ascending, the lead among them; one alone stays as it is.
+        weights: each member's part of the centre; they sum to 1.
+    """
+
+    lead: int = Field(ge=0)
+    members: tuple[int, ...] = Field(min_length=1)
+    weights: tuple[float, ...]
+
+
+class FactorLayer(Record):
+    """The groups of one layer: a partition of its routed experts, by ascending lead."""
+
+    layer: int = Field(ge=0)
+    step: int = Field(default=0, ge=0)
+    groups: tuple[FactorGroup, ...]
+
+
+class FactorStep(Record):
+    """Weights of experts become what few numbers say of them.
+
+    Attributes:
+        grouping: by which planner the groups were found.
+        method: ``low_rank_sparse`` = each matrix is a product of two thin ones and some rows as they are (MC-SMoE).
+            ``ternary_residual`` = each member is its group's centre and a sparse difference of one magnitude (ComPEFT).
+        form: ``dense`` = rebuilt in the source's shapes and type: any engine loads it and nothing is saved.
+            ``factored`` = the parts themselves, which ``compressor.load`` rebuilds: smaller on disk, not in memory.
+        rank: columns of the thin matrices (method ``low_rank_sparse``).
+        density: part of the rows that stay (``low_rank_sparse``), or of the entries of the difference
+            (``ternary_residual``).
+        scale: magnitude of the difference as a multiple of its standard deviation (``ternary_residual``).
+        layers: the groups, layer by layer.
+    """
+
+    step: Literal["factor"] = "factor"
+    grouping: str
+    method: Literal["low_rank_sparse", "ternary_residual"]
+    form: Literal["dense", "factored"] = "dense"
+    rank: int | None = Field(default=None, ge=1)
+    density: float = Field(ge=0, le=1)
+    scale: float | None = Field(default=None, gt=0)
+    layers: tuple[FactorLayer, ...]
+
+    @model_validator(mode="after")
+    def _has_its_numbers(self) -> FactorStep:
+        if (self.method == "low_rank_sparse") != (self.rank is not None):
+            raise ValueError("method low_rank_sparse goes with a rank, and no other")
+        if (self.method == "ternary_residual") != (self.scale is not None):
+            raise ValueError("method ternary_residual goes with a scale, and no other")
+        return self

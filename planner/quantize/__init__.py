@@ -1,0 +1,1 @@
+"""Which expert gets how many bits: one file per method."""
