@@ -52,6 +52,8 @@ def shares_that_may_fit(task: Task, preset: Preset, *, memory: int, other: int) 
         raise PlanError(f"form masked keeps all shapes and saves no memory: give a share, or form {others}")
     if preset.name == "moe_blocks":
         raise PlanError("preset 'moe_blocks' keeps all shapes and saves no memory: give a share")
+    if preset.step == "factor" and task.form == "dense":
+        raise PlanError(f"preset {preset.name!r} stores experts rebuilt, which saves no memory: give a share")
     source, size = task.source, value_bytes_of(task)
     whole = expert_parameters(source, sizes_before(source)) * size
     if other + whole <= memory:

@@ -115,6 +115,10 @@ PRESETS: tuple[Preset, ...] = (
     _preset("camera_p", "CAMERA-P", "slim", "slim.camera_p", _X, "CAMERA, AAAI 2026", forms=_SLIM_MASKED, alpha=0.9),
     _preset("heapr", "HEAPr", "slim", "slim.heapr", _G, "HEAPr, ICLR 2026", forms=_SLIM_MASKED, weighting="mean"),
     _preset("width", "Width", "slim", "slim.width", _X, "arXiv 2512.02351", forms=_SLIM_UNIFORM),
+    _preset("mc_smoe", "MC-SMoE", "factor", "factor.mc_smoe", _R, "MC-SMoE, ICLR 2024",
+            forms=("uniform", "per_layer", "padded", "shared"), rank=32, density=0.1),
+    _preset("compeft", "ComPEFT residuals", "factor", "factor.compeft", _S, "ComPEFT, arXiv 2311.13171",
+            forms=("dense",), density=0.2, scale=1.0),
 )  # fmt: skip
 
 

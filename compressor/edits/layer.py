@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from compressor.edits.factor import Factoring
 from compressor.edits.merging import Merging
 from compressor.edits.moments import LayerMoments
 from compressor.edits.quantize import quantized
@@ -28,6 +29,7 @@ from compressor.edits.slim import mask, slim, widen
 from compressor.plan import (
     DropStep,
     ExpertBits,
+    FactorStep,
     LayerKey,
     LayerShape,
     MergeLayer,
@@ -69,6 +71,7 @@ class LayerEdit:
             ``shared``); None where stored experts and rows are one to one.
         kept: (expert, role) -> (width,) bool mask of its neurons that stay.
         masked: neurons that go become zero, and stay in their places.
+        factoring: which experts are rebuilt from factors, and how; None where none is.
         bits: (expert, role) -> widths of its projections; those that are not named stay as they are.
         grids: the step that says what the widths mean; None where nothing is quantized.
     """
@@ -82,6 +85,7 @@ class LayerEdit:
     expert_map: Tensor | None = None
     kept: Mapping[tuple[int, Role], Tensor] = field(default_factory=dict)
     masked: bool = False
+    factoring: Factoring | None = None
     bits: Mapping[tuple[int, Role], ExpertBits] = field(default_factory=dict)
     grids: QuantizeStep | None = None
 
@@ -134,7 +138,8 @@ class LayerEdit:
         """Whether anything of the layer may change."""
         cut = self.zero_output or self.width != self.shape.width or self.merging is not None
         whole = self.same_experts and all(bool(kept.all()) for kept in self.kept.values())
-        return cut or not whole or bool(self.bits)
+        factored = any(self._factored(one) for one in self.experts)
+        return cut or not whole or factored or bool(self.bits)
 
     def decide(self, read: Read) -> None:
         """What depends on weights: which member stands for its group, and which neurons move where. Only done once.
@@ -151,7 +156,7 @@ class LayerEdit:
         if slot is None or self.zero_output or self.width != self.shape.width:
             return None
         kept = self.kept.get((slot.lead, "routed"))
-        if (kept is not None and not kept.all()) or (slot.lead, "routed") in self.bits:
+        if (kept is not None and not kept.all()) or (slot.lead, "routed") in self.bits or self._factored(slot):
             return None
         return slot.lead if self.merging is None else self.merging.untouched(slot)
 
@@ -166,10 +171,17 @@ class LayerEdit:
         return weights if slot is None else self._on_grid(weights, (slot.lead, "routed"))
 
     def cut(self, index: int, read: Read) -> ExpertWeights:
-        """The expert stored at ``index`` before its weights are put on grids.
+        """The expert stored at ``index`` before its weights are put on grids, rebuilt where it is factored.
 
         A merged expert is cut by the mask of its lead, after merging.
         """
+        slot = self.slots[index]
+        if slot is None or self.factoring is None or not self._factored(slot):
+            return self._cut(index, read)
+        places = {one.lead: place for place, one in enumerate(self.slots) if one is not None}
+        return self.factoring.expert(slot.lead, lambda lead: self._cut(places[lead], read))
+
+    def _cut(self, index: int, read: Read) -> ExpertWeights:
         self.decide(read)
         slot = self.slots[index]
         if slot is None:
@@ -212,6 +224,9 @@ class LayerEdit:
         if kept is not None and not kept.all():
             weights = mask(weights, kept) if self.masked else widen(slim(weights, kept), self.shared_width)
         return silenced(weights) if self.zero_output else weights
+
+    def _factored(self, expert: NewExpert) -> bool:
+        return self.factoring is not None and self.factoring.touches(expert.lead)
 
     def _on_grid(self, weights: ExpertWeights, unit: tuple[int, Role]) -> ExpertWeights:
         bits = self.bits.get(unit)
@@ -265,6 +280,8 @@ class _Layers:
         self.bits: dict[LayerKey, dict[tuple[int, Role], ExpertBits]] = defaultdict(dict)
         for (layer, number, expert, role), (bits, _) in bits_after(plan).items():
             self.bits[layer, number][expert, role] = bits
+        factors = [step for step in plan.steps if isinstance(step, FactorStep)]
+        self.factors = {(layer.layer, layer.step): (step, layer) for step in factors for layer in step.layers}
         self.grids = next((step for step in plan.steps if isinstance(step, QuantizeStep)), None)
         merges = [step for step in plan.steps if isinstance(step, MergeStep)]
         drops = [step for step in plan.steps if isinstance(step, DropStep)]
@@ -287,6 +304,7 @@ class _Layers:
             expert_map=self._expert_map(key, experts),
             kept=self.kept[key],
             masked=self.masked,
+            factoring=Factoring(*self.factors[key]) if key in self.factors else None,
             bits=self.bits[key],
             grids=self.grids,
         )

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from compressor.plan.bits import PARTS, ExpertBits
 from compressor.plan.document import Plan
+from compressor.plan.factors import FactorStep
 from compressor.plan.result import NewExpert, bits_after, experts_after, kept_layers, neurons_after
 from compressor.plan.source import LayerKey
 from moescope.errors import PlanError
@@ -63,11 +64,26 @@ def _fates(plan: Plan) -> dict[tuple[int, int, int, str], str]:
         unit = (layer, step, expert, role)
         if layer in stays and fates.get(unit, "kept") != "dropped" and not mask.all():
             fates[unit] = f"{int(mask.sum())} of {len(mask)} neurons"
+    for place, factored in _factored(plan).items():
+        fate = fates.get(place, "kept")
+        fates[place] = ", ".join([*([fate] if fate != "kept" else []), factored])
     for unit, (bits, _) in bits_after(plan).items():
         fate = fates.get(unit, "kept")
         if unit[0] in stays and fate != "dropped" and not fate.startswith("merged into"):
             fates[unit] = ", ".join([*([fate] if fate != "kept" else []), _in_bits(bits)])
     return fates
+
+
+def _factored(plan: Plan) -> dict[tuple[int, int, int, str], str]:
+    return {
+        (layer.layer, layer.step, member, "routed"): f"rank {step.rank}" if step.rank else f"residual of {group.lead}"
+        for step in plan.steps
+        if isinstance(step, FactorStep)
+        for layer in step.layers
+        for group in layer.groups
+        if step.rank or len(group.members) > 1
+        for member in group.members
+    }
 
 
 def _in_bits(bits: ExpertBits) -> str:

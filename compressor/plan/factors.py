@@ -14,7 +14,7 @@ class FactorGroup(Record):
 
     Attributes:
         lead: the member whose neurons the others are aligned to.
-        members: all members, ascending, the lead among them; one alone stays as it is.
+        members: all members, ascending, the lead among them; one alone shares with nobody.
         weights: each member's part of the centre; they sum to 1.
     """
 
@@ -24,7 +24,7 @@ class FactorGroup(Record):
 
 
 class FactorLayer(Record):
-    """The groups of one layer: a partition of its routed experts, by ascending lead."""
+    """The groups of one layer, by ascending lead; experts that stay and stand in none keep their weights."""
 
     layer: int = Field(ge=0)
     step: int = Field(default=0, ge=0)
@@ -34,12 +34,15 @@ class FactorLayer(Record):
 class FactorStep(Record):
     """Weights of experts become what few numbers say of them.
 
+    The result is stored rebuilt, in the source's shapes and type: any engine loads it, it shows what the factors cost,
+    and it saves nothing yet.
+
     Attributes:
         grouping: by which planner the groups were found.
-        method: ``low_rank_sparse`` = each matrix is a product of two thin ones and some rows as they are (MC-SMoE).
-            ``ternary_residual`` = each member is its group's centre and a sparse difference of one magnitude (ComPEFT).
-        form: ``dense`` = rebuilt in the source's shapes and type: any engine loads it and nothing is saved.
-            ``factored`` = the parts themselves, which ``compressor.load`` rebuilds: smaller on disk, not in memory.
+        method: ``low_rank_sparse`` = each matrix is a product of two thin ones and some rows as they are (MC-SMoE);
+            every expert is a group of its own. ``ternary_residual`` = each member is its group's centre and a sparse
+            difference of one magnitude (ComPEFT); an expert alone in its group stays as it is.
+        form: ``dense`` = rebuilt.
         rank: columns of the thin matrices (method ``low_rank_sparse``).
         density: part of the rows that stay (``low_rank_sparse``), or of the entries of the difference
             (``ternary_residual``).
@@ -50,7 +53,7 @@ class FactorStep(Record):
     step: Literal["factor"] = "factor"
     grouping: str
     method: Literal["low_rank_sparse", "ternary_residual"]
-    form: Literal["dense", "factored"] = "dense"
+    form: Literal["dense"] = "dense"
     rank: int | None = Field(default=None, ge=1)
     density: float = Field(ge=0, le=1)
     scale: float | None = Field(default=None, gt=0)

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 from compressor.plan.bits_rules import check_bits
 from compressor.plan.document import Plan
+from compressor.plan.factor_rules import check_factors
 from compressor.plan.factors import FactorLayer
 from compressor.plan.result import experts_after, kept_layers, neurons_after, router_stays
 from compressor.plan.source import LayerShape
@@ -32,6 +33,7 @@ def check(plan: Plan) -> None:
     _widths_fit_the_form(plan)
     _protected_units_stay(plan)
     check_bits(plan)
+    check_factors(plan)
 
 
 def _known_units(plan: Plan) -> None:
