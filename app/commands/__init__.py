@@ -16,6 +16,7 @@ from app.commands import (
     dashboard,
     demo,
     evaluate,
+    export,
     import_,
     inspect,
     plan,
@@ -36,6 +37,7 @@ COMMANDS: tuple[ModuleType, ...] = (
     plan,
     rank,
     apply,
+    export,
     evaluate,
     dashboard,
 )

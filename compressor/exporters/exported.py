@@ -1,0 +1,176 @@
+"""What an exporter gives, and the projections that it has to find words for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import groupby
+
+from compressor.plan import (
+    PARTS,
+    Bits,
+    DropStep,
+    LayerKey,
+    MergeStep,
+    Plan,
+    QuantizeStep,
+    Role,
+    bits_after,
+    experts_after,
+    kept_layers,
+    widths_after,
+)
+from compressor.plan.result import NewExpert, neurons_after
+from moescope.errors import PlanError
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A plan in the words of an engine.
+
+    Attributes:
+        text: content of the engine's file; ends with a line break.
+        left_out: every unit and step that the format cannot say, with the reason; numbers are those of the source.
+        notes: what the reader of the file has to know.
+    """
+
+    text: str
+    left_out: tuple[str, ...]
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One projection of an expert, as it stands when all cuts of the plan are made.
+
+    Attributes:
+        layer: its decoder layer, then.
+        expert: its place among the experts of the layer, then; 0 for shared experts.
+        role: routed or shared.
+        part: gate, up or down.
+        bits: width; None = as it is.
+        inputs: channels of a row.
+        outputs: rows.
+        source: (layer, step) and expert of the source.
+    """
+
+    layer: int
+    expert: int
+    role: Role
+    part: str
+    bits: Bits | None
+    inputs: int
+    outputs: int
+    source: tuple[LayerKey, int]
+
+    @property
+    def words(self) -> str:
+        """The unit for a reader, without its projection, by the numbers of the source."""
+        (layer, step), expert = self.source
+        place = f"layer {layer}" + (f" step {step}" if step else "")
+        return f"{place} shared experts" if self.role == "shared" else f"{place} expert {expert}"
+
+
+def quantize_step(plan: Plan) -> QuantizeStep:
+    """The step that gives widths.
+
+    Raises:
+        PlanError: the plan has none.
+    """
+    for step in plan.steps:
+        if isinstance(step, QuantizeStep):
+            return step
+    raise PlanError(
+        "the plan has no quantize step, so there are no widths to export: plan with a method that gives them"
+    )
+
+
+def units(plan: Plan) -> list[Unit]:
+    """Every projection of every expert that is left, in the order of the layers; also those that stay as they are."""
+    found, after, widths = bits_after(plan), experts_after(plan), widths_after(plan)
+    numbers = {layer: number for number, layer in enumerate(kept_layers(plan))}
+    shapes, places = plan.source.by_key, _places(plan, after)
+    masks = neurons_after(plan)
+    parts = [part for part in PARTS if part != "gate" or plan.source.gated]
+    result = []
+    for key, experts in after.items():
+        shape = shapes[key]
+        ones: list[tuple[Role, int, int, int, int]] = [
+            ("routed", places[key][one.lead], one.lead, widths[key], plan.source.expert_size) for one in experts
+        ]
+        if shape.shared_width:
+            kept = masks.get((*key, 0, "shared"))
+            masked = any(step.step == "slim" and step.form == "masked" for step in plan.steps)
+            width = shape.shared_width if kept is None or masked else max(int(kept.sum()), 1)
+            ones.append(("shared", 0, 0, width, plan.source.hidden_size))
+        for role, place, expert, width, hidden in ones:
+            entry = found.get((*key, expert, role))
+            for part in parts:
+                inputs, outputs = (width, hidden) if part == "down" else (hidden, width)
+                bits = None if entry is None else entry[0].of(part)
+                result.append(Unit(numbers[key[0]], place, role, part, bits, inputs, outputs, (key, expert)))
+    return result
+
+
+def unsaid_steps(plan: Plan) -> list[str]:
+    """What no engine's file says: every step that is to be applied first, and what a quantize step is beside widths."""
+    result = []
+    for place, step in enumerate(plan.steps, start=1):
+        if not isinstance(step, QuantizeStep):
+            result.append(f"step {place}, {step.step}: apply it first; the names in the file are those of the result")
+            continue
+        if step.nested is not None:
+            result.append(
+                f"step {place}, quantize: nested widths from {step.nested} bits; each is on a grid of its own"
+            )
+        if step.activation_bits is not None:
+            result.append(f"step {place}, quantize: {step.activation_bits} bits for what enters the experts")
+        if step.smoothing is not None:
+            result.append(f"step {place}, quantize: smoothing of input channels with exponent {step.smoothing:g}")
+    return result
+
+
+def left_out(cases: Iterable[tuple[Unit, str]]) -> list[str]:
+    """Sentences for the projections of one expert after the other that a format cannot say.
+
+    Args:
+        cases: unit and reason; those of an expert one behind the other.
+    """
+    result = []
+    for (words, reason), group in groupby(cases, key=lambda case: (case[0].words, case[1])):
+        parts = ", ".join(f"{unit.part} {_width(unit.bits)}" for unit, _ in group)
+        result.append(f"{words} ({parts}): {reason}")
+    return result
+
+
+def require_some(said: object, engine: str, missing: Iterable[str]) -> None:
+    """Refuse a file that would say nothing.
+
+    Raises:
+        PlanError: with the first reason.
+    """
+    if not said:
+        reason = next(iter(missing), "the plan gives no expert a width")
+        raise PlanError(f"nothing of the plan can be said in the words of {engine}: {reason}")
+
+
+def _width(bits: Bits | None) -> str:
+    return "as it is" if bits is None else "ternary" if bits == "ternary" else f"{bits} bit"
+
+
+def _places(plan: Plan, after: dict[LayerKey, list[NewExpert]]) -> dict[LayerKey, dict[int, int]]:
+    """(layer, step) -> lead of the source -> its place in the result; fillers stand behind those of their group."""
+    forms = {step.form for step in plan.steps if isinstance(step, (DropStep, MergeStep))}
+    largest = max(map(len, after.values()), default=0) if "padded" in forms else 0
+    result = {}
+    for key, experts in after.items():
+        shape, leads = plan.source.by_key[key], [one.lead for one in experts]
+        result[key] = {lead: place for place, lead in enumerate(leads)}
+        if shape.groups > 1 and largest > len(leads):
+            size, room = shape.num_experts // shape.groups, largest // shape.groups
+            inside: dict[int, int] = {}
+            for lead in leads:
+                group = lead // size
+                result[key][lead] = group * room + inside.get(group, 0)
+                inside[group] = inside.get(group, 0) + 1
+    return result
