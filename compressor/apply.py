@@ -38,7 +38,7 @@ class Receipt:
         tensors_copied: tensors of the result whose bytes are those of the source.
         tensors_edited: tensors that were computed or put together anew.
         tensors_removed: tensors of the source that are no more.
-        loads_with: ``transformers``, or ``compressor.load`` where layers differ.
+        loads_with: ``transformers``, or ``compressor.load`` where layers differ or weights are packed.
         notes: sentences for the reader.
         seconds: it took.
         dry_run: nothing was written.
@@ -93,7 +93,7 @@ def apply(
     partial = Partial.of(target, _job(plan, checkpoint, moments))
     done = {file.name for file in blueprint.files if partial.finished(file)} if partial.resumable else set()
     check_space(target, sum(file.size for file in blueprint.files if file.name not in done))
-    loads_with = "compressor.load" if blueprint.per_layer else "transformers"
+    loads_with = "compressor.load" if blueprint.per_layer or blueprint.packed else "transformers"
     if not dry_run:
         with partial.opened() as folder:
             _write_weights(folder, blueprint, done, progress or (lambda written, total: None))

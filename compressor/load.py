@@ -1,7 +1,8 @@
-"""``load``: a model from a folder, also one whose layers differ, or share experts between rows of their routers."""
+"""``load``: a model from a folder, also one whose layers differ, share experts, or keep their weights packed."""
 
 from __future__ import annotations
 
+import copy
 import json
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 
 from compressor.building import building
+from compressor.packed.settings import stated_settings
 from moescope.errors import ModelError
 
 
@@ -19,6 +21,9 @@ def load(
     path: str | Path, *, dtype: str | torch.dtype = "auto", device: str | torch.device = "cpu", **options: Any
 ) -> Any:
     """The model in a folder, ready to be used; by the library's own classes, and never with a checkpoint's own code.
+
+    Checkpoints of compressed-tensors are unpacked here, matrix by matrix, each by the group that names it; the model is
+    dense. The library's own way takes one group for all experts, and gets other weights where their widths differ.
 
     Args:
         path: folder that holds config.json and weights.
@@ -39,9 +44,29 @@ def load(
             settings = {"config": config, "dtype": dtype, "local_files_only": True, **options}
             # Of other shapes, too: that way the message can name the weight. None of them is kept.
             settings |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
-            model, info = _class(config, stated).from_pretrained(path, **settings)
+            if stated_settings(stated) is None:
+                model, info = _class(config, stated).from_pretrained(path, **settings)
+            else:
+                model, info = _unpacked(path, _class(config, stated), settings)
     _require_whole(path, info)
     return (model if "device_map" in options else model.to(device)).eval()
+
+
+def _unpacked(path: Path, kind: Any, settings: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """A model of packed weights, from their values, and what the library says of its loading."""
+    from transformers import GenerationConfig
+
+    from compressor.packed.loading import dense_state
+
+    config = copy.deepcopy(settings["config"])
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    with dense_state(path, config.model_type) as state:
+        model, info = kind.from_pretrained(None, **{**settings, "config": config, "state_dict": state})
+    model.config.name_or_path = model.name_or_path = str(path)
+    if (path / "generation_config.json").is_file() and "generation_config" not in settings:
+        model.generation_config = GenerationConfig.from_pretrained(path, local_files_only=True)
+    return model, info
 
 
 def require_loadable(config: Mapping[str, Any]) -> None:

@@ -13,15 +13,25 @@ from compressor.checkpoint.files import Checkpoint
 from compressor.checkpoint.fit import check_layers, check_model, check_quantized
 from compressor.checkpoint.layers import Decoder, ExpertReader, read_decoder
 from compressor.checkpoint.outputs import Output, OutputFile, whole
+from compressor.checkpoint.packing import check_packable, result_settings
 from compressor.checkpoint.ties import check_ties
 from compressor.families import EXPERT_MAP
 from compressor.families.config_fields import LayerSizes, TextConfig, find_text_config, shared_width, write_sizes
+from compressor.packed.settings import stated_settings
 from compressor.plan import LayerKey, Plan, kept_layers
 from moescope.errors import ModelError, PlanError
 
 if TYPE_CHECKING:
     from compressor.edits.layer import LayerEdit
     from compressor.edits.moments import LayerMoments
+
+
+PACKED = (
+    "weights are packed by compressed-tensors (pack-quantized), which compressor.load reads; AutoModel of transformers"
+    " (5.17 and 5.23) takes one width for all experts, and gets other weights without a word where they have several",
+    "vLLM reads compressed-tensors; its fused experts take one width per layer. Not tried here",
+)
+"""What a reader has to know of packed weights."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +42,7 @@ class Blueprint:
         files: its safetensors files.
         config: its configuration.
         per_layer: layers differ, or share experts, so that ``compressor.load`` has to load it.
+        packed: so has it, because weights are packed and have widths of their own.
         copied: tensors whose bytes are those of the source.
         edited: tensors that are computed or put together anew.
         removed: tensors of the source that are no more.
@@ -41,6 +52,7 @@ class Blueprint:
     files: tuple[OutputFile, ...] = field(repr=False)
     config: dict[str, Any] = field(repr=False)
     per_layer: bool
+    packed: bool
     copied: int
     edited: int
     removed: int
@@ -67,6 +79,7 @@ def draw(plan: Plan, checkpoint: Checkpoint, moments: Mapping[LayerKey, LayerMom
     decoder = read_decoder(checkpoint, model_type=text.model_type, num_layers=text.layers)
     check_layers(plan, checkpoint, decoder, text)
     quantized = check_quantized(plan, checkpoint, decoder)
+    step = check_packable(plan, checkpoint, decoder)
     drawing = _Drawing(plan, checkpoint, text, decoder, layer_edits(plan, moments or {}), quantized)
     per_layer = drawing.configure()
     drawing.fits_beyond = config == checkpoint.config
@@ -79,7 +92,11 @@ def draw(plan: Plan, checkpoint: Checkpoint, moments: Mapping[LayerKey, LayerMom
     notes = tuple(drawing.notes())
     if not drawing.fits_beyond and decoder.beyond:
         leave_out_prediction(text)
-    return Blueprint(tuple(files), config, per_layer, len(every) - edited, edited, removed, notes)
+    if step is not None:
+        config["quantization_config"] = result_settings(step, every)
+        notes = (*notes, *PACKED)
+    packed = len((stated_settings(config) or {}).get("config_groups") or ()) > 1 or step is not None
+    return Blueprint(tuple(files), config, per_layer, packed, len(every) - edited, edited, removed, notes)
 
 
 def _require_loadable(config: dict[str, Any]) -> None:

@@ -4,21 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING
 
 from compressor.checkpoint.files import Reader
 from compressor.checkpoint.headers import FLOATS, Entry, size_of
-from compressor.checkpoint.layers import ExpertReader, StoredLayer, Tensor
+from compressor.checkpoint.layers import ExpertReader, StoredLayer, Tensor, read_shared, shared_slots
 from compressor.checkpoint.outputs import Copied, Made, Output, Piece, Zeros, whole
-from compressor.checkpoint.slots import find_slots
+from compressor.checkpoint.packing import StoredExpert, is_packed, pack_expert, packed_outputs, packed_widths
 from compressor.families.checkpoint import TensorName
+from compressor.plan import ExpertBits
 from moescope.errors import PlanError
 
 if TYPE_CHECKING:
     import torch
 
     from compressor.edits.layer import LayerEdit
-    from compressor.weights import ExpertWeights
+
+_DENSE = "use form dense"
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,8 @@ class LayerEditing:
         """(a tensor of the source in whose file it goes, tensor of the result)."""
         yield from self._separate() if self.layer.separate else self._fused()
         for name, entry in self.layer.shared:
-            yield entry, self._shared(name, entry)
+            for output in self._shared(name, entry):
+                yield entry, output
         for name, entry in self.layer.around:
             yield entry, self._around(name, entry)
 
@@ -68,6 +72,10 @@ class LayerEditing:
             lead = index if slot is None else slot.lead
             for name, entry in by_expert[lead]:
                 new, source = name.renumbered(layer=self.place, expert=index), self._source_of(index, name)
+                bits = None if slot is None else packed_widths(self.edit, lead, "routed")
+                if bits is not None and is_packed(name, bits):
+                    yield from ((entry, output) for output in self._packed(index, name, new, bits))
+                    continue
                 if source is not None and source == lead:
                     yield entry, whole(entry, new)
                     continue
@@ -115,48 +123,65 @@ class LayerEditing:
         if self.edit.slots[index] is None or (self.edit.zero_output and name.part == "down"):
             return Zeros(size)
         slot = self._reader.slots[name.name]
-        return Made(("expert", self.layer.layer, index), lambda reader: self._expert(index, reader), slot.of, size)
+        unit, make = ("expert", self.layer.layer, index), partial(self._expert, index)
+        return Made(unit, make, lambda expert: slot.of(expert.weights), size)
 
-    def _expert(self, index: int, reader: Reader) -> ExpertWeights:
-        experts = self._reader
-        return self.edit.expert(index, lambda number: experts.read(reader, number))
+    def _packed(self, index: int, name: TensorName, new: str, bits: ExpertBits) -> Iterator[Output]:
+        if self._reader.slots[name.name].transposed:
+            raise PlanError(f"{name.name} is stored as (inputs, outputs), which form packed does not hold: {_DENSE}")
+        unit, make = ("expert", self.layer.layer, index), partial(self._expert, index)
+        assert self.edit.grids is not None and name.part is not None
+        return packed_outputs(new, name.part, self._slot_shape(name), bits, self.edit.grids, unit, make)
+
+    def _expert(self, index: int, reader: Reader) -> StoredExpert:
+        experts, slot = self._reader, self.edit.slots[index]
+        bits = None if slot is None else packed_widths(self.edit, slot.lead, "routed")
+        if bits is None or self.edit.grids is None:
+            return StoredExpert(self.edit.expert(index, lambda number: experts.read(reader, number)))
+        return pack_expert(self.edit.cut(index, lambda number: experts.read(reader, number)), bits, self.edit.grids)
 
     def _decide(self, reader: Reader) -> None:
         if self._late:
             experts = self._reader
             self.edit.decide(lambda number: experts.read(reader, number))
 
-    def _shared(self, name: TensorName, entry: Entry) -> Output:
+    def _shared(self, name: TensorName, entry: Entry) -> Iterator[Output]:
         new = name.renumbered(layer=self.place)
         kept = self.edit.kept.get((0, "shared"))
         same = (kept is None or bool(kept.all())) and self.shared_width == self.edit.shape.shared_width
         same = same and (0, "shared") not in self.edit.bits
         if self.edit.zero_output and name.part == "down":
             if same and entry.dtype in FLOATS:
-                return Output(new, entry.dtype, entry.shape, (Zeros(entry.size),), edited=True)
+                yield Output(new, entry.dtype, entry.shape, (Zeros(entry.size),), edited=True)
+                return
         elif same:
-            return whole(entry, new)
+            yield whole(entry, new)
+            return
         if len(entry.shape) > 2 or entry.dtype not in FLOATS or name.what not in ("weight", "bias"):
-            raise PlanError(f"{name.name} is quantized or keeps shared experts apart: plan without slimming those")
-        slot = self._shared_slots()[name.name]
+            raise PlanError(f"{name.name} is quantized or keeps shared experts apart: plan without changing those")
+        slot = shared_slots(self.layer, self.edit.shape.shared_width, self.hidden)[name.name]
         shape = slot.shape(self.shared_width, self.hidden)
-        made = Made(("shared", self.layer.layer), self._shared_experts, slot.of, size_of(entry.dtype, shape))
-        return Output(new, entry.dtype, shape, (made,), edited=True)
+        unit, bits, step = ("shared", self.layer.layer), packed_widths(self.edit, 0, "shared"), self.edit.grids
+        if bits is not None and step is not None and is_packed(name, bits):
+            if step.group_size and shape[1] % step.group_size:
+                raise PlanError(
+                    f"groups of {step.group_size} do not divide the {shape[1]} inputs of {name.name}: use a divisor, or"
+                    " 0 for whole rows"
+                )
+            yield from packed_outputs(new, name.part or "", shape, bits, step, unit, self._shared_experts)
+            return
+        made = Made(unit, self._shared_experts, lambda expert: slot.of(expert.weights), size_of(entry.dtype, shape))
+        yield Output(new, entry.dtype, shape, (made,), edited=True)
 
-    def _shared_slots(self) -> dict[str, Any]:
-        tensors = [(name, entry.shape) for name, entry in self.layer.shared]
-        width = self.edit.shape.shared_width
-        slots = find_slots(tensors, width=width, hidden=self.hidden, model_type="")
-        return {name.name: slot for (name, _), slot in zip(tensors, slots, strict=True)}
-
-    def _shared_experts(self, reader: Reader) -> ExpertWeights:
+    def _shared_experts(self, reader: Reader) -> StoredExpert:
         from compressor.edits.slim import widen
-        from compressor.weights import ExpertWeights
 
-        parts: dict[str, torch.Tensor] = {}
-        for name, entry in self.layer.shared:
-            parts.update(self._shared_slots()[name.name].parts(reader.tensor(entry)))
-        return widen(self.edit.shared(ExpertWeights(**parts)), self.shared_width)
+        weights = read_shared(self.layer, self.edit.shape.shared_width, self.hidden, reader)
+        bits = packed_widths(self.edit, 0, "shared")
+        if bits is None or self.edit.grids is None:
+            return StoredExpert(widen(self.edit.shared(weights), self.shared_width))
+        # Zeros that fill it up are on every grid and move none.
+        return pack_expert(widen(self.edit.cut_shared(weights), self.shared_width), bits, self.edit.grids)
 
     def _around(self, name: TensorName, entry: Entry) -> Output:
         new = name.renumbered(layer=self.place)

@@ -7,12 +7,13 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compressor.checkpoint.headers import Entry, read_header, size_of
+from compressor.packed.entries import PackedEntry
 from moescope.errors import ModelError, RunError
 
 if TYPE_CHECKING:
@@ -195,6 +196,8 @@ class Reader:
         """Rows ``first`` .. ``first + count - 1`` of a tensor along its first axis, with that axis."""
         import torch
 
+        if isinstance(entry, PackedEntry):
+            return entry.values(self.tensor)[first : first + count]
         shape = (count, *entry.shape[1:])
         size = size_of(entry.dtype, entry.shape[1:])
         content = self.bytes(entry.file, entry.start + first * size, count * size)
@@ -204,7 +207,7 @@ class Reader:
     def tensor(self, entry: Entry) -> Tensor:
         """A whole tensor."""
         if not entry.shape:
-            raise ValueError(f"{entry.name} is a single number")
+            return self.rows(replace(entry, shape=(1,)), 0, 1)[0]
         return self.rows(entry, 0, entry.shape[0])
 
     def close(self) -> None:

@@ -128,5 +128,6 @@ def _names_numbers(value: Any, plan: Plan) -> bool:
     if isinstance(value, (list, tuple)):
         return any(_names_numbers(entry, plan) for entry in value)
     moves = any(isinstance(step, DropStep) and step.decoder_layers for step in plan.steps)
-    pattern = r"(experts|layers)\.\d+" if moves else r"experts\.\d+"
+    names = "(experts|layers)" if moves else "experts"
+    pattern = names + r"\\?\.\(?(\?:)?\d"  # also in regular expressions: experts\.3\., experts\.(3|4)\.
     return isinstance(value, str) and bool(re.search(pattern, value))

@@ -245,3 +245,27 @@ class ExpertReader:
         for name, entry in self._of_expert[expert]:
             parts.update(self.slots[name.name].parts(reader.tensor(entry)))
         return ExpertWeights(**parts)
+
+
+def shared_slots(layer: StoredLayer, width: int, hidden: int) -> dict[str, Slot]:
+    """Name -> how it stores its part of the shared experts, which are merged in one module."""
+    tensors = [(name, entry.shape) for name, entry in layer.shared]
+    slots = find_slots(tensors, width=width, hidden=hidden, model_type="")
+    return {name.name: slot for (name, _), slot in zip(tensors, slots, strict=True)}
+
+
+def read_shared(layer: StoredLayer, width: int, hidden: int, reader: Reader) -> ExpertWeights:
+    """The shared experts of a layer, in the checkpoint's types.
+
+    Args:
+        layer: its tensors.
+        width: neurons of all shared experts.
+        hidden: channels of the residual stream, which they read and write.
+        reader: of the files.
+    """
+    from compressor.weights import ExpertWeights
+
+    slots, parts = shared_slots(layer, width, hidden), {}
+    for name, entry in layer.shared:
+        parts.update(slots[name.name].parts(reader.tensor(entry)))
+    return ExpertWeights(**parts)

@@ -59,6 +59,7 @@ class Output:
         shape: its shape.
         pieces: its bytes in order.
         edited: other than a tensor of the source, renamed at most.
+        bits: width of the codes that it packs; None of all else.
     """
 
     name: str
@@ -66,6 +67,7 @@ class Output:
     shape: tuple[int, ...]
     pieces: tuple[Piece, ...]
     edited: bool = False
+    bits: int | None = None
 
     @property
     def size(self) -> int:

@@ -14,6 +14,7 @@ from compressor.checkpoint.layers import StoredLayer, check_layer, read_decoder
 from compressor.checkpoint.outputs import Copied, OutputFile
 from compressor.families import EXPERT_MAP
 from compressor.families.config_fields import TextConfig, find_text_config
+from compressor.packed.view import dense_view
 from compressor.plan import Plan, experts_after, kept_layers
 from moescope.errors import ModelError, RunError
 
@@ -42,12 +43,14 @@ def verify(folder: str | Path) -> Verified:
     """Look a result of :func:`compressor.apply` over: headers, index, configuration, and its plan if it carries one.
 
     Every MoE layer has to hold its experts without a gap, a router row and bias for each (or for each that the map of
-    form ``shared`` names), and as many as the configuration and the plan say.
+    form ``shared`` names), and as many as the configuration and the plan say. Packed matrices count as what they stand
+    for, and have to be whole: codes, scales, zero points and shape.
 
     Raises:
         ModelError: something does not fit; the message names it.
     """
-    checkpoint = Checkpoint.open(folder)
+    files = Checkpoint.open(folder)
+    checkpoint = dense_view(files)
     text = find_text_config(checkpoint.config)
     decoder = read_decoder(checkpoint, model_type=text.model_type, num_layers=text.layers)
     planned = _planned(checkpoint.folder)
@@ -68,7 +71,7 @@ def verify(folder: str | Path) -> Verified:
         check_layer(layer, names, entries, num_experts=count, extra_rows=text.extra_rows, routed=declared)
     if planned is not None and set(planned) != set(experts):
         raise ModelError(f"{folder} has experts in layers {sorted(experts)} and its plan leaves {sorted(planned)}")
-    return Verified(len(checkpoint.shards), len(entries), checkpoint.bytes_on_disk, experts)
+    return Verified(len(files.shards), len(files.entries), files.bytes_on_disk, experts)
 
 
 def _count(layer: StoredLayer, text: TextConfig) -> int:
