@@ -58,6 +58,7 @@ _R, _X, _S, _G = "routing", "activations", "similarity", "gradients"
 _SLIM_MASKED, _SLIM_UNIFORM = ("masked", "uniform", "per_layer"), ("uniform", "per_layer", "masked")
 _WHOLE = ("uniform",)
 _MERGED = ("uniform", "shared")
+_PACKED, _DENSE = ("packed", "dense"), ("dense", "packed")
 
 
 def _scored(name: str, title: str, level: str, source: str, *, differs: bool = True, **parameters: Any) -> Preset:
@@ -115,6 +116,12 @@ PRESETS: tuple[Preset, ...] = (
     _preset("camera_p", "CAMERA-P", "slim", "slim.camera_p", _X, "CAMERA, AAAI 2026", forms=_SLIM_MASKED, alpha=0.9),
     _preset("heapr", "HEAPr", "slim", "slim.heapr", _G, "HEAPr, ICLR 2026", forms=_SLIM_MASKED, weighting="mean"),
     _preset("width", "Width", "slim", "slim.width", _X, "arXiv 2512.02351", forms=_SLIM_UNIFORM),
+    _preset("error_bits", "Error bits", "quantize", "quantize.error_bits", _X, "ours", forms=_PACKED, differs=False,
+            widths=(2, 3, 4, 8), granularity="expert", budget="model", weigh="influence"),
+    _preset("uniform_bits", "Uniform bits", "quantize", "quantize.uniform_bits", _R, "control", forms=_PACKED,
+            differs=False, widths=(2, 3, 4, 8)),
+    _preset("random_bits", "Random bits", "quantize", "quantize.random_bits", _R, "control", forms=_PACKED,
+            differs=False, seed=0, widths=(2, 3, 4, 8), granularity="expert"),
     _preset("mc_smoe", "MC-SMoE", "factor", "factor.mc_smoe", _R, "MC-SMoE, ICLR 2024",
             forms=("uniform", "per_layer", "padded", "shared"), rank=32, density=0.1),
     _preset("compeft", "ComPEFT residuals", "factor", "factor.compeft", _S, "ComPEFT, arXiv 2311.13171",
