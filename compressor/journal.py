@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from compressor.families import ExpertMap
 
@@ -48,7 +49,10 @@ class Journal:
 
     def expert_map(self, experts: nn.Module, places: Sequence[int], weightless: int) -> None:
         """A map between the router's rows and the stored experts, before the experts run."""
-        handle = experts.register_forward_pre_hook(ExpertMap(places, weightless), with_kwargs=True)
+        self.hook(experts.register_forward_pre_hook(ExpertMap(places, weightless), with_kwargs=True))
+
+    def hook(self, handle: RemovableHandle) -> None:
+        """A hook that was put on a module."""
         self._later(handle.remove)
 
     def config(self, config: Any) -> None:

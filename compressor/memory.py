@@ -24,15 +24,24 @@ from compressor.edits.moments import LayerMoments
 from compressor.families import expert_map_of, router_traits, takes_expert_map
 from compressor.journal import Journal
 from compressor.plan import LayerKey, LayerShape, Plan, kept_layers
+from compressor.readers import readers_of
 from compressor.removal import remove_layers, require_removable
-from compressor.replacement import changes_shared, replace_experts, replace_router, replace_shared, require_shared
+from compressor.replacement import (
+    changes_shared,
+    narrow_activations,
+    replace_experts,
+    replace_router,
+    replace_shared,
+    require_narrowable,
+    require_shared,
+)
 from compressor.sites import Decoder, Site, find_decoder
 from compressor.sizes import require_sizes, write_sizes
 from moescope.errors import ModelError, PlanError
 
 
 def edit(model: nn.Module, plan: Plan, *, moments: Mapping[LayerKey, LayerMoments] | None = None) -> None:
-    """Drop, merge and slim the experts of a loaded model, in place.
+    """Do to the experts of a loaded model what a plan says, in place; narrower activations included.
 
     What can be refused is refused before the first change. Old tensors are let go layer by layer.
 
@@ -74,11 +83,18 @@ def _change(journal: Journal, model: nn.Module, plan: Plan, moments: Mapping[Lay
     changed = {key: edit for key, edit in edits.items() if edit.changes}
     for key, edit in changed.items():
         _require_editable(decoder, edit.shape, edit, key)
+    readers = {
+        key: readers_of(decoder, decoder.sites[key], key[0])
+        for key, edit in changed.items()
+        if edit.smoothing is not None
+    }
     require_removable(decoder, kept)
     require_sizes(decoder, edits)
     for key, edit in changed.items():
         site = decoder.sites[key]
         edit.decide(site.read)
+        if key in readers:
+            _decide_scales(site, edit)
         if [edit.untouched(index) for index in range(edit.count)] != list(range(edit.shape.num_experts)):
             replace_experts(journal, site, edit)
         if edit.expert_map is not None:
@@ -87,8 +103,17 @@ def _change(journal: Journal, model: nn.Module, plan: Plan, moments: Mapping[Lay
         if not edit.same_router:
             replace_router(journal, site, edit)
         replace_shared(journal, site, edit)
+        if edit.smoothing is not None:
+            readers[key].smooth(journal, edit.smoothing)
+        if edit.activation_bits is not None:
+            narrow_activations(journal, site, edit, edit.activation_bits)
     remove_layers(journal, decoder, kept)
     write_sizes(journal, model, decoder, edits, kept)
+
+
+def _decide_scales(site: Site, edit: LayerEdit) -> None:
+    assert site.router is not None
+    edit.smooth(site.read, site.router.get_parameter(site.projection).detach())
 
 
 def _require_editable(decoder: Decoder, shape: LayerShape, edit: LayerEdit, key: LayerKey) -> None:
@@ -122,6 +147,8 @@ def _require_editable(decoder: Decoder, shape: LayerShape, edit: LayerEdit, key:
         )
     if not edit.same_router:
         _require_router(site, edit, key)
+    if edit.activation_bits is not None:
+        require_narrowable(site, edit)
 
 
 def _require_router(site: Site, edit: LayerEdit, key: LayerKey) -> None:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from compressor.edits.activations import NarrowExperts, NarrowInput
 from compressor.edits.layer import LayerEdit
-from compressor.families import ExpertsLayout, SeparateLayout
+from compressor.families import ExpertsLayout, SeparateLayout, takes_expert_map
+from compressor.families.calls import read_output
 from compressor.families.special.dbrx import DbrxLayout
 from compressor.journal import Journal
 from compressor.sites import Site, router_tensors
@@ -74,8 +77,9 @@ def replace_router(journal: Journal, site: Site, edit: LayerEdit) -> None:
 
 
 def changes_shared(edit: LayerEdit) -> bool:
-    """Whether the shared experts of a layer, if it has any, are cut, quantized or silenced."""
-    return edit.zero_output or (0, "shared") in edit.kept or (0, "shared") in edit.bits
+    """Whether the shared experts of a layer, if it has any, are cut, quantized, smoothed or silenced."""
+    narrow = (0, "shared") in edit.bits or edit.smoothing is not None
+    return edit.zero_output or (0, "shared") in edit.kept or narrow
 
 
 def require_shared(site: Site) -> None:
@@ -103,6 +107,36 @@ def replace_shared(journal: Journal, site: Site, edit: LayerEdit) -> None:
     for name, tensor in tensors.items():
         _put_projection(journal, module, name, tensor)
     _renumber(journal, module, (*_WIDTHS, "hidden_size"), before.width, after.width)
+
+
+def require_narrowable(site: Site, edit: LayerEdit) -> None:
+    """Refuse experts that cannot be run one by one, between whose projections activations could be narrowed.
+
+    Raises:
+        ModelError: with the class of the experts.
+    """
+    if not takes_expert_map(site.adapter) or site.adapter.output is not read_output or site.adapter.weights_input:
+        raise ModelError(
+            f"{site.name} ({type(site.experts).__name__}) is not called with (hidden, ids, weights), so that what"
+            " enters its experts cannot be narrowed: plan without activation_bits"
+        )
+    if site.shared is not None and (0, "shared") in edit.bits and not list(_shared_linears(site)):
+        raise ModelError(
+            f"the shared experts of {site.name} ({type(site.shared.module).__name__}) are no linear modules, so that"
+            " what enters them cannot be narrowed: plan without activation_bits, or without widths of shared experts"
+        )
+
+
+def narrow_activations(journal: Journal, site: Site, edit: LayerEdit, bits: int) -> None:
+    """From now on, what enters the experts and their second projections is on grids, token by token."""
+    journal.hook(site.experts.register_forward_hook(NarrowExperts(site.adapter, bits), with_kwargs=True))
+    for linear in _shared_linears(site) if (0, "shared") in edit.bits else ():
+        journal.hook(linear.register_forward_pre_hook(NarrowInput(bits)))
+
+
+def _shared_linears(site: Site) -> Iterator[nn.Linear]:
+    if site.shared is not None:
+        yield from (module for module in site.shared.module.modules() if isinstance(module, nn.Linear))
 
 
 def _stacked(journal: Journal, site: Site, edit: LayerEdit, layout: ExpertsLayout) -> None:

@@ -26,6 +26,7 @@ from compressor.edits.moments import LayerMoments
 from compressor.edits.quantize import quantized
 from compressor.edits.silence import empty, silenced
 from compressor.edits.slim import mask, slim, widen
+from compressor.edits.smooth import Smoothing
 from compressor.plan import (
     DropStep,
     ExpertBits,
@@ -74,6 +75,7 @@ class LayerEdit:
         factoring: which experts are rebuilt from factors, and how; None where none is.
         bits: (expert, role) -> widths of its projections; those that are not named stay as they are.
         grids: the step that says what the widths mean; None where nothing is quantized.
+        smoothing: how ranges of channels move into the weights; None where they do not.
     """
 
     shape: LayerShape
@@ -88,6 +90,7 @@ class LayerEdit:
     factoring: Factoring | None = None
     bits: Mapping[tuple[int, Role], ExpertBits] = field(default_factory=dict)
     grids: QuantizeStep | None = None
+    smoothing: Smoothing | None = None
 
     @staticmethod
     def of(plan: Plan, key: LayerKey, moments: LayerMoments | None = None) -> LayerEdit:
@@ -139,7 +142,12 @@ class LayerEdit:
         cut = self.zero_output or self.width != self.shape.width or self.merging is not None
         whole = self.same_experts and all(bool(kept.all()) for kept in self.kept.values())
         factored = any(self._factored(one) for one in self.experts)
-        return cut or not whole or factored or bool(self.bits)
+        return cut or not whole or factored or bool(self.bits) or self.smoothing is not None
+
+    @property
+    def activation_bits(self) -> int | None:
+        """Width of what enters the experts and their second projections; None = as it is."""
+        return self.grids.activation_bits if self.grids is not None and self.bits else None
 
     def decide(self, read: Read) -> None:
         """What depends on weights: which member stands for its group, and which neurons move where. Only done once.
@@ -150,10 +158,22 @@ class LayerEdit:
         if self.merging is not None:
             self.merging.decide(self.experts, read)
 
+    def smooth(self, read: Read, router: Tensor) -> Smoothing | None:
+        """The smoothing of this layer with its scales, found in the weights of all experts and of the router.
+
+        Args:
+            read: weights of one expert of the source, as it has them.
+            router: (E, H) rows of its projection.
+        """
+        if self.smoothing is not None and not self.smoothing.decided:
+            places = [place for place, slot in enumerate(self.slots) if slot is not None]
+            self.smoothing.decide((self.cut(place, read) for place in places), self.rows(router))
+        return self.smoothing
+
     def untouched(self, index: int) -> int | None:
         """The expert of the source that is stored at ``index`` as it is; None where it has to be computed."""
         slot = self.slots[index]
-        if slot is None or self.zero_output or self.width != self.shape.width:
+        if slot is None or self.zero_output or self.width != self.shape.width or self.smoothing is not None:
             return None
         kept = self.kept.get((slot.lead, "routed"))
         if (kept is not None and not kept.all()) or (slot.lead, "routed") in self.bits or self._factored(slot):
@@ -168,7 +188,7 @@ class LayerEdit:
             read: weights of one expert of the source, as it has them.
         """
         slot, weights = self.slots[index], self.cut(index, read)
-        return weights if slot is None else self._on_grid(weights, (slot.lead, "routed"))
+        return weights if slot is None else self._on_grid(self._smoothed(weights), (slot.lead, "routed"))
 
     def cut(self, index: int, read: Read) -> ExpertWeights:
         """The expert stored at ``index`` before its weights are put on grids, rebuilt where it is factored.
@@ -216,7 +236,7 @@ class LayerEdit:
 
     def shared(self, weights: ExpertWeights) -> ExpertWeights:
         """The shared experts, merged in one module, with the neurons that stay and the values of their grids."""
-        return self._on_grid(self.cut_shared(weights), (0, "shared"))
+        return self._on_grid(self._smoothed(self.cut_shared(weights)), (0, "shared"))
 
     def cut_shared(self, weights: ExpertWeights) -> ExpertWeights:
         """The shared experts before their weights are put on grids."""
@@ -227,6 +247,9 @@ class LayerEdit:
 
     def _factored(self, expert: NewExpert) -> bool:
         return self.factoring is not None and self.factoring.touches(expert.lead)
+
+    def _smoothed(self, weights: ExpertWeights) -> ExpertWeights:
+        return weights if self.smoothing is None else self.smoothing.expert(weights)
 
     def _on_grid(self, weights: ExpertWeights, unit: tuple[int, Role]) -> ExpertWeights:
         bits = self.bits.get(unit)
@@ -283,6 +306,8 @@ class _Layers:
         factors = [step for step in plan.steps if isinstance(step, FactorStep)]
         self.factors = {(layer.layer, layer.step): (step, layer) for step in factors for layer in step.layers}
         self.grids = next((step for step in plan.steps if isinstance(step, QuantizeStep)), None)
+        self.channels = {(one.layer, one.step): one for one in (self.grids.channels if self.grids is not None else ())}
+        self.hidden = plan.source.hidden_size
         merges = [step for step in plan.steps if isinstance(step, MergeStep)]
         drops = [step for step in plan.steps if isinstance(step, DropStep)]
         self.merges = {(layer.layer, layer.step): (step, layer) for step in merges for layer in step.layers}
@@ -307,7 +332,13 @@ class _Layers:
             factoring=Factoring(*self.factors[key]) if key in self.factors else None,
             bits=self.bits[key],
             grids=self.grids,
+            smoothing=self._smoothing(key),
         )
+
+    def _smoothing(self, key: LayerKey) -> Smoothing | None:
+        if self.grids is None or self.grids.smoothing is None or key not in self.channels:
+            return None
+        return Smoothing(self.grids.smoothing, torch.from_numpy(self.channels[key].values(self.hidden)))
 
     def _expert_map(self, key: LayerKey, experts: list[NewExpert]) -> Tensor | None:
         if key not in self.merges or self.merges[key][0].form != "shared" or not any(one.merged for one in experts):

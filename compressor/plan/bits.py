@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import base64
+import binascii
 import math
-from typing import Literal
+from typing import Any, Literal
 
+import numpy as np
+from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
 from compressor.plan.steps import Record, Role
@@ -69,6 +73,29 @@ class SmoothLayer(Record):
     layer: int = Field(ge=0)
     step: int = Field(default=0, ge=0)
     input_max: str
+
+    @staticmethod
+    def of(*, layer: int, input_max: NDArray[np.floating[Any]], step: int = 0) -> SmoothLayer:
+        """From a vector (H,)."""
+        content = np.ascontiguousarray(input_max, dtype="<f4").tobytes()
+        return SmoothLayer(layer=layer, step=step, input_max=base64.b64encode(content).decode("ascii"))
+
+    def values(self, size: int) -> NDArray[np.float32]:
+        """(size,) largest |x| of each channel.
+
+        Raises:
+            ValueError: the vector is damaged, or of another length.
+        """
+        try:
+            content = base64.b64decode(self.input_max, validate=True)
+        except (ValueError, binascii.Error) as error:
+            raise ValueError(f"the channels of layer {self.layer} cannot be read: {error}") from error
+        if len(content) != 4 * size:
+            raise ValueError(f"layer {self.layer} has {len(content) / 4:g} channels, not {size}")
+        values = np.frombuffer(content, dtype="<f4").astype(np.float32)
+        if not (np.isfinite(values).all() and (values >= 0).all()):
+            raise ValueError(f"a channel of layer {self.layer} has no largest magnitude: a number that is not finite")
+        return values
 
 
 class QuantizeStep(Record):

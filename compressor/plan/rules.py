@@ -10,6 +10,7 @@ from compressor.plan.document import Plan
 from compressor.plan.factor_rules import check_factors
 from compressor.plan.factors import FactorLayer
 from compressor.plan.result import experts_after, kept_layers, neurons_after, router_stays
+from compressor.plan.smooth_rules import check_smoothing
 from compressor.plan.source import LayerShape
 from compressor.plan.steps import DropStep, MergeLayer, MergeStep, SlimStep
 from moescope.errors import PlanError
@@ -34,6 +35,7 @@ def check(plan: Plan) -> None:
     _protected_units_stay(plan)
     check_bits(plan)
     check_factors(plan)
+    check_smoothing(plan)
 
 
 def _known_units(plan: Plan) -> None:
