@@ -16,8 +16,10 @@ from compressor.checkpoint.companions import CARD, PLAN, carry, write_durably
 from compressor.checkpoint.destination import Partial, check_destination, check_space
 from compressor.checkpoint.files import INDEX, Checkpoint, reading
 from compressor.checkpoint.verification import compare, index_text, verify
+from compressor.checkpoint.widths import WidthReport, check_widths
 from compressor.checkpoint.writing import write_file
-from compressor.plan import LayerKey, MergeStep, Plan
+from compressor.plan import LayerKey, MergeStep, Plan, QuantizeStep
+from compressor.plan.smooth_rules import require_stored
 from moescope.errors import ModelError, RunError
 
 if TYPE_CHECKING:
@@ -40,6 +42,8 @@ class Receipt:
         tensors_removed: tensors of the source that are no more.
         loads_with: ``transformers``, or ``compressor.load`` where layers differ or weights are packed.
         notes: sentences for the reader.
+        widths: what was found of the quantized matrices in the files of the result; None where none is, or nothing was
+            written.
         seconds: it took.
         dry_run: nothing was written.
     """
@@ -54,6 +58,7 @@ class Receipt:
     notes: tuple[str, ...]
     seconds: float
     dry_run: bool = False
+    widths: WidthReport | None = None
 
 
 def apply(
@@ -87,6 +92,7 @@ def apply(
     """
     began = time.monotonic()
     plan = plan.checked()
+    require_stored(plan)
     checkpoint = Checkpoint.open(source)
     target = check_destination(checkpoint.folder, destination)
     blueprint = draw(plan, checkpoint, moments)
@@ -94,11 +100,13 @@ def apply(
     done = {file.name for file in blueprint.files if partial.finished(file)} if partial.resumable else set()
     check_space(target, sum(file.size for file in blueprint.files if file.name not in done))
     loads_with = "compressor.load" if blueprint.per_layer or blueprint.packed else "transformers"
+    widths = None
     if not dry_run:
         with partial.opened() as folder:
             _write_weights(folder, blueprint, done, progress or (lambda written, total: None))
             names = _write_rest(folder, plan, checkpoint, blueprint, name=target.name, loads_with=loads_with)
             _look_over(folder, blueprint)
+            widths = _look_at_widths(folder, plan, checkpoint, moments)
             partial.publish(names)
     return Receipt(
         destination=target,
@@ -108,7 +116,8 @@ def apply(
         tensors_edited=blueprint.edited,
         tensors_removed=blueprint.removed,
         loads_with=loads_with,
-        notes=blueprint.notes,
+        notes=blueprint.notes if widths is None else (*blueprint.notes, widths.summary),
+        widths=widths,
         seconds=time.monotonic() - began,
         dry_run=dry_run,
     )
@@ -176,3 +185,21 @@ def _look_over(folder: Path, blueprint: Blueprint) -> None:
         verify(folder)
     except ModelError as error:
         raise RunError(f"the result is not what it should be: {error}; nothing was put at the destination") from error
+
+
+def _look_at_widths(
+    folder: Path, plan: Plan, checkpoint: Checkpoint, moments: Mapping[LayerKey, LayerMoments] | None
+) -> WidthReport | None:
+    """Whether quantized matrices have the errors that their widths make; None where nothing is quantized.
+
+    Raises:
+        RunError: one has not; the files are removed, so that the next try writes them again.
+    """
+    if not any(isinstance(step, QuantizeStep) for step in plan.steps):
+        return None
+    report = check_widths(folder, checkpoint.folder, plan, moments=moments)
+    if not report.passed:
+        for path in folder.glob("*.safetensors"):
+            path.unlink()
+        raise RunError(f"the result is not what it should be: {report.summary}; nothing was put at the destination")
+    return report

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -11,11 +12,14 @@ from numpy.typing import NDArray
 
 from compressor.checkpoint.companions import CARD
 from compressor.plan import (
+    BITS,
+    PARTS,
     DropStep,
     LayerShape,
     MergeStep,
     NewExpert,
     Plan,
+    QuantizeStep,
     Role,
     experts_after,
     kept_layers,
@@ -42,13 +46,13 @@ def model_card(
     parts = [
         _front_matter(plan, source),
         f"# {name}\n",
-        f"This is {_model(plan, source)} with fewer or smaller experts.",
+        f"This is {_model(plan, source)} with {_what(plan)}.",
         f"Its weights take {_gib(sizes[1])} instead of {_gib(sizes[0])}. `moescope_plan.json` holds the plan that was"
         " applied, with the score of every expert.\n",
         _steps(plan),
         _layers(plan),
         _unmeasured(plan, notes),
-        _loading(loads_with, any(step.form == "shared" for step in plan.steps)),
+        _loading(loads_with, plan),
     ]
     return "\n".join(part for part in parts if part)
 
@@ -65,6 +69,15 @@ def hub_id(source: Path) -> str | None:
 def _model(plan: Plan, source: Path) -> str:
     known = hub_id(source)
     return plan.source.model if known is None else f"[{known}](https://huggingface.co/{known})"
+
+
+def _what(plan: Plan) -> str:
+    """What is different about its experts."""
+    steps = {step.step for step in plan.steps}
+    kinds = ["fewer or smaller experts"] if steps & {"drop", "merge", "slim"} else []
+    kinds += ["experts rebuilt from factors"] if "factor" in steps else []
+    kinds += ["experts of few bits"] if "quantize" in steps else []
+    return " and ".join(kinds)
 
 
 def _front_matter(plan: Plan, source: Path) -> str:
@@ -103,6 +116,8 @@ def _steps(plan: Plan) -> str:
         method = step.grouping if isinstance(step, MergeStep) else step.method
         how = f", merged by `{step.method}`" if isinstance(step, MergeStep) else ""
         text.append(f"- **{step.step}** by `{method}`{how}; stored in form `{step.form}`.")
+        if isinstance(step, QuantizeStep):
+            text.append(f"  {_grids(step)}")
         if isinstance(step, DropStep) and step.decoder_layers:
             text.append(f"  Decoder layers removed: {', '.join(map(str, step.decoder_layers))}.")
         if isinstance(step, DropStep) and step.blocks:
@@ -119,6 +134,17 @@ def _steps(plan: Plan) -> str:
         elif not evidence.guard:
             text.append("Super experts were not protected.")
     return "\n".join(text) + "\n"
+
+
+def _grids(step: QuantizeStep) -> str:
+    """How many matrices have which width, and what the widths mean."""
+    found = Counter(
+        expert.of(part) for layer in step.layers for expert in layer.experts for part in PARTS if expert.of(part)
+    )
+    widths = ", ".join(f"{bits} bits: {found[bits]:,}" for bits in BITS if bits in found)
+    groups = f"groups of {step.group_size} inputs" if step.group_size else "a row"
+    zeros = "without zero points" if step.symmetric else "with zero points"
+    return f"Matrices by width: {widths or 'none'}; one scale for {groups}, {zeros}."
 
 
 def _layers(plan: Plan) -> str:
@@ -172,11 +198,17 @@ def _unmeasured(plan: Plan, notes: tuple[str, ...]) -> str:
     return "\n".join(text)
 
 
-def _loading(loads_with: str, shared: bool) -> str:
+def _loading(loads_with: str, plan: Plan) -> str:
+    forms = {step.form for step in plan.steps}
     if loads_with == "transformers":
         lines = "from transformers import AutoModelForCausalLM\n\nmodel = AutoModelForCausalLM.from_pretrained(FOLDER)"
         return f"## How to load it\n\nLike the model that it comes from.\n\n```python\n{lines}\n```\n"
-    if shared:
+    if "packed" in forms:
+        why = (
+            "Its experts are packed by compressed-tensors (`pack-quantized`) and have widths of their own. `AutoModel`"
+            " of transformers takes one width for all experts, and loads other weights without a word."
+        )
+    elif "shared" in forms:
         why = (
             "Its routers have more rows than there are experts: members of a merged group are chosen as before, and run"
             " the one expert that they became (`moescope_expert_map` in config.json). Stock classes do not load that."
