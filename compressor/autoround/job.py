@@ -10,6 +10,7 @@ of its own, in which the source is loaded first. Parts of AutoRound start furthe
 
 from __future__ import annotations
 
+import importlib
 import json
 import sys
 from pathlib import Path
@@ -33,10 +34,10 @@ def main(part: str, folder: Path) -> None:
 def _quantize(job: dict[str, Any], folder: Path) -> Path:
     """The folder that AutoRound writes."""
     import torch
-    from auto_round import AutoRound
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    model = AutoModelForCausalLM.from_pretrained(job["source"], dtype="auto", local_files_only=True)
+    rounder: Any = importlib.import_module("auto_round").AutoRound  # not installed where this file is only read
+    model: Any = AutoModelForCausalLM.from_pretrained(job["source"], dtype="auto", local_files_only=True)
     layers = dict(job["layer_config"])
     for name, module in model.named_modules():
         # What is not an expert stays; the head is never AutoRound's unless it is asked to.
@@ -49,7 +50,7 @@ def _quantize(job: dict[str, Any], folder: Path) -> Path:
     options: dict[str, Any] = {"iters": job["iters"], "disable_model_free": True, "enable_torch_compile": False}
     if not job["iters"]:
         options["disable_opt_rtn"] = True
-    rounding = AutoRound(
+    rounding = rounder(
         model, tokenizer, scheme=job["scheme"], layer_config=layers, dataset=list(rows.split(job["batch"])),
         seqlen=rows.shape[1], nsamples=len(rows), batch_size=job["batch"], device_map=job["device"], seed=job["seed"],
         **options,
@@ -65,7 +66,8 @@ def _look(job: dict[str, Any], result: Path) -> dict[str, Any]:
 
     source = _source_weights(job)
     settings = {"local_files_only": True, "device_map": job["device"]}
-    model, info = AutoModelForCausalLM.from_pretrained(result, output_loading_info=True, **settings)
+    loader: Any = AutoModelForCausalLM.from_pretrained
+    model, info = loader(result, output_loading_info=True, **settings)
     seen = {name: [str(key) for key in info.get(name) or ()] for name in ("missing_keys", "mismatched_keys")}
     modules = dict(model.named_modules())
     errors = {}

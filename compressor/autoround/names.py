@@ -7,22 +7,10 @@ from typing import TYPE_CHECKING
 from compressor.exporters.exported import units
 from compressor.exporters.targets import name_of
 from compressor.families.module_names import module_names
-from compressor.plan import Plan, Source, kept_layers
+from compressor.plan import Plan
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
-
-
-def source_after(plan: Plan) -> Source:
-    """What a plan leaves of its source when all cuts are made, as far as finding its experts goes."""
-    kept = kept_layers(plan)
-    numbers = {layer: number for number, layer in enumerate(kept)}
-    layers = tuple(
-        shape.model_copy(update={"layer": numbers[shape.layer]})
-        for shape in plan.source.layers
-        if shape.layer in numbers
-    )
-    return plan.source.model_copy(update={"num_layers": len(kept), "layers": layers})
 
 
 def weights_by_name(model: nn.Module, plan: str) -> dict[str, Tensor]:
@@ -35,6 +23,7 @@ def weights_by_name(model: nn.Module, plan: str) -> dict[str, Tensor]:
     Raises:
         PlanError, ModelError: the plan is for another model.
     """
+    from compressor.selfcheck import source_after
     from compressor.sites import find_decoder
 
     read = Plan.parse(plan)
