@@ -73,6 +73,12 @@ def _preset(
     return Preset(name, title, step, f"planner.{target}", level, source, MappingProxyType(parameters), forms, differs)
 
 
+def _ranked(score: str, name: str, title: str, level: str, granularity: str) -> Preset:
+    defaults = MappingProxyType({"score": score, "widths": (2, 4), "granularity": granularity})
+    source = "QuantMoE-Bench, arXiv 2406.08155"
+    return Preset(name, title, "quantize", "planner.quantize.ranked", level, source, defaults, _PACKED)
+
+
 DEFAULT = "budgeted_reap"
 """The preset that is taken where none is named; benchmarks/compression.py compares it with the others."""
 
@@ -118,6 +124,21 @@ PRESETS: tuple[Preset, ...] = (
     _preset("width", "Width", "slim", "slim.width", _X, "arXiv 2512.02351", forms=_SLIM_UNIFORM),
     _preset("error_bits", "Error bits", "quantize", "quantize.error_bits", _X, "ours", forms=_PACKED, differs=False,
             widths=(2, 3, 4, 8), granularity="expert", budget="model", weigh="influence"),
+    _preset("pmq", "PMQ", "quantize", "quantize.pmq", _X, "MC-MoE, arXiv 2410.06270", forms=_DENSE, alpha=1.0, beta=1.5,
+            gamma=2.0, equal=True, widths=(1, 2, 3)),
+    _preset("pmq_code", "PMQ as released", "quantize", "quantize.pmq", _X, "MC-MoE's code", forms=_DENSE, alpha=1.0,
+            beta=1.5, gamma=1.0, equal=False, widths=(1, 2, 3)),
+    _ranked("frequency", "frequency_bits", "Frequency bits", _R, "expert"),
+    _ranked("first_blocks", "first_blocks", "First blocks", _R, "layer"),
+    _ranked("outlier", "outlier_bits", "Outlier bits", "errors", "expert"),
+    _ranked("block_importance", "block_importance", "Block importance", _X, "layer"),
+    _preset("camera_bits", "CAMERA bits", "quantize", "quantize.camera_bits", _X, "CAMERA, AAAI 2026", forms=_PACKED,
+            alpha=0.9, widths=(2, 3, 4), granularity="expert"),
+    _preset("edgemoe", "EdgeMoE", "quantize", "quantize.edgemoe", _X, "arXiv 2308.14352", forms=_PACKED,
+            widths=(2, 4, 8), granularity="expert", weigh="influence"),
+    _preset("ternary", "Ternary", "quantize", "quantize.ternary", _X, "MoTE, arXiv 2506.14435", forms=("dense",)),
+    _preset("nested", "Nested widths", "quantize", "quantize.nested", _X, "D2MoE, arXiv 2504.15299", forms=("dense",),
+            widths=(2, 3, 4), granularity="expert", weigh="influence"),
     _preset("uniform_bits", "Uniform bits", "quantize", "quantize.uniform_bits", _R, "control", forms=_PACKED,
             differs=False, widths=(2, 3, 4, 8)),
     _preset("random_bits", "Random bits", "quantize", "quantize.random_bits", _R, "control", forms=_PACKED,

@@ -9,7 +9,7 @@ import numpy as np
 from compressor.plan import BITS, Bits, LayerKey
 from planner.probes import Weigh, layer_weights
 from planner.quantize.errors import LayerErrors, layer_errors
-from planner.quantize.grid import groups_in_words
+from planner.quantize.grid import groups_in_words, nominal_bits
 from planner.quantize.programme import Floats, Whole
 from planner.quantize.units import Units
 from planner.task import Array, rounded
@@ -96,13 +96,7 @@ def _known(units: Units, errors: dict[LayerKey, LayerErrors]) -> list[str]:
 
 def _nominal(units: Units, columns: Whole) -> float:
     """Mean width over all weights."""
-    routed = sum(
-        weights * _width(units.widths[column]) for weights, column in zip(units.weights, columns.tolist(), strict=True)
-    )
+    routed = float(units.weights @ np.array([nominal_bits(one) for one in units.widths])[columns])
     shared = int(units.shared[:, 0].sum())
     whole = int(units.weights.sum()) + shared
-    return float(routed + shared * _width(units.shared_bits)) / whole
-
-
-def _width(bits: Bits | None) -> float:
-    return 16.0 if bits is None else math.log2(3) if bits == "ternary" else float(bits)
+    return (routed + shared * nominal_bits(units.shared_bits)) / whole

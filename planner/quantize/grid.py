@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, TypedDict
 
@@ -117,3 +118,8 @@ def _group_size(wanted: int | None, lengths: set[int]) -> int:
 def groups_in_words(step: QuantizeStep) -> str:
     """``groups of 128``, or ``whole rows``."""
     return f"groups of {step.group_size}" if step.group_size else "whole rows"
+
+
+def nominal_bits(bits: Bits | None) -> float:
+    """Bits of a width itself; a ternary value holds log2(3), what stays as it is 16."""
+    return 16.0 if bits is None else math.log2(3) if bits == "ternary" else float(bits)

@@ -146,6 +146,18 @@ class Units:
                 found[key][one.lead] = values[key][list(one.members)].sum()
         return found
 
+    def by_expert(self, values: Floats) -> dict[LayerKey, Array]:
+        """(layer, step) -> (experts of the source,) the value of each expert's unit, NaN where it does not stay.
+
+        Args:
+            values: (units,); of several units with one expert, the largest.
+        """
+        found = {shape.key: np.full(shape.num_experts, np.nan) for shape in self.task.source.layers}
+        for unit, value in zip(self.units, values.tolist(), strict=True):
+            mine = found[unit.key][list(unit.experts)]
+            found[unit.key][list(unit.experts)] = np.fmax(mine, value)
+        return found
+
     @property
     def protected(self) -> Whole:
         """Places of the units that hold a super expert."""
