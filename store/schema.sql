@@ -253,6 +253,8 @@ create table expert_output (
     gated_norm_square_sum    double,   -- [sum] its square
     shifted_gated_norm_sum   double,   -- [sum] gate weight x norm x max(0, 1 - cos(r, r + y)), see moe_output (EASY-EP)
     shifted_tokens           bigint,   -- [sum] tokens that the sum before counts: those whose r was seen
+    stream_square_sum        double,   -- [sum] (gate weight x norm / norm of r + y) squared, of the same tokens
+    stream_gate_sum          double,   -- [sum] (gate weight / norm of r + y) squared, of the same tokens
     output_max               double,   -- [max] largest |output| over tokens and channels
     output_max_channel       integer,  -- [at output_max] its channel
     output_max_sequence      uinteger, -- [at output_max] its sequence

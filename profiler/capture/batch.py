@@ -146,6 +146,14 @@ class BlockBatch:
         after = before + self.tokens.select(self.output)
         return torch.nn.functional.cosine_similarity(before, after, dim=1).nan_to_num_(nan=1.0)
 
+    @cached_property
+    def after_square(self) -> Tensor | None:
+        """(real tokens,) float32 squared L2 norm of r + y; None where r was not seen."""
+        if self.residual is None:
+            return None
+        after = self.tokens.select(self.residual).float() + self.tokens.select(self.output)
+        return after.square().sum(1)
+
 
 @dataclass
 class ExpertRows:

@@ -28,6 +28,8 @@ SUMS = (
     "gated_norm_square_sum",
     "shifted_gated_norm_sum",
     "shifted_tokens",
+    "stream_square_sum",
+    "stream_gate_sum",
 )
 COUNTS = ("tokens", "shifted_tokens")
 MAXIMA = ("output_max", "gated_output_max", "first_routed_output_max", "input_max")
@@ -68,11 +70,14 @@ class ExpertOutputRecorder(Staged):
         gated = gate * norm
         sums = [scatter_sum(keys, values, size) for values in (None, norm, norm.square(), gated, gated.square())]
         cosine = batch.block.cosine if batch.block is not None else None
-        if cosine is None:
-            sums += [torch.zeros_like(sums[0])] * 2
+        after = batch.block.after_square if batch.block is not None else None
+        if cosine is None or after is None:
+            sums += [torch.zeros_like(sums[0])] * 4
         else:
             shift = (1 - cosine).clamp_min(0)[batch.token]
             sums += [scatter_sum(keys, shift * gated, size), sums[0]]
+            part = finite(after.reciprocal())[batch.token]
+            sums += [scatter_sum(keys, values.square() * part, size) for values in (gated, gate)]
         first = torch.where(self._first(batch), largest, -math.inf)
         maxima = [_scatter_max(keys, values, size) for values in (largest, gate * largest, first, entering)]
         places = self._places(batch, keys, largest, maxima[0])

@@ -144,6 +144,19 @@ def test_shifted_outputs(case: Case) -> None:
                 assert row["shifted_gated_norm_sum"] == pytest.approx(expected[expert], rel=1e-4)
 
 
+def test_outputs_as_parts_of_the_stream(case: Case) -> None:
+    for layer in case.seen.layers:
+        norm, stream = np.linalg.norm(layer.output, axis=2), layer.stream[:, None]
+        for domain, phase in GROUPS:
+            of = case.seen.where(domain, phase)
+            rows = _rows(case.pooled, "expert_output", layer, domain=domain, phase=phase, kind="routed")
+            gated = layer.dense((layer.gate * norm) ** 2 / stream, of).sum(0)
+            gates = layer.dense(layer.gate**2 / stream, of).sum(0)
+            for expert, row in rows.items():
+                assert row["stream_square_sum"] == pytest.approx(gated[expert], rel=1e-4)
+                assert row["stream_gate_sum"] == pytest.approx(gates[expert], rel=1e-4)
+
+
 def _neurons(activation: Array, gate: Array) -> dict[str, Array]:
     """The five figures of neurons from rows (rows, width) and their gate weights."""
     gated = activation * gate[:, None]
@@ -159,6 +172,7 @@ def _neurons(activation: Array, gate: Array) -> dict[str, Array]:
 def _channels(inputs: Array, output: Array, gate: Array) -> dict[str, Array]:
     return {
         "input_square_sum": (inputs**2).sum(0),
+        "input_max": np.abs(inputs).max(0),
         "output_sum": output.sum(0),
         "gated_output_sum": (gate[:, None] * output).sum(0),
     }
@@ -300,7 +314,7 @@ def test_a_broken_token_leaves_the_sums_of_the_others(tmp_path: Path) -> None:
         "expert_output": ("norm_sum", "gated_norm_sum", "shifted_gated_norm_sum", "output_max"),
         "moe_output": ("output_square_sum", "residual_square_sum", "output_max"),
         "neuron_activation": ("square_sum", "absolute_sum", "gated_square_sum", "gated_absolute_max"),
-        "expert_vector": ("input_square_sum", "output_sum", "gated_output_sum"),
+        "expert_vector": ("input_square_sum", "input_max", "output_sum", "gated_output_sum"),
         "expert_pair": ("logit_products", "output_products"),
         "expert_rank": ("gate_sum", "logit_sum"),
     }.items():

@@ -69,6 +69,12 @@ class LayerTokens:
         """(tokens,) max(0, 1 - cos(r, r + y))."""
         return np.maximum(0.0, 1.0 - cosine(self.residual, self.residual + self.total))
 
+    @property
+    def stream(self) -> Array:
+        """(tokens,) squared norm of r + y."""
+        after: Array = ((self.residual + self.total) ** 2).sum(1)
+        return after
+
     def dense(self, values: Array, where: NDArray[np.bool_]) -> Array:
         """(tokens, experts, ...) values (tokens, k, ...) at their expert, 0 elsewhere and for tokens left out."""
         placed = np.zeros((len(self.ids), self.size, *values.shape[2:]))
