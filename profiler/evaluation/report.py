@@ -134,13 +134,20 @@ def _perplexity(found: Perplexity) -> Document:
 
 
 def _routing(found: Routing) -> Document:
-    layers = [{"layer": layer, "step": step, **_flips(part)} for (layer, step), part in found.layers.items()]
+    layers = [
+        {"layer": key[0], "step": key[1], **_flips(part), "kl": _known(found.divergence.get(key))}
+        for key, part in found.layers.items()
+    ]
     return {
         "whole": _flips(found.whole),
         "layers": layers,
         "per_domain": {name: _flips(part) for name, part in found.domains.items()},
         "dropped_layers": found.dropped,
     }
+
+
+def _known(found: Estimate | None) -> Document | None:
+    return None if found is None else _estimate(found)
 
 
 def _flips(found: Flips) -> Document:

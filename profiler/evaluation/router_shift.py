@@ -135,6 +135,25 @@ def _flips(ids: Tensor, other: Tensor, members: Sequence[Sequence[int]], experts
 def _divergence(
     layer: MoELayer, logits: Tensor, other: Tensor, members: Sequence[Sequence[int]], ratio: float
 ) -> float | None:
+    found = token_divergence(layer, logits, other, members, ratio)
+    return None if found is None else float(found.mean())
+
+
+def token_divergence(
+    layer: MoELayer, logits: Tensor, other: Tensor, members: Sequence[Sequence[int]], ratio: float = 0.0
+) -> Tensor | None:
+    """(tokens,) nats by which the changed router's probabilities differ over the m likeliest experts of the original.
+
+    Args:
+        layer: of the original.
+        logits: (tokens, E) of the original.
+        other: (tokens, experts) of the changed model.
+        members: for each expert of the changed model, the experts that it is made of.
+        ratio: r, the part of the experts behind the k-th that counts.
+
+    Returns:
+        None where the score of the router is not known, or experts are merged.
+    """
     if layer.traits.score == "unknown" or any(len(inside) != 1 for inside in members):
         return None
     left = torch.tensor([inside[0] for inside in members])
@@ -144,7 +163,7 @@ def _divergence(
     top = first.topk(min(count, first.shape[-1]), -1).indices
     p, q = first.gather(-1, top).clamp_min(1e-30), second.gather(-1, top).clamp_min(1e-30)
     p, q = p / p.sum(-1, keepdim=True), q / q.sum(-1, keepdim=True)
-    return max(float((p * (p / q).log()).sum(-1).mean()), 0.0)
+    return (p * (p / q).log()).sum(-1).clamp_min(0.0)
 
 
 def _probabilities(logits: Tensor, layer: MoELayer) -> Tensor:

@@ -18,14 +18,17 @@ import polars as pl
 import torch
 from torch import Tensor, nn
 
-from compressor.families import Routed
+from compressor.families import Routed, find_router_outputs
 from moescope.errors import CaptureError, ModelError
 from profiler.capture.batch import LayerKey
 from profiler.capture.discovery import MoELayer, inspect_model
 from profiler.capture.hooks import Hooks
 from profiler.capture.tap import ExpertsCall, tapped
 from profiler.evaluation.distribution import Chunks
+from profiler.evaluation.router_shift import token_divergence
+from profiler.metrics.divergence import mean_of_items
 from profiler.metrics.flips import Flips, flips
+from profiler.metrics.perplexity import Estimate
 
 if TYPE_CHECKING:
     from profiler.corpus import TokenBatch
@@ -41,13 +44,18 @@ class Routing:
     Attributes:
         whole: over all layers that are left.
         layers: (layer, step) of the base -> the same of one layer.
+        divergence: (layer, step) of the base -> nats per token by which the router's probabilities differ over the k
+            likeliest experts (EAQuant, see :func:`profiler.evaluation.router_shift.token_divergence`); layers whose
+            routers do not show them, or whose experts are merged, are left out.
         domains: domain -> the same over all layers.
         dropped: decoder layers of the base with experts that the model has no longer.
-        counts: one row per sequence and layer: sequence, domain, layer, step, selections, agreed, gone.
+        counts: one row per sequence and layer: sequence, domain, layer, step, selections, agreed, gone, tokens,
+            divergence (summed over tokens; null where it is not known).
     """
 
     whole: Flips
     layers: dict[LayerKey, Flips]
+    divergence: dict[LayerKey, Estimate]
     domains: dict[str, Flips]
     dropped: list[int]
     counts: pl.DataFrame = field(repr=False)
@@ -60,18 +68,20 @@ class SelectionReader:
         layers: the MoE layers of the model.
         num_layers: decoder layers, dense ones included.
         selections: (layer, step) -> (rows, k) of the last forward, -1 = none.
+        logits: (layer, step) -> (rows, experts) of the router in the last forward, where it shows them.
     """
 
     def __init__(self, model: nn.Module) -> None:
         found = inspect_model(model)
         self.layers, self.num_layers = found.layers, len(found.stack)
         self.selections: dict[LayerKey, Tensor] = {}
+        self.logits: dict[LayerKey, Tensor] = {}
         self._routed: dict[LayerKey, Routed] = {}
         self._calls: Counter[LayerKey] = Counter()
 
     def first_of(self, chunks: Chunks) -> Chunks:
         """The same parts of a forward, with the selections of the forward that gives the first of them read."""
-        self.selections, self._calls = {}, Counter()
+        self.selections, self.logits, self._routed, self._calls = {}, {}, {}, Counter()
         with self._watching():
             first = next(chunks)
         return chain([first], chunks)
@@ -104,9 +114,22 @@ class SelectionReader:
             if layer.traits.zero_weight_is_none:
                 none |= call.weights.detach() == 0
             self.selections[now.key] = torch.where(none, -1, ids)
+            logits = self._logits(layer)
+            if logits is not None and len(logits) == len(ids):
+                self.logits[now.key] = logits
             return call.result
 
         return run
+
+    def _logits(self, layer: MoELayer) -> Tensor | None:
+        """(rows, experts) what the router of a layer said last; None where it does not say."""
+        routed = self._routed.get(layer.key)
+        if routed is None:
+            return None
+        logits, _ = find_router_outputs(routed.output, logits_index=layer.logits_index, top_k=layer.top_k)
+        if logits is None or logits.shape[-1] < layer.num_experts:
+            return None
+        return logits.detach().flatten(0, -2)
 
 
 class RoutingCounts:
@@ -170,8 +193,21 @@ class RoutingCounts:
                     raise CaptureError(f"the experts of layer {layer.layer} saw other tokens than the batch has")
                 counts = _agreement(before.cpu(), after.cpu(), membership, real)
                 columns = {name: values.numpy() for name, values in counts.items()}
+                columns["divergence"] = self._divergence(layer, key, step, membership, real)
                 rows = {"sequence": batch.sequences, "domain": batch.domains, **columns}
                 self._rows.append(pl.DataFrame(rows).with_columns(layer=pl.lit(key[0]), step=pl.lit(key[1])))
+
+    def _divergence(self, layer: MoELayer, key: LayerKey, step: LayerKey, membership: Tensor, real: Tensor) -> Any:
+        """(batch,) sum over the tokens of each sequence; null where it is not known."""
+        before, after = self.base.logits.get(key), self.model.logits.get(step)
+        members = [row.nonzero().ravel().tolist() for row in membership]
+        members = members[: max((place + 1 for place, row in enumerate(members) if row), default=0)]
+        found = None
+        if before is not None and after is not None and after.shape[-1] >= len(members):
+            found = token_divergence(layer, before, after, members)
+        if found is None:
+            return pl.Series([None] * len(real), dtype=pl.Float64)
+        return (found.view(real.shape) * real).sum(1).numpy()
 
     def result(self) -> Routing:
         """All counts together.
@@ -187,6 +223,7 @@ class RoutingCounts:
         return Routing(
             whole=_flips(counts),
             layers={(int(key[0]), int(key[1])): _flips(part) for key, part in sorted(layers.items())},
+            divergence=_divergences(layers),
             domains={str(key[0]): _flips(part) for key, part in domains.items() if part["selections"].sum()},
             dropped=self.dropped,
             counts=counts,
@@ -218,17 +255,29 @@ def _membership(base: MoELayer, model: MoELayer, kept: Sequence[Sequence[int]] |
 
 
 def _agreement(before: Tensor, after: Tensor, membership: Tensor, real: Tensor) -> dict[str, Tensor]:
-    """(batch,) counts: selections of the base, how many agree, how many are of an expert that is gone."""
+    """(batch,) counts: selections of the base, how many agree, how many are of an expert that is gone; and tokens."""
     chosen, chosen_after = _one_hot(before, membership.shape[1]), _one_hot(after, membership.shape[0])
     reached = (chosen_after.float() @ membership.float()) > 0
     found = {"selections": chosen, "agreed": chosen & reached, "gone": chosen & ~membership.any(0)}
-    return {name: (values.sum(1).view(real.shape) * real).sum(1) for name, values in found.items()}
+    counts = {name: (values.sum(1).view(real.shape) * real).sum(1) for name, values in found.items()}
+    return {**counts, "tokens": real.sum(1)}
 
 
 def _one_hot(ids: Tensor, experts: int) -> Tensor:
     """(rows, experts) bool; -1 selects nobody."""
     result = torch.zeros(len(ids), experts + 1, dtype=torch.bool)
     return result.scatter_(1, torch.where(ids < 0, experts, ids), True)[:, :experts]
+
+
+def _divergences(layers: Mapping[Any, pl.DataFrame]) -> dict[LayerKey, Estimate]:
+    found = {}
+    for key, counts in sorted(layers.items()):
+        if not counts["divergence"].null_count():
+            sums = counts.group_by("sequence").agg(pl.sum("divergence", "tokens")).sort("sequence")
+            found[int(key[0]), int(key[1])] = mean_of_items(
+                sums=sums["divergence"].to_numpy(), items=sums["tokens"].to_numpy()
+            )
+    return found
 
 
 def _flips(counts: pl.DataFrame) -> Flips:
