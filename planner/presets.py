@@ -143,6 +143,8 @@ PRESETS: tuple[Preset, ...] = (
             differs=False, widths=(2, 3, 4, 8)),
     _preset("random_bits", "Random bits", "quantize", "quantize.random_bits", _R, "control", forms=_PACKED,
             differs=False, seed=0, widths=(2, 3, 4, 8), granularity="expert"),
+    _preset("eaquant", "EAQuant", "quantize", "quantize.eaquant", _X, "arXiv 2506.13329", forms=("dense",),
+            activation_bits=4, smoothing=0.6, widths=(2, 3, 4, 8)),
     _preset("mc_smoe", "MC-SMoE", "factor", "factor.mc_smoe", _R, "MC-SMoE, ICLR 2024",
             forms=("uniform", "per_layer", "padded", "shared"), rank=32, density=0.1),
     _preset("compeft", "ComPEFT residuals", "factor", "factor.compeft", _S, "ComPEFT, arXiv 2311.13171",
