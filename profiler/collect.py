@@ -42,6 +42,7 @@ def collect(
     vectors_per_domain: bool = False,
     router_scores: int = 0,
     similarity_every: int = 16,
+    errors_every: int = 16,
     generate: int = 0,
     sampling: Sampling | None = None,
     progress: ProgressCallback | None = None,
@@ -72,6 +73,7 @@ def collect(
         vectors_per_domain: keep vectors per neuron, channel and pair of experts apart by domain; else they are pooled.
         router_scores: keep so many of the largest router scores of every token; -1 keeps k + 8.
         similarity_every: level similarity runs all experts on one of so many tokens.
+        errors_every: level errors runs each expert with narrower weights on one of so many of its tokens.
         generate: answer each text with up to so many tokens of the model's own, and record prompt and decode; 0 for
             none. The corpus's token budget then counts both, and collecting ends after the batch that reaches it.
         sampling: how those tokens are chosen; the likeliest ones by default.
@@ -98,7 +100,9 @@ def collect(
         model,
         name=name,
         directory=Path(store),
-        options=RecordingOptions(parse_levels(level), vectors_per_domain, router_scores, similarity_every),
+        options=RecordingOptions(
+            parse_levels(level), vectors_per_domain, router_scores, similarity_every, errors_every
+        ),
         tokenizer=tokenizer if keep_text else None,
         domain="text",
         token_budget=None,

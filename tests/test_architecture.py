@@ -11,11 +11,14 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
+GRIDS = {"compressor.plan", "compressor.edits.quantize"}
+"""What level errors tries must be what a plan asks for and what the backend does: one list of widths, one quantizer."""
+
 ARROWS = {
     "moescope": set(),
     "store": set(),
     "compressor": set(),
-    "profiler": {"compressor.families", "store"},
+    "profiler": {"compressor.families", "store", *GRIDS},
     "planner": {"compressor.plan", "profiler.metrics", "store"},
     "app": {"planner", "compressor", "profiler", "store", "sample_data"},
 }

@@ -39,6 +39,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="level similarity runs all experts on one of N tokens (default 16)",
     )  # fmt: skip
     parser.add_argument(
+        "--errors-every", type=positive, default=16, metavar="N",
+        help="level errors tries narrower weights on one of N tokens of each expert (default 16)",
+    )  # fmt: skip
+    parser.add_argument(
         "--stack", metavar="NAME", help="which layers, where several stacks of the model have experts (encoder, vision)"
     )
     parser.add_argument("--no-text", action="store_true", help="store no text and no token ids")
@@ -129,6 +133,7 @@ def collect_run(options: argparse.Namespace) -> Path:
         vectors_per_domain=options.vectors_per_domain,
         router_scores=options.router_scores,
         similarity_every=options.similarity_every,
+        errors_every=options.errors_every,
         generate=options.generate,
         sampling=sampling,
         progress=show_progress,
@@ -178,6 +183,7 @@ def _stream(options: argparse.Namespace, name: str, corpus: Corpus, tokenizer: A
         vectors_per_domain=options.vectors_per_domain,
         router_scores=options.router_scores,
         similarity_every=options.similarity_every,
+        errors_every=options.errors_every,
         dtype=options.dtype,
         device=options.device,
         memory_limit=options.memory_limit,

@@ -12,6 +12,7 @@ LEVELS = {
     "activations": "what the experts put out, their neurons, and the residual stream",
     "similarity": "all experts on the same sample of tokens, and how alike their weights are",
     "moments": "second moments of what enters the experts",
+    "errors": "on a sample of its tokens, what narrower weights do to the output of each expert, per bit width",
     "lookahead": "the routers of later layers on this layer's input",
     "attention": "how much attention the first position draws",
     "predictions": "the token that the model holds most likely to come next, at every position of the text",
@@ -29,17 +30,19 @@ class RecordingOptions:
         vectors_per_domain: keep vectors per neuron, channel and pair of experts apart by domain.
         router_scores: keep the largest router scores of every token: how many, 0 for none, -1 for k + 8.
         similarity_every: level similarity runs all experts on one token of so many.
+        errors_every: level errors runs each expert with narrower weights on one of so many of its tokens.
     """
 
     levels: Sequence[str] = ("routing",)
     vectors_per_domain: bool = False
     router_scores: int = 0
     similarity_every: int = 16
+    errors_every: int = 16
 
     def settings(self) -> dict[str, int | bool]:
         """What differs from the default, for table ``run``."""
         defaults = RecordingOptions()
-        names = ("vectors_per_domain", "router_scores", "similarity_every")
+        names = ("vectors_per_domain", "router_scores", "similarity_every", "errors_every")
         return {name: getattr(self, name) for name in names if getattr(self, name) != getattr(defaults, name)}
 
 

@@ -27,7 +27,13 @@ from profiler.capture.provenance import describe_run
 from profiler.capture.recording import Recording
 from profiler.capture.score_checks import steering
 from profiler.capture.sequences import Label, SequenceTracker
-from profiler.capture.session_rules import require_one_to_one, require_predictions, require_rows, require_same
+from profiler.capture.session_rules import (
+    require_one_to_one,
+    require_predictions,
+    require_rows,
+    require_same,
+    require_weights,
+)
 from profiler.capture.stacks import DECODER
 from profiler.inspect.memory import FLUSH_BYTES, extra_memory
 from profiler.recorders.gradients import GradientRecorder
@@ -74,6 +80,7 @@ class WatchSession:
         levels = options.levels
         require_one_to_one(self.found.layers)
         require_rows(self.found.layers, levels)
+        require_weights(self.found.layers, levels)
         if "gradients" in levels:
             require_gradients(self.found.layers)
         if "predictions" in levels:

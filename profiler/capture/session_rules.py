@@ -32,12 +32,22 @@ def require_rows(layers: Sequence[MoELayer], levels: Sequence[str]) -> None:
                 f"level lookahead needs routers that run, but {layer.name} ({type(layer.experts).__name__}) is routed"
                 " by a kernel: leave lookahead out, or load the model dequantized"
             )
-        wanted = {"similarity", "gradients"} | (set() if layer.adapter.packed else {"activations"})
+        wanted = {"similarity", "errors", "gradients"} | (set() if layer.adapter.packed else {"activations"})
         refused = [level for level in levels if level in wanted]
         if layer.layout is None and refused:
             raise ModelError(
                 f"level {refused[0]} needs plain weights, but {layer.name} ({type(layer.experts).__name__}) keeps them"
                 f" packed: leave {refused[0]} out, or load the model dequantized"
+            )
+
+
+def require_weights(layers: Sequence[MoELayer], levels: Sequence[str]) -> None:
+    """Refuse level ``errors`` where experts are in memory only while they run: it reads them between forwards."""
+    for layer in layers if "errors" in levels else ():
+        if any(getattr(getattr(part, "_hf_hook", None), "offload", False) for part in layer.experts.modules()):
+            raise ModelError(
+                f"level errors reads weights between forwards, but {layer.name} ({type(layer.experts).__name__}) waits"
+                " on the CPU or disk until it runs: leave errors out, or collect with --layer-stream"
             )
 
 

@@ -25,6 +25,7 @@ def watch(
     vectors_per_domain: bool = False,
     router_scores: int = 0,
     similarity_every: int = 16,
+    errors_every: int = 16,
     flush_seconds: float = 15.0,
     resume: bool = False,
     model_name: str = "",
@@ -62,6 +63,7 @@ def watch(
         vectors_per_domain: keep vectors per neuron, channel and pair of experts apart by domain; else they are pooled.
         router_scores: keep so many of the largest router scores of every token; -1 keeps k + 8.
         similarity_every: level similarity runs all experts on one of so many tokens.
+        errors_every: level errors runs each expert with narrower weights on one of so many of its tokens.
         flush_seconds: write a shard at the end of the first forward after so many seconds; more where writing is slow.
         resume: go on with an interrupted run of that name.
         model_name: what the run calls the model; its folder or hub id if empty.
@@ -78,7 +80,9 @@ def watch(
         model,
         name=name,
         directory=Path(store),
-        options=RecordingOptions(parse_levels(level), vectors_per_domain, router_scores, similarity_every),
+        options=RecordingOptions(
+            parse_levels(level), vectors_per_domain, router_scores, similarity_every, errors_every
+        ),
         tokenizer=tokenizer if keep_text else None,
         domain=domain,
         token_budget=token_budget,

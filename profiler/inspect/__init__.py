@@ -19,11 +19,12 @@ from profiler.inspect.estimate import (
     WEIGHT_BYTES,
     available_gib,
     checkpoint_gib,
+    errors_operations,
     flops_per_token,
     forward_bytes,
     measure_gflops,
 )
-from profiler.inspect.memory import extra_memory
+from profiler.inspect.memory import extra_memory, sampled_tokens
 from profiler.inspect.report import Inspection, LayerInspection, ranges
 
 if TYPE_CHECKING:
@@ -79,7 +80,11 @@ def inspect_model(
     speed = gflops if gflops is not None else measure_gflops(dtype)
     flops = flops_per_token(model, found, parameters - idle, sequence_length)
     batch = batch_size * sequence_length
-    extra = extra_memory(found, RecordingOptions(levels), batch=batch, tokens=token_budget, domains=domains)
+    options = RecordingOptions(levels)
+    operations = flops * token_budget
+    if "errors" in levels:
+        operations += errors_operations(found, sampled_tokens(token_budget, options.errors_every))
+    extra = extra_memory(found, options, batch=batch, tokens=token_budget, domains=domains)
     statistics = {name: size / GIB for name, size in extra.statistics.items()}
     forward = forward_bytes(found, batch, WEIGHT_BYTES[weight]) / GIB
     selections = sum(layer.top_k for layer in found.layers) * token_budget
@@ -117,7 +122,7 @@ def inspect_model(
         flops_per_token=flops,
         gflops=speed,
         gflops_measured=measured,
-        hours=flops * token_budget / (speed * 1e9 * EFFICIENCY) / 3600,
+        hours=operations / (speed * 1e9 * EFFICIENCY) / 3600,
         warnings=_warnings(str(path_or_id), config, found, levels, memory, sequence_length),
     )
 

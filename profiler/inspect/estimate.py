@@ -14,7 +14,9 @@ if TYPE_CHECKING:
 GIB = 1 << 30
 WEIGHT_BYTES = {"float32": 4.0, "16 bit": 2.0, "8 bit": 1.0, "4 bit": 0.5}
 TRACE_BYTES = 1.9  # per selection in a run file: expert id and 8-bit gate weight (14 to 17 bytes for top-8, measured)
+ERROR_RUNS = (15, 27)  # forwards of a routed and of a shared expert that a sampled token takes at level errors
 TEXT_BYTES = 5  # per token: its id and whether it is special
+GRID_OPERATIONS = 15_000  # per weight: products of matrices that take as long as trying it on all grids (measured)
 EFFICIENCY = 0.5  # share of a plain matrix product's speed that a forward reaches; an assumption
 
 
@@ -32,6 +34,23 @@ def flops_per_token(model: nn.Module, found: MoEModel, active: int, sequence_len
     heads = int(getattr(found.config, "num_attention_heads", 0) or 0)
     size = int(getattr(found.config, "head_dim", 0) or 0) or int(found.config.hidden_size) // max(1, heads)
     return 2.0 * (active - looked_up) + 2.0 * len(found.stack) * heads * size * sequence_length
+
+
+def errors_operations(found: MoEModel, tokens: int) -> float:
+    """What level errors adds to a collection: each expert's weights on all grids once, and its sampled tokens.
+
+    Args:
+        found: the model.
+        tokens: sampled tokens of a layer.
+    """
+    total = 0.0
+    for layer in found.layers:
+        hidden = layer.layout.hidden_size if layer.layout is not None else int(found.config.hidden_size)
+        expert = 3 * hidden * layer.expert_width
+        shared = 0 if layer.shared is None else sum(part.numel() for part in layer.shared.module.parameters())
+        total += GRID_OPERATIONS * (layer.num_experts * expert + shared)
+        total += 2.0 * tokens * (ERROR_RUNS[0] * layer.top_k * expert + ERROR_RUNS[1] * shared)
+    return total
 
 
 def measure_gflops(dtype: str = "float32", *, seconds: float = 0.4) -> float:

@@ -41,6 +41,12 @@ MOST_COMPARED = 1024
 MATCHED_WIDTH = 4642
 """Neurons of an expert above which they are not matched: one pair takes too long."""
 
+WAITING_TOKENS = 8192
+"""Sampled tokens of a layer whose inputs wait at most, at level errors."""
+
+WIDTHS = 6
+"""Bit widths that are tried at level errors."""
+
 LIBRARIES = 256 << 20
 """Buffers of the libraries (allocators, threads, Parquet) that grow once, whatever the model: 45 to 95 MiB with two
 threads, and more with more of them."""
@@ -54,16 +60,18 @@ class ExtraMemory:
         statistics: sums by level.
         working: copies that recorders make of one batch.
         trace: selections that wait to be written.
+        waiting: sampled inputs that wait to be worked off.
     """
 
     statistics: dict[str, int]
     working: int
     trace: int
+    waiting: int = 0
 
     @property
     def total(self) -> int:
         """All of it, at the moment when a shard is written."""
-        return round(SHARDS * sum(self.statistics.values())) + max(self.working, self.trace) + LIBRARIES
+        return round(SHARDS * sum(self.statistics.values())) + max(self.working, self.trace) + self.waiting + LIBRARIES
 
 
 def extra_memory(
@@ -83,11 +91,22 @@ def extra_memory(
     if options.router_scores:
         width = max(layer.top_k for layer in found.layers) + 8 if options.router_scores < 0 else options.router_scores
         chosen += len(found.layers) * (6 * width + 4)
+    shapes, sampled, trying = [_Shape(found, layer) for layer in found.layers], 0, 0
+    if "errors" in options.levels:
+        sampled = sampled_tokens(tokens, options.errors_every)
+        trying = max(_tried(shape, sampled) for shape in shapes)
     return ExtraMemory(
         statistics=statistics_bytes(found, options, domains=domains, phases=phases),
-        working=working_bytes(found, options, batch),
+        # Widths are tried between forwards, when no batch is being worked on.
+        working=max(working_bytes(found, options, batch), trying),
         trace=TRACE_COPIES * min(FLUSH_BYTES, tokens * chosen),
+        waiting=sum(_waiting(shape, sampled) for shape in shapes),
     )
+
+
+def sampled_tokens(tokens: int, every: int) -> int:
+    """Tokens of a layer that level errors takes at most; a sample is larger than its share by chance."""
+    return min(WAITING_TOKENS, tokens, round(1.2 * tokens / every) + 32)
 
 
 def statistics_bytes(
@@ -127,11 +146,11 @@ def _routing(shape: _Shape, groups: int, vectors: int) -> int:
 
 
 def _activations(shape: _Shape, groups: int, vectors: int) -> int:
-    """Outputs, neurons (of which one maximum in 32 bits), channels, pairs, and the norms of the weights."""
+    """Outputs, neurons and channels (of each one maximum in 32 bits), pairs, and the norms of the weights."""
     scalars = (shape.experts + shape.shared) * 14 + 7
-    channels = 3 * shape.experts * shape.hidden + 3 * shape.shared_hidden
+    channels = shape.experts * shape.hidden + shape.shared_hidden
     weights = 3 * shape.neurons + shape.experts * shape.hidden
-    lists = vectors * (DOUBLE * (4 * shape.neurons + channels + shape.experts**2) + 4 * shape.neurons)
+    lists = vectors * (DOUBLE * (4 * shape.neurons + 3 * channels + shape.experts**2) + 4 * (shape.neurons + channels))
     parts = 2 * NUM_PARTS * (shape.experts + 2 * shape.shared)
     return DOUBLE * (groups * scalars + parts) + lists + 4 * weights
 
@@ -142,6 +161,30 @@ def _similarity(shape: _Shape, groups: int, vectors: int) -> int:
         return 0
     sums = DOUBLE * (shape.experts * shape.hidden + 4 * shape.experts**2)
     return vectors * sums + 4 * shape.experts * (3 * 4 * shape.experts + 34)
+
+
+def _errors(shape: _Shape, groups: int, vectors: int) -> int:
+    """Rows of both tables as they are written; between two shards there are none."""
+    experts, parts = shape.experts + shape.shared, 4
+    return DOUBLE * (groups * experts * (parts * (2 + WIDTHS) + 3) + experts * (parts - 1) * (3 + WIDTHS))
+
+
+def _waiting(shape: _Shape, sampled: int) -> int:
+    """Sampled inputs on the host, in 32 bits at most; ids, gate weights and groups."""
+    routed = 4 * shape.hidden + 12 * shape.top_k + 8
+    return sampled * (routed + shape.shared * (4 * shape.shared_hidden + 20))
+
+
+def _tried(shape: _Shape, sampled: int) -> int:
+    """One expert in 32 bits: its weights, those of a grid, what finding a grid takes, and outputs of its tokens.
+
+    The busiest expert is taken to have four times its share of the tokens.
+    """
+    rows = min(sampled, 4 * sampled * shape.top_k // max(1, shape.experts))
+    routed = 4 * (13 * shape.width * shape.hidden + rows * (8 * shape.width + 6 * shape.hidden))
+    of_shared = 13 * shape.shared_width * shape.shared_hidden
+    shared = 4 * (of_shared + sampled * (4 * shape.shared_width + 6 * shape.shared_hidden))
+    return max(routed, shared)
 
 
 def _moments(shape: _Shape, groups: int, vectors: int) -> int:
@@ -161,6 +204,7 @@ _SUMS: dict[str, Callable[[_Shape, int, int], int]] = {
     "routing": _routing,
     "activations": _activations,
     "similarity": _similarity,
+    "errors": _errors,
     "moments": _moments,
     "lookahead": _lookahead,
     "gradients": _gradients,

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from profiler.recorders.attention import AttentionRecorder
+from profiler.recorders.expert_errors import ExpertErrorRecorder
 from profiler.recorders.gradients import GradientRecorder
 from profiler.recorders.lookahead import LookaheadRecorder
 from profiler.recorders.moments import MomentRecorder
@@ -21,6 +22,7 @@ PROBES: dict[str, Callable[[RecordingOptions], Probe]] = {
     "attention": lambda options: AttentionRecorder(),
     "similarity": lambda options: SimilarityRecorder(options.similarity_every, options.vectors_per_domain),
     "moments": lambda options: MomentRecorder(options.vectors_per_domain),
+    "errors": lambda options: ExpertErrorRecorder(options.errors_every),
     "lookahead": lambda options: LookaheadRecorder(),
     "predictions": lambda options: PredictionRecorder(),
     "gradients": lambda options: GradientRecorder(options.vectors_per_domain),

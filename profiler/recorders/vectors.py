@@ -1,7 +1,8 @@
 """Per channel, what enters and leaves each expert: table ``expert_vector``.
 
-The sum of squared inputs over an expert's own tokens gives the Wanda norms of its first projection; the sums of its
-outputs, plain and gated, give its mean (what a dropped expert may be replaced by).
+The sum of squared inputs over an expert's own tokens gives the Wanda norms of its first projection, their largest
+absolute values are what smoothing moves into the weights (EAQuant, SmoothQuant); the sums of its outputs, plain and
+gated, give its mean (what a dropped expert may be replaced by).
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from profiler.recorders.vector_sums import DomainRows, VectorSums, split_domains
 
 
 class VectorRecorder(VectorSums):
-    """Sums per channel, kept on the layer's device in float64 until they are drained."""
+    """Sums and maxima per channel, kept on the layer's device in float64 until they are drained."""
 
     table = "expert_vector"
 
@@ -25,16 +26,19 @@ class VectorRecorder(VectorSums):
         if not len(batch.token):
             return
         output = batch.select(batch.output)
-        squares = None
+        inputs = None
         if batch.inputs is not None:
-            squares = finite(batch.tokens.select(batch.inputs).float()).square()  # shape: (tokens, width)
+            inputs = finite(batch.tokens.select(batch.inputs).float())  # shape: (tokens, width)
+        squares = None if inputs is None else inputs.square()
         for part in split_domains(batch, by_domain=self._by_domain):
             rows = output if part.chosen is None else output[part.chosen]
             plain, gated = _output_sums(rows, part).unbind(1)
             sums = {"output_sum": plain, "gated_output_sum": gated}
-            if squares is not None:
+            maxima = {}
+            if inputs is not None and squares is not None:
                 sums["input_square_sum"] = _membership(part, batch.num_experts, len(batch.tokens)) @ squares
-            self.add(part.key, part.counts, sums)
+                maxima["input_max"] = _input_maxima(inputs, part)
+            self.add(part.key, part.counts, sums, maxima)
 
     def drain(self) -> dict[str, pl.DataFrame]:
         """Table ``expert_vector``, one row per expert that saw a token."""
@@ -61,6 +65,18 @@ def _products(rows: Tensor, factors: Tensor, counts: Tensor) -> Tensor:
             torch.mm(factors[:, start:end], rows[start:end].float(), out=sums[place])
             start = end
     return sums
+
+
+def _input_maxima(inputs: Tensor, part: DomainRows) -> Tensor:
+    """(experts, width) largest |x| of each channel over an expert's tokens; 0 where it has none."""
+    largest = torch.zeros(len(part.counts), inputs.shape[1], device=inputs.device)
+    start = 0
+    for place, count in enumerate(part.counts.tolist()):
+        if count:
+            rows = inputs[part.token[start : start + count]]
+            torch.amax(rows.abs_(), 0, out=largest[place])
+            start += count
+    return largest
 
 
 def _membership(part: DomainRows, experts: int, tokens: int) -> Tensor:

@@ -120,20 +120,36 @@ def test_levels_add_up(tmp_path):
     assert list(both.statistics_gib) == ["routing", "activations"]
     assert both.level == "routing,activations"
     assert both.memory_gib > routing.memory_gib > routing.weights_gib["float32"]
-    # by hand, per layer: 36 bytes per neuron, 24 per channel of an expert, the Gram matrix, scalars, weights' norms,
+    # by hand, per layer: 36 bytes per neuron, 28 per channel of an expert, the Gram matrix, scalars, weights' norms,
     # and two sums per expert for each sixteenth of the text
     experts, neurons, channels = 8, 8 * 24, 8 * 32
-    layer = 36 * neurons + 24 * channels + 8 * experts**2 + 8 * (14 * experts + 7) + 4 * (3 * neurons + channels)
+    layer = 36 * neurons + 28 * channels + 8 * experts**2 + 8 * (14 * experts + 7) + 4 * (3 * neurons + channels)
     assert both.statistics_gib["activations"] * 2**30 == 3 * (layer + 8 * 9 + 16 * 2 * 8 * experts)
     assert both.recording_gib > routing.recording_gib > sum(routing.statistics_gib.values())
     more = inspect_model(path, gflops=1.0, domains=7)
     pooled = 3 * (8 * 2 * experts**2 + 16 * 2 * 8 * experts) / 2**30  # pairs, and the sixteenths of the text
     assert more.statistics_gib["routing"] - pooled == pytest.approx(7 * (routing.statistics_gib["routing"] - pooled))
-    every = inspect_model(path, level="similarity,moments,lookahead,attention,gradients", gflops=1.0)
+    every = inspect_model(path, level="similarity,errors,moments,lookahead,attention,gradients", gflops=1.0)
     assert list(every.statistics_gib) == every.level.split(",")
     assert every.statistics_gib["moments"] * 2**30 == 3 * 8 * 32**2
+    # per expert four rows of tokens, energy and six widths, one of them with three nested ones; three rows of grids
+    assert every.statistics_gib["errors"] * 2**30 == 3 * 8 * experts * ((4 * 8 + 3) + 3 * 9)
     with pytest.raises(InputError, match="level 'all' is not known"):
         inspect_model(path, level="all", gflops=1.0)
+
+
+def test_trying_widths_takes_time_by_sampled_tokens_and_by_weights(tmp_path):
+    path = saved(tiny_olmoe(), tmp_path)
+    short, long, longer = (
+        [inspect_model(path, level=level, token_budget=tokens, gflops=1.0).hours for level in ("routing", "errors")]
+        for tokens in (1_000, 10_000, 10_000_000)
+    )
+    assert short[1] > short[0]  # every weight is tried, however few tokens there are
+    extra = [pair[1] - pair[0] for pair in (short, long, longer)]
+    expert, forwards, used = 3 * 32 * 24, 15, 2
+    flops = 3 * 2 * forwards * used * expert  # of a sampled token: twice per weight, in three layers
+    assert (extra[1] - extra[0]) * 3600 * 1e9 / 2 == pytest.approx(flops * 1.2 * 9_000 / 16, rel=0.01)
+    assert (extra[2] - extra[1]) * 3600 * 1e9 / 2 == pytest.approx(flops * (8192 - 782), rel=0.01)  # no more are taken
 
 
 def test_json_and_text(tmp_path):

@@ -12,9 +12,10 @@ from moescope.errors import StoreError
 from store import RunInfo, RunWriter
 from store.schema import OLDEST_VERSION, SCHEMA_VERSION
 
-NEW_TABLES = ("expert_part", "load_span", "expert_weight_similarity", "omission")
+NEW_TABLES = ("expert_part", "load_span", "expert_weight_similarity", "omission", "expert_error", "expert_grid")
 NEW_COLUMNS = (
     ("sequence_token", "predicted"),
+    ("expert_vector", "input_max"),
     ("expert_similarity", "groups"),
     ("expert_similarity", "group_tokens"),
     ("expert_similarity", "hsic_sum"),

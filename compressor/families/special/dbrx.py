@@ -53,4 +53,5 @@ def dbrx_layout(module: Any) -> DbrxLayout:
         post_norm=False,
         up_name="mlp.w1",
         down_name="mlp.w2",
+        activation_name="mlp.activation_fn",
     )

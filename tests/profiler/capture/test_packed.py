@@ -82,7 +82,7 @@ def test_fp8_is_seen_in_every_backend(backend: str, tmp_path: Path, monkeypatch:
 
 
 @pytest.mark.parametrize("kind", BUILDERS)
-@pytest.mark.parametrize("level", ["similarity", "gradients"])
+@pytest.mark.parametrize("level", ["similarity", "errors", "gradients"])
 def test_levels_that_need_the_weights_are_refused(
     kind: str, level: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -18,7 +18,7 @@ from profiler.capture.session import WatchSession
 from store.schema import Column, Table, tables
 from tests.profiler.capture.tiny import batch, build, tokenizer
 
-LEVELS = "activations,similarity,moments,lookahead,attention"
+LEVELS = "activations,similarity,errors,moments,lookahead,attention"
 SUMMED = [name for name, table in tables().items() if table.keys]
 LISTED = ["route_chunk", "score_chunk", "sequence_token"]
 NOT_HERE = {"neuron_gradient", "expert_gradient", "loss", "load_span"}
@@ -30,7 +30,7 @@ TEXTS = [batch(seed=1), batch(seed=2, padding="left")]
 def recorded(folder: Path, name: str, texts: list[Any], domains: list[Any], **options: Any) -> store.Run:
     """A run over some texts; ``flush`` ends a shard after each."""
     flush = options.pop("flush", False)
-    options = {"level": LEVELS, "router_scores": 3, "tokenizer": tokenizer()} | options
+    options = {"level": LEVELS, "router_scores": 3, "errors_every": 2, "tokenizer": tokenizer()} | options
     with torch.no_grad(), profiler.watch(build("qwen2_moe"), store=folder, name=name, **options) as session:
         for inputs, domain in zip(texts, domains, strict=True):
             session.label(domains=domain)
@@ -95,7 +95,7 @@ def two_workers(tmp_path_factory: pytest.TempPathFactory) -> store.Run:
     sessions: list[WatchSession] = []
     for number, inputs in enumerate(TEXTS):
         model = build("qwen2_moe")
-        options = {"level": LEVELS, "router_scores": 3, "tokenizer": tokenizer()}
+        options = {"level": LEVELS, "router_scores": 3, "errors_every": 2, "tokenizer": tokenizer()}
         session = profiler.watch(model, store=folder, name=f"worker{number}", **options)
         with torch.no_grad(), session.attached():
             session.label(domains=["a", "b", "a"], sequences=range(3 * number, 3 * number + 3))
