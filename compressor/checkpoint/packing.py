@@ -104,8 +104,6 @@ def check_packable(plan: Plan, checkpoint: Checkpoint, decoder: Decoder) -> Quan
         return None
     if checkpoint.config.get("quantization_config"):
         raise PlanError("the checkpoint is quantized already (quantization_config): dequantize it first")
-    if step.smoothing is not None:
-        raise PlanError(f"form packed holds no smoothed experts: {_ADVICE}")
     for layer in step.layers:
         stored = decoder.layers.get(layer.layer)
         roles = {expert.role for expert in layer.experts}

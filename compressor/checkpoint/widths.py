@@ -6,6 +6,7 @@ moves a matrix by a share of its norm that hardly depends on the model, random w
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -284,6 +285,6 @@ class _Files:
         """The shared experts of a layer."""
         stored = self.layers[layer]
         for name, entry in stored.shared:
-            if name.what == "weight" and name.part == "up":
-                return read_shared(stored, entry.shape[0], hidden, reader)
+            if name.what == "weight" and name.part == "down":
+                return read_shared(stored, math.prod(entry.shape) // hidden, hidden, reader)
         raise ModelError(f"{self.folder} has no shared experts in layer {layer} that are stored as others are")

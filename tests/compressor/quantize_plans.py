@@ -27,12 +27,12 @@ def quantize(known: Source, *steps: Step, widths: Sequence[Bits | None] = MIXED,
     layers = []
     for shape in known.layers:
         units = [
-            ExpertBits(expert=expert, gate=width(), up=width(), down=width())
+            ExpertBits(expert=expert, gate=width() if known.gated else None, up=width(), down=width())
             for expert in range(shape.num_experts)
             if expert not in gone.get(shape.layer, ())
         ]
         if shape.shared_width:
-            units.append(ExpertBits(expert=0, role="shared", gate=4, up=4, down=4))
+            units.append(ExpertBits(expert=0, role="shared", gate=4 if known.gated else None, up=4, down=4))
         layers.append(QuantizeLayer(layer=shape.layer, experts=tuple(units)))
     step = {"method": "test", "group_size": 16, "scales": "range", "layers": tuple(layers), **more}
     return plan(known, *steps, QuantizeStep(**step))

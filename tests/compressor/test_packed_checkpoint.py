@@ -180,7 +180,19 @@ def test_experts_that_are_not_named_stay(tmp_path: Path) -> None:
     assert "4 bits: 1;" in card and "compressor.load(FOLDER)" in card and "experts of few bits" in card
 
 
-@pytest.mark.parametrize("family", ["gpt_oss", "granitemoe", "llama4_text"])
+@pytest.mark.parametrize("family", ["nemotron_h", "qwen2_moe", "ernie4_5_moe", "minimax_m2"])
+def test_experts_of_other_names(tmp_path: Path, family: str) -> None:
+    """Without gate, with a gate for the shared expert, with selection biases, and w1 beside block_sparse_moe."""
+    model = saved(family, tmp_path / "source")
+    wanted = quantize(source(model), group_size=0)
+    compressor.apply(wanted, source=tmp_path / "source", destination=tmp_path / "out")
+    loaded = compressor.load(tmp_path / "out")
+    with compressor.edited(model, wanted):
+        assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in loaded.state_dict().items())
+    compressor.verify(tmp_path / "out")
+
+
+@pytest.mark.parametrize("family", ["gpt_oss", "llama4_text", "minimax_m3_vl_text"])
 def test_experts_in_one_tensor_are_refused(tmp_path: Path, family: str) -> None:
     model = saved(family, tmp_path / "source")
     with pytest.raises(PlanError, match="use form dense"):

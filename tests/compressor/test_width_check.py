@@ -153,7 +153,7 @@ def test_what_is_wrong_is_found(
     damage: Callable[[dict[str, Tensor], dict[str, Tensor]], None],
     verdict: str,
 ) -> None:
-    wanted = quantize(source(model[0]), widths=(4,), scales="clipped")
+    wanted = quantize(source(model[0]), widths=(4,))
     compressor.apply(wanted, source=model[1], destination=tmp_path / "out")
     file = tmp_path / "out" / "model.safetensors"
     content = load_file(file)
