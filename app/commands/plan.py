@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from compressor.plan import Plan
 
 NAME = "plan"
-SUMMARY = "plan what to drop, merge or slim, from a run; or compare two plans"
-FORMS = ("uniform", "per_layer", "padded", "shared", "masked")
+SUMMARY = "plan what to drop, merge, slim or quantize, from a run; or compare two plans"
+FORMS = ("uniform", "per_layer", "padded", "shared", "masked", "packed", "dense")
 ROWS = {"layers": 100, "difference": 60}
 """Rows that the terminal gets of long tables; --json prints all."""
 
@@ -39,6 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     budget = parser.add_mutually_exclusive_group()
     budget.add_argument("--share", type=share, metavar="S", help="part to remove, such as 0.25")
     budget.add_argument("--memory", type=memory, metavar="SIZE", help="what the weights may take, such as 3GiB")
+    add_bits(parser)
     parser.add_argument(
         "--other-weights", type=memory, default=0, metavar="SIZE",
         help="what the model's other weights take of --memory (default: it is for the experts alone)",
@@ -83,16 +84,20 @@ def run(options: argparse.Namespace) -> int:
 def _plan(run: store.Run, options: argparse.Namespace) -> int:
     from moescope.errors import InputError
 
-    if options.share is None and options.memory is None:
-        raise InputError("how much? give --share 0.25 or --memory 3GiB")
+    if options.share is None and options.memory is None and options.bits is None:
+        raise InputError("how much? give --share 0.25 or --memory 3GiB, or --bits 3")
     if options.nearest_to:
         return _retrieve(run, options)
     import planner
+    from planner.presets import DEFAULT_QUANTIZER
 
     given: dict[str, Any] = {"share": options.share, "memory": options.memory, "form": options.form}
     given |= {"domains": _names(options.domains), "engine": options.engine, "guard": not options.no_guard}
     given |= {"other_weights": options.other_weights, "allow_invalid": options.allow_invalid}
+    given |= {"bits": options.bits, "quantizer": options.quantizer}
     given |= {"preset": options.preset} if options.preset else {}
+    if options.preset is None and options.share is None and options.memory is None:  # bits alone: nothing is cut
+        given |= {"preset": options.quantizer or DEFAULT_QUANTIZER, "quantizer": None}
     given |= {"allocation": options.allocation} if options.allocation else {}
     given |= dict(options.set)
     plan = planner.make(run, **given)
@@ -156,15 +161,14 @@ def words(plan: Plan) -> str:
     from app.frames import compress as frames
     from app.text import table
 
-    found = frames.units(plan)
-    parts = [
-        f"{frames.title(plan)}: {plan.source.model}",
-        table(frames.layers(found).rename({"label": "layer"}), rows=ROWS["layers"]),
-        table(frames.reasons(found).rename({"label": "layer"}), rows=ROWS["layers"]),
-        table(frames.key_figures(plan)),
-        "\n".join(frames.rests_on(plan)),
-    ]
-    return "\n\n".join(parts)
+    found, widths = frames.units(plan), frames.widths(plan)
+    parts = [f"{frames.title(plan)}: {plan.source.model}"]
+    if len(plan.steps) > 1 or widths.is_empty():
+        parts.append(table(frames.layers(found).rename({"label": "layer"}), rows=ROWS["layers"]))
+    for frame in (widths, frames.reasons(found)):
+        if not frame.is_empty() or widths.is_empty():
+            parts.append(table(frame.rename({"label": "layer"}), rows=ROWS["layers"]))
+    return "\n\n".join([*parts, table(frames.key_figures(plan)), "\n".join(frames.rests_on(plan))])
 
 
 def _print_presets(run: store.Run, options: argparse.Namespace) -> int:
@@ -203,6 +207,33 @@ def memory(text: str) -> int:
     if count < 1:
         raise argparse.ArgumentTypeError(f"{text!r} must be more than nothing")
     return count
+
+
+def add_bits(parser: argparse.ArgumentParser) -> None:
+    """What weights may take, beside what is cut or alone."""
+    from planner.presets import DEFAULT_QUANTIZER
+
+    parser.add_argument(
+        "--bits", type=bits, metavar="B",
+        help="bits that a weight of the experts that stay may take, scales and zero points counted, such as 3.0; with a"
+        " share or a memory budget too, what is cut is quantized as well",
+    )  # fmt: skip
+    parser.add_argument(
+        "--quantizer",
+        metavar="NAME",
+        help=f"preset that finds the widths of what a cut leaves (default: {DEFAULT_QUANTIZER})",
+    )
+
+
+def bits(text: str) -> float:
+    """A positive number of bits."""
+    try:
+        value = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of bits: write 3 or 2.5") from None
+    if not 0 < value < 64:
+        raise argparse.ArgumentTypeError(f"{text!r} must lie between 0 and 64, such as 3.0")
+    return value
 
 
 def share(text: str) -> float:

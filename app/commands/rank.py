@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from app.commands.inputs import add_corpus, add_model, open_model, open_text, require_data, require_placement
 from app.commands.options import add_config, add_json, add_store
-from app.commands.plan import memory, share
+from app.commands.plan import add_bits, memory, share
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from compressor.plan import Plan
     from planner import Measurement
     from planner.finalists import Ranked
+    from planner.presets import Preset
     from profiler.evaluation import BaseDistribution
 
 NAME = "rank"
@@ -28,16 +29,17 @@ SUMMARY = "measure the plans of several presets on held-out text, before anythin
 TOKENS = 20_000
 """Held-out text, if nobody says otherwise: enough to rank plans."""
 
-CONTROLS = ("random",)
+CONTROLS = ("random", "random_bits")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the command."""
     parser.add_argument("target", metavar="RUN", help="path of a run, or its name in --store")
     parser.add_argument("model", metavar="MODEL", help="the run's model: a folder, or a hub id")
-    budget = parser.add_mutually_exclusive_group(required=True)
+    budget = parser.add_mutually_exclusive_group()
     budget.add_argument("--share", type=share, metavar="S", help="part to remove, such as 0.25")
     budget.add_argument("--memory", type=memory, metavar="SIZE", help="what the experts may take, such as 3GiB")
+    add_bits(parser)
     parser.add_argument(
         "--presets", metavar="LIST", help="comma list (default: all that the run can give; plan RUN --list names them)"
     )
@@ -55,7 +57,10 @@ def run(options: argparse.Namespace) -> int:
     """Plan, measure, and print the ranking; the best plan is kept beside the run."""
     import planner
     import store
+    from moescope.errors import InputError
 
+    if options.share is None and options.memory is None and options.bits is None:
+        raise InputError("how much? give --share 0.25 or --memory 3GiB, or --bits 3")
     require_data(options)
     require_placement(options)
     with store.open_run(store.Catalog(options.store).resolve(options.target)) as opened:
@@ -82,12 +87,13 @@ def _candidates(run: store.Run, options: argparse.Namespace) -> tuple[list[Plan]
     from moescope.errors import PlanError
     from planner.presets import PRESETS, find
 
-    names = [one.name for one in PRESETS if one.name not in CONTROLS]
+    names = [one.name for one in PRESETS if one.name not in CONTROLS and _takes(one, options)]
     if options.presets:
         names = [find(name.strip()).name for name in options.presets.split(",") if name.strip()]
     plans, refused = [], {}
     for name in names:
         asked: dict[str, Any] = {"share": options.share, "memory": options.memory, "engine": options.engine}
+        asked |= {"bits": options.bits, "quantizer": options.quantizer}
         if find(name).forms[0] == "masked":
             asked["form"] = find(name).forms[1]
         try:
@@ -102,6 +108,13 @@ def _candidates(run: store.Run, options: argparse.Namespace) -> tuple[list[Plan]
     if not plans:
         raise PlanError(f"no preset gives a plan: {next(iter(refused.values()), 'none was named')}")
     return plans, refused
+
+
+def _takes(preset: Preset, options: argparse.Namespace) -> bool:
+    """Whether a preset can do anything with what was asked for: bits alone cut nothing, a share cuts."""
+    if options.share is None and (options.memory is None) != (options.bits is None):
+        return options.bits is None or preset.step == "quantize"
+    return preset.step != "quantize"
 
 
 def _measure(run: store.Run, options: argparse.Namespace, count: int) -> Callable[[Plan], Measurement]:

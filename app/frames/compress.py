@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,17 +11,23 @@ import polars as pl
 from app.frames.axes import layer_label
 from app.text import size
 from compressor.plan import (
+    BITS,
+    PARTS,
     DropStep,
     Evidence,
+    ExpertBits,
     LayerKey,
     MergeStep,
     NewExpert,
     Plan,
+    QuantizeStep,
+    bits_after,
     differences,
     experts_after,
     kept_layers,
 )
 from compressor.plan.result import neurons_after
+from planner.estimate.storage import stored_parts
 
 FATES = ("kept", "dropped", "merged", "silenced")
 """What becomes of a routed expert; ``merged``: goes into another; ``silenced``: its whole block puts out
@@ -64,7 +71,7 @@ def units(plan: Plan) -> pl.DataFrame:
     made of; score, null where the plan holds none; place: of the score in its layer, 1 = the most important; experts of
     the layer; protected; neurons_kept: share 0..1, null where the expert goes; why, in words.
     """
-    after, stays, masks = experts_after(plan), set(kept_layers(plan)), neurons_after(plan)
+    after, stays, masks, bits = experts_after(plan), set(kept_layers(plan)), neurons_after(plan), bits_after(plan)
     silenced = {layer for step in plan.steps if isinstance(step, DropStep) for layer in step.blocks}
     (scores, whole), reasons, given_up = _scores(plan), _protected(plan), _given_up(plan)
     rows: list[dict[str, Any]] = []
@@ -82,10 +89,37 @@ def units(plan: Plan) -> pl.DataFrame:
             stands = row["fate"] == "kept"
             row["neurons_kept"] = None if not stands else 1.0 if mask is None else float(mask.mean())
             row["why"] = _why(row, home, reasons.get((*key, expert), ""), key[0] in stays)
+            if stands and (*key, expert, "routed") in bits:
+                row["why"] = f"{_bits(bits[*key, expert, 'routed'])} bits; {row['why']}".rstrip("; ")
             if (*key, expert) in given_up:
                 row["why"] = f"its neurons go to experts that stay; {row['why']}".rstrip("; ")
             rows.append(row)
     return pl.DataFrame(rows, schema=_UNITS)
+
+
+def widths(plan: Plan) -> pl.DataFrame:
+    """One row per MoE layer of a plan that quantizes; none of others.
+
+    Columns: label; experts: how many have which bits, by projection where these differ; shared: bits of shared experts,
+    left out where there are none; bits: effective ones of a weight, scales and zero points counted (16 if it stays as
+    it is), also in form dense, which saves nothing.
+    """
+    found = bits_after(plan)
+    steps = [one.model_copy(update={"form": "packed"}) if isinstance(one, QuantizeStep) else one for one in plan.steps]
+    packed = plan.model_copy(update={"steps": tuple(steps)})
+    sums: dict[LayerKey, list[float]] = {}
+    for part in stored_parts(packed, source_bits=16.0) if found else ():
+        mine = sums.setdefault((part.unit[0], part.unit[1]), [0.0, 0.0])
+        mine[0], mine[1] = mine[0] + part.weights, mine[1] + part.weights * part.bits
+    rows = []
+    for key, experts in experts_after(plan).items() if found else ():
+        own = Counter(_bits(found.get((*key, one.lead, "routed"))) for one in experts)
+        listed = ", ".join(f"{count} x {text}" for text, count in sorted(own.items(), key=lambda item: _order(item[0])))
+        shared = _bits(found.get((*key, 0, "shared"))) if plan.source.by_key[key].shared_width else None
+        rows.append((layer_label(*key), listed, shared, sums[key][1] / sums[key][0]))
+    schema = {"label": pl.String, "experts": pl.String, "shared": pl.String, "bits": pl.Float64}
+    frame = pl.DataFrame(rows, schema=schema, orient="row")
+    return frame if frame["shared"].null_count() < len(frame) else frame.drop("shared")
 
 
 def kept(plan: Plan) -> int:
@@ -150,6 +184,8 @@ def key_figures(plan: Plan) -> pl.DataFrame:
     layer_count = len(kept_layers(plan))
     if layer_count != plan.source.num_layers:
         rows.append(_counted("decoder layers", plan.source.num_layers, layer_count))
+    if estimate.bits is not None:
+        rows.append(("bits of an expert's weight, as stored", "", f"{estimate.bits:.4g}", ""))
     for name, error in (("alike", estimate.layer_error), ("weighed", estimate.weighed_error)):
         if error is not None:
             rows.append((f"predicted error, layers {name}", "0", f"{error:.4g}", ""))
@@ -190,9 +226,10 @@ def difference(first: Plan, second: Plan) -> pl.DataFrame:
 def title(plan: Plan) -> str:
     """A plan in a few words: preset, what was asked for, form."""
     target = plan.target
-    asked = f"{target.share:.0%}".replace("%", " %") if target.share is not None else size(target.memory or 0)
-    forms = ", ".join(dict.fromkeys(step.form for step in plan.steps))
-    return f"{target.preset}, {asked}, {forms}"
+    asked = [f"{target.share:.0%}".replace("%", " %")] if target.share is not None else []
+    asked += [size(target.memory)] if target.memory is not None else []
+    asked += [f"{target.bits:g} bits"] if target.bits is not None else []
+    return ", ".join([target.preset, *asked, *dict.fromkeys(step.form for step in plan.steps)])
 
 
 def evidence_of(plan: Plan) -> Evidence | None:
@@ -257,6 +294,19 @@ def _why(row: Mapping[str, Any], home: NewExpert | None, reason: str, layer_stay
     elif row["neurons_kept"] is not None and row["neurons_kept"] < 1:
         words = f"keeps {row['neurons_kept']:.0%} of its neurons"
     return "; ".join(part for part in (words, place) if part)
+
+
+def _bits(entry: tuple[ExpertBits, QuantizeStep] | None) -> str:
+    """``4``, ``gate 4 up 4 down 3``, or ``full``."""
+    own = {} if entry is None else {part: entry[0].of(part) for part in PARTS if entry[0].of(part) is not None}
+    if len(set(own.values())) < 2:
+        return str(next(iter(own.values()), "full"))
+    return " ".join(f"{part} {bits}" for part, bits in own.items())
+
+
+def _order(text: str) -> tuple[int, str]:
+    names = [str(one) for one in BITS]
+    return (names.index(text) if text in names else len(names), text)
 
 
 def _listed(gone: pl.DataFrame, what: str) -> str:

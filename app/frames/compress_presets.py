@@ -41,7 +41,8 @@ _COMPARISON = {
     "kept_mass": pl.Float64,
     "refused": pl.String,
 }
-_TRIED = (0.25, 0.5)
+_TRIED: tuple[dict[str, Any], ...] = ({"share": 0.25}, {"share": 0.5})
+_TRIED_BITS: tuple[dict[str, Any], ...] = ({"bits": 4.5}, {"bits": 9.0})
 
 
 def presets(run: store.Run) -> pl.DataFrame:
@@ -135,9 +136,9 @@ def _missing(run: store.Run, preset: Preset) -> str | None:
 def _tried(run: store.Run, preset: Preset) -> str | None:
     """An import may lack any sum, whatever its level says: only trying tells."""
     first: str | None = None
-    for share in _TRIED:
+    for asked in _TRIED_BITS if preset.step == "quantize" else _TRIED:
         try:
-            planner.make(run, preset=preset.name, share=share)
+            planner.make(run, preset=preset.name, **asked)
         except PlanError as error:
             first = first or str(error)
         else:

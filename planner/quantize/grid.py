@@ -109,9 +109,7 @@ def _group_size(wanted: int | None, lengths: set[int]) -> int:
         raise PlanError(f"group size {wanted!r} is no number of channels: give one such as 128, or 0 for whole rows")
     odd = sorted(length for length in lengths if wanted and length % wanted)
     if odd:
-        raise PlanError(
-            f"groups of {wanted} do not divide rows of {odd[0]}: use {group_size_for(*lengths, wanted=wanted)}"
-        )
+        raise PlanError(f"groups of {wanted} do not divide rows of {odd[0]}: use {group_size_for(*lengths)}")
     return wanted
 
 
