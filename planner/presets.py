@@ -124,6 +124,8 @@ PRESETS: tuple[Preset, ...] = (
     _preset("width", "Width", "slim", "slim.width", _X, "arXiv 2512.02351", forms=_SLIM_UNIFORM),
     _preset("error_bits", "Error bits", "quantize", "quantize.error_bits", _X, "ours", forms=_PACKED, differs=False,
             widths=(2, 3, 4, 8), granularity="expert", budget="model", weigh="influence"),
+    _preset("mixed", "Mixed", "quantize", "quantize.joint", _X, "ours", forms=_PACKED, differs=False,
+            widths=(2, 3, 4, 8), drop=1.0),
     _preset("pmq", "PMQ", "quantize", "quantize.pmq", _X, "MC-MoE, arXiv 2410.06270", forms=_DENSE, alpha=1.0, beta=1.5,
             gamma=2.0, equal=True, widths=(1, 2, 3)),
     _preset("pmq_code", "PMQ as released", "quantize", "quantize.pmq", _X, "MC-MoE's code", forms=_DENSE, alpha=1.0,

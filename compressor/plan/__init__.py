@@ -22,7 +22,7 @@ from compressor.plan.bits import (
 )
 from compressor.plan.difference import differences
 from compressor.plan.document import VERSION, Plan, Step, json_schema
-from compressor.plan.evidence import Estimate, Evidence, LayerValues, Protected, Provenance, Target
+from compressor.plan.evidence import Estimate, Evidence, LayerValues, Prediction, Protected, Provenance, Target
 from compressor.plan.factors import FactorGroup, FactorLayer, FactorStep
 from compressor.plan.result import NewExpert, bits_after, experts_after, kept_layers, widths_after
 from compressor.plan.source import LayerKey, LayerShape, Source
@@ -61,6 +61,7 @@ __all__ = [
     "MergeStep",
     "NewExpert",
     "Plan",
+    "Prediction",
     "Protected",
     "Provenance",
     "QuantizeLayer",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import Field
 
 from compressor.plan.steps import Record, Role
@@ -94,6 +96,27 @@ class Evidence(Record):
     notes: tuple[str, ...] = ()
 
 
+class Prediction(Record):
+    """How far a plan is predicted to take the model from what it was.
+
+    Attributes:
+        kl: KL divergence from the model as it is, nats per token.
+        low: lower end of its interval.
+        high: upper end.
+        coverage: part of measured values that such intervals hold.
+        basis: ``sums`` = from the run's sums alone, with a factor that is typical of models; ``measured plans`` = with
+            factors from plans of this model that were measured.
+        plans: measured plans behind it; 0 with basis ``sums``.
+    """
+
+    kl: float = Field(ge=0)
+    low: float = Field(ge=0)
+    high: float = Field(ge=0)
+    coverage: float = Field(gt=0, lt=1)
+    basis: Literal["sums", "measured plans"]
+    plans: int = Field(default=0, ge=0)
+
+
 class Estimate(Record):
     """What the plan is expected to save and to cost; measured figures stand in receipts beside a plan, never in it.
 
@@ -110,6 +133,7 @@ class Estimate(Record):
             over layers; null where the run cannot say.
         weighed_error: the same, layers weighed by how far their experts turn the residual stream; it compares plans
             that cut layers differently.
+        prediction: predicted KL divergence, from the run's sums alone; null where the run cannot price the plan.
     """
 
     expert_parameters: int = Field(ge=0)
@@ -121,3 +145,4 @@ class Estimate(Record):
     kept_mass: float | None = None
     layer_error: float | None = None
     weighed_error: float | None = None
+    prediction: Prediction | None = None

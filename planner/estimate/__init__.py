@@ -7,6 +7,7 @@ import numpy as np
 from compressor.plan import Estimate, Plan, QuantizeStep
 from planner.estimate.layer_error import layer_errors, weighed
 from planner.estimate.parameters import active_parameters, expert_parameters, sizes_after, sizes_before
+from planner.estimate.prediction import predict
 from planner.estimate.storage import expert_bytes, mean_bits
 from planner.source import value_bytes
 from planner.task import Draft, Task, rounded
@@ -33,6 +34,7 @@ def estimate(plan: Plan, task: Task, draft: Draft) -> Estimate:
         bits=_short(mean_bits(plan, source_bits=8.0 * size)) if quantized and size else None,
         kept_mass=None if draft.kept_mass is None else _short(draft.kept_mass),
         layer_error=None if errors is None else _short(float(np.mean(list(errors.values())))),
+        prediction=predict(plan, task),
         weighed_error=None if errors is None else _short(weighed(errors, task)),
     )
 
