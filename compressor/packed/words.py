@@ -1,7 +1,7 @@
 """Codes of a few bits, one behind the other in words of 32 bits, across the words' borders: no bit is left out.
 
 Source: compressed-tensors 0.20, ``pack_to_int32``. Earlier versions left the rest of a word empty where the width does
-not divide 32; such tensors have other shapes and are refused by who reads them.
+not divide 32 (unverified); such tensors have other shapes and are refused by who reads them.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ from moescope.errors import PlanError
 from planner.estimate.storage import expert_bytes
 from tests.compressor.apply_cases import digest, header, saved, slim, tensors
 from tests.compressor.edit_plans import plan, source
-from tests.compressor.edited_models import run
+from tests.compressor.edited_models import near, run, slimming
 from tests.compressor.quantize_plans import alike, quantize, tiny
 
 MATRIX = re.compile(r"model\.layers\.(\d+)\.mlp\.(?:experts\.(\d+)|shared_experts)\.(gate|up|down)_proj\.weight")
@@ -178,6 +178,19 @@ def test_experts_that_are_not_named_stay(tmp_path: Path) -> None:
     assert all(torch.equal(stored[name], dense[name]) for name in set(stored) & set(dense))
     card = (tmp_path / "out" / "README.md").read_text()
     assert "4 bits: 1;" in card and "compressor.load(FOLDER)" in card and "experts of few bits" in card
+
+
+def test_shared_experts_that_are_filled_up(tmp_path: Path) -> None:
+    """The configuration ties their width, so that zeros stand behind their neurons: rows of scales are as without."""
+    model = tiny("deepseek_v3", tmp_path / "source")
+    wanted = quantize(source(model), *slimming(model, "per_layer").steps, group_size=0)
+    compressor.apply(wanted, source=tmp_path / "source", destination=tmp_path / "out")
+    loaded, name = compressor.load(tmp_path / "out"), "model.layers.2.mlp.shared_experts.up_proj.weight"
+    filled = loaded.state_dict()[name]
+    with compressor.edited(model, wanted):
+        near(run(loaded), run(model), 1e-6)
+    kept = filled.any(1).sum()
+    assert 0 < kept < len(filled) and not filled[kept:].any()
 
 
 @pytest.mark.parametrize("family", ["nemotron_h", "qwen2_moe", "ernie4_5_moe", "minimax_m2"])
