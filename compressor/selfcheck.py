@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from compressor.checkpoint.widths import WidthReport, check_weights
 from compressor.memory import edited
-from compressor.plan import LayerKey, Plan, experts_after, kept_layers
+from compressor.plan import LayerKey, Plan
+from compressor.plan.result import source_after
 from compressor.replacement import _read_shared, _shared_names
 from compressor.sites import Decoder, find_decoder
 from compressor.weights import ExpertWeights
@@ -187,16 +188,6 @@ def difference(reference: Tensor, found: Tensor) -> LogitsDifference:
         relative=float((found - reference).norm() / reference.norm().clamp_min(1e-30)),
         kl=float((first.exp() * (first - second)).sum(-1).mean()),
     )
-
-
-def source_after(plan: Plan) -> Any:
-    """What a plan leaves of its source, as far as finding the experts of the result goes."""
-    kept = kept_layers(plan)
-    numbers, left = {layer: number for number, layer in enumerate(kept)}, experts_after(plan)
-    layers = tuple(
-        shape.model_copy(update={"layer": numbers[shape.layer]}) for shape in plan.source.layers if shape.key in left
-    )
-    return plan.source.model_copy(update={"num_layers": len(kept), "layers": layers})
 
 
 def _shared(decoder: Decoder, layer: int) -> ExpertWeights:

@@ -17,8 +17,9 @@ from moescope.errors import StoreError
 
 SUFFIX = ".plans"
 
-KINDS = ("plan", "receipt", "job", "progress")
-"""What lies in the folder: plans; what applying one gave; commands started in the background, and how far they are."""
+KINDS = ("plan", "receipt", "check", "job", "progress")
+"""What lies in the folder: plans; what applying one gave, and whether the result is what the plan says; commands
+started in the background, and how far they are."""
 
 _NAME = re.compile(r"[0-9a-z-]{1,64}")
 

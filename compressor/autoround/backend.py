@@ -70,6 +70,7 @@ class Report:
         widths: module name -> planned width.
         ids: tokens whose logits follow.
         logits: (tokens, vocabulary).
+        tuned: the rounding was tuned on text; else rounded to nearest.
     """
 
     missing: tuple[str, ...]
@@ -78,6 +79,7 @@ class Report:
     widths: Mapping[str, int]
     ids: Any
     logits: Any
+    tuned: bool = True
 
 
 def apply(
@@ -132,7 +134,7 @@ def apply(
         (folder / "job.json").write_text(json.dumps(job), encoding="utf-8")
         for part in ("quantize", "look"):
             run_job(python, part, folder, tell or (lambda line: None))
-        report = _report(folder, config)
+        report = _report(folder, config, tuned=tuning.iters > 0)
         receipt = _publish(folder / "result", target, plan, checkpoint, notes, time.monotonic() - began)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -195,7 +197,7 @@ def _cut(
     return place, receipt.notes
 
 
-def _report(folder: Path, config: Mapping[str, Mapping[str, Any]]) -> Report:
+def _report(folder: Path, config: Mapping[str, Mapping[str, Any]], *, tuned: bool) -> Report:
     """What the other process saw.
 
     Raises:
@@ -213,6 +215,7 @@ def _report(folder: Path, config: Mapping[str, Mapping[str, Any]]) -> Report:
             widths={name: entry["bits"] for name, entry in config.items() if entry["bits"] < 16},
             ids=looked["ids"],
             logits=looked["logits"],
+            tuned=tuned,
         )
     except (OSError, ValueError, KeyError) as error:
         raise RunError(f"AutoRound's process left no account of its result: {error}") from error

@@ -107,7 +107,7 @@ def _error(module: Any, weight: Any, device: str) -> float | None:
     bias = getattr(module, "bias", None)
     found = module(units).float() - (0 if bias is None else bias.float())
     wanted = weight.float().to(device)
-    return float((found.T - wanted).norm() / wanted.norm().clamp(min=1e-30))
+    return float((found.T - wanted).detach().norm() / wanted.norm().clamp(min=1e-30))
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from compressor.exporters.exported import units
 from compressor.exporters.targets import name_of
 from compressor.families.module_names import module_names
 from compressor.plan import Plan
+from compressor.plan.result import source_after
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -23,7 +24,6 @@ def weights_by_name(model: nn.Module, plan: str) -> dict[str, Tensor]:
     Raises:
         PlanError, ModelError: the plan is for another model.
     """
-    from compressor.selfcheck import source_after
     from compressor.sites import find_decoder
 
     read = Plan.parse(plan)

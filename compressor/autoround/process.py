@@ -61,17 +61,30 @@ def run_job(python: str, part: str, folder: Path, tell: Callable[[str], None]) -
     )
     assert process.stdout is not None and process.stderr is not None
     last: deque[str] = deque(maxlen=1)
-    listener = threading.Thread(target=_listen, args=(process.stderr, tell, last), daemon=True)
-    listener.start()
+    listeners = [
+        threading.Thread(target=_listen, args=(stream, tell, kept), daemon=True)
+        for stream, kept in ((process.stdout, deque(maxlen=1)), (process.stderr, last))
+    ]
+    for listener in listeners:
+        listener.start()
     try:
-        _listen(process.stdout, tell, deque(maxlen=1))
-        code = process.wait()
-        listener.join()
+        while (code := _code(process)) is None:
+            pass
+        for listener in listeners:
+            listener.join(GRACE)
     finally:
         _end(process)
     if code:
         said = last[0] if last else f"it ended with code {code} and said nothing"
         raise RunError(f"AutoRound failed: {said}")
+
+
+def _code(process: subprocess.Popen[str]) -> int | None:
+    """What it ended with; None after a moment in which it has not. Waiting without an end could miss an interrupt."""
+    try:
+        return process.wait(0.2)
+    except subprocess.TimeoutExpired:
+        return None
 
 
 def _listen(stream: IO[str], tell: Callable[[str], None], last: deque[str]) -> None:

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from compressor.plan.bits import ExpertBits, QuantizeStep
 from compressor.plan.document import Plan
-from compressor.plan.source import LayerKey
+from compressor.plan.source import LayerKey, Source
 from compressor.plan.steps import DropStep, MergeLayer, MergeStep, Role, SlimStep
 
 
@@ -62,6 +62,21 @@ def experts_after(plan: Plan) -> dict[LayerKey, list[NewExpert]]:
                 if (layer.layer, layer.step) in result:
                     result[layer.layer, layer.step] = _merged(layer)
     return result
+
+
+def source_after(plan: Plan) -> Source:
+    """The source with the decoder layers that stay, by their new numbers: enough to find the experts of the result.
+
+    Layers keep the shapes that they had.
+    """
+    kept = kept_layers(plan)
+    numbers = {layer: number for number, layer in enumerate(kept)}
+    layers = tuple(
+        shape.model_copy(update={"layer": numbers[shape.layer]})
+        for shape in plan.source.layers
+        if shape.layer in numbers
+    )
+    return plan.source.model_copy(update={"num_layers": len(kept), "layers": layers})
 
 
 def router_stays(plan: Plan) -> bool:
