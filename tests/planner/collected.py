@@ -10,6 +10,7 @@ import torch
 import profiler
 import store
 from planner.guard import Guard
+from planner.presets import Preset
 from planner.source import source_of
 from planner.task import Task
 from tests.profiler.capture.tiny import batch
@@ -39,6 +40,11 @@ def collected(model: Any, folder: Path, *, level: str = LEVELS, **options: Any) 
                     model(**inputs)
     assert session.path is not None
     return store.open_run(session.path)
+
+
+def asked(preset: Preset) -> dict[str, float]:
+    """How much, in the words of the preset: bits where it quantizes, else a share."""
+    return {"bits": 4.5} if preset.step == "quantize" else {"share": 0.25}
 
 
 def task(run: store.Run, **changes: Any) -> Task:

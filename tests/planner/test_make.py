@@ -18,7 +18,7 @@ from moescope.errors import PlanError
 from planner.estimate.parameters import expert_parameters, sizes_after, sizes_before
 from planner.presets import DEFAULT_UNIFORM, PRESETS, Preset, find
 from tests.app import synthetic
-from tests.planner.collected import ROOT, sample
+from tests.planner.collected import ROOT, asked, sample
 
 
 @pytest.fixture(scope="module")
@@ -31,30 +31,39 @@ def _recorded(run: store.Run, preset: Preset) -> bool:
     return set(preset.level.split(",")) <= set(run.info.levels.split(","))
 
 
+LACKING = {
+    "copies": "0 of 96 experts are copies",
+    "eaquant": "has no expert_vector.input_max",
+    "mixed": "has no expert_output.stream_square_sum",
+}
+"""What the sample has not, beside whole levels."""
+
+
 @pytest.mark.parametrize("preset", PRESETS, ids=lambda one: one.name)
 def test_every_preset_plans_or_names_the_level(run: store.Run, preset: Preset) -> None:
     if not _recorded(run, preset):
         with pytest.raises(PlanError, match=f"collect it with --level {preset.level}"):
-            planner.make(run, preset=preset.name, share=0.25)
+            planner.make(run, preset=preset.name, **asked(preset))  # type: ignore[arg-type]
         return
-    if preset.name == "copies":
-        with pytest.raises(PlanError, match="0 of 96 experts are copies"):
-            planner.make(run, preset=preset.name, share=0.25)
+    if preset.name in LACKING:
+        with pytest.raises(PlanError, match=LACKING[preset.name]):
+            planner.make(run, preset=preset.name, **asked(preset))  # type: ignore[arg-type]
         return
-    plan = planner.make(run, preset=preset.name, share=0.25)
+    plan = planner.make(run, preset=preset.name, **asked(preset))  # type: ignore[arg-type]
     assert Plan.parse(plan.text()) == plan
     assert plan.steps[-1].step == preset.step and (len(plan.steps) == 1 or preset.name == "mc_smoe")
     (evidence,) = plan.evidence
     assert evidence.source == preset.source and evidence.guard
     assert plan.provenance.domains == tuple(run.domains) and plan.provenance.badge == "valid"
     assert plan.provenance.corpus == run.info.settings["corpus_sha256"]
-    assert plan.target.preset == preset.name and plan.target.share == 0.25
+    assert plan.target.preset == preset.name
+    assert (plan.target.share, plan.target.bits) == (asked(preset).get("share"), asked(preset).get("bits"))
     if plan.evidence[0].layers:
         assert all(value == float(f"{value:.6g}") for one in evidence.layers for value in one.values)  # type: ignore[str-format]
 
 
-FROM_SAMPLE = [one for one in PRESETS if one.name not in ("copies", "heapr", "sub_moe_truncated")]
-"""The sample model has no copies; its run has neither gradients nor moments."""
+FROM_SAMPLE = [one for one in PRESETS if one.name not in (*LACKING, "heapr", "sub_moe_truncated", "outlier_bits")]
+"""The sample's run has neither gradients nor moments nor errors."""
 
 
 @pytest.mark.parametrize("preset", FROM_SAMPLE, ids=lambda one: one.name)
@@ -70,18 +79,19 @@ def test_every_form_of_every_preset(run: store.Run, preset: Preset) -> None:
             assert plan.target.engine == "transformers"
             assert plan.estimate.expert_parameters_after == 0.75 * plan.estimate.expert_parameters
         else:
-            plan = planner.make(run, preset=preset.name, share=0.25, form=form)  # type: ignore[arg-type]
+            more = {"widths": [2, 3]} if (form, preset.step) == ("packed", "quantize") else {}
+            plan = planner.make(run, preset=preset.name, form=form, **asked(preset), **more)  # type: ignore[arg-type]
             assert plan.steps[0].form == form
             assert plan.target.engine == "any"
 
 
 def test_the_same_again_is_the_same_bytes(run: store.Run) -> None:
-    names = [one.name for one in FROM_SAMPLE]
-    first = {name: planner.make(run, preset=name, share=0.25).digest for name in names}
+    names = {one.name: asked(one) for one in FROM_SAMPLE}
+    first = {name: planner.make(run, preset=name, **how).digest for name, how in names.items()}  # type: ignore[arg-type]
     code = (
         "import planner, store\n"
         "run = store.open_run('sample_data/runs/sample.duckdb')\n"
-        f"for name in {names!r}: print(name, planner.make(run, preset=name, share=0.25).digest)"
+        f"for name, how in {names!r}.items(): print(name, planner.make(run, preset=name, **how).digest)"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert dict(line.split() for line in done.stdout.splitlines()) == first
@@ -90,8 +100,8 @@ def test_the_same_again_is_the_same_bytes(run: store.Run) -> None:
 def test_the_default_is_one_of_the_presets(run: store.Run) -> None:
     plan = planner.make(run, share=0.25)
     assert plan.target.preset == planner.DEFAULT == find(planner.DEFAULT).name
-    for asked in ({"engine": "any"}, {"form": "uniform"}):
-        plan = planner.make(run, share=0.25, **asked)  # type: ignore[arg-type]
+    for more in ({"engine": "any"}, {"form": "uniform"}):
+        plan = planner.make(run, share=0.25, **more)  # type: ignore[arg-type]
         assert plan.target.preset == DEFAULT_UNIFORM and plan.steps[0].form == "uniform"
 
 
