@@ -15,12 +15,12 @@ from compressor.edits.activations import on_grid
 from compressor.edits.quantize import to_grid
 from compressor.edits.smooth import Smoothing, smoothing_scales
 from compressor.families.norms import BLOCK_NORMS
-from compressor.memory import edited
+from compressor.memory import edit, edited
 from compressor.plan import ExpertBits, Plan, QuantizeLayer, QuantizeStep, SmoothLayer
 from moescope.errors import ModelError, PlanError
 from profiler.capture.discovery import inspect_model
 from profiler.evaluation.routing import SelectionReader
-from tests.compressor.apply_cases import saved, source_of
+from tests.compressor.apply_cases import reload, saved, source_of
 from tests.compressor.edit_plans import plan
 from tests.compressor.edited_models import Snapshot, merging, near, run
 from tests.profiler.capture.tiny import batch, build, output_of
@@ -300,3 +300,12 @@ def test_weights_keep_their_type() -> None:
     assert smoothing.gain(torch.zeros(3), offset=1.0).tolist() == [1.0, 0.0, -0.5]
     with pytest.raises(RuntimeError, match="decide"):
         _ = Smoothing(0.5, torch.ones(3)).scales
+
+
+@pytest.mark.parametrize("family", ["olmoe", "qwen3_next"])
+def test_a_smoothed_model_is_saved_and_loaded(family: str, tmp_path: Path) -> None:
+    model = build(family)
+    edit(model, quantizing(model, 8))
+    wanted = run(model)
+    model.save_pretrained(tmp_path)
+    near(run(reload(family, tmp_path)), wanted, 1e-6)
