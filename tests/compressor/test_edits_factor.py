@@ -151,6 +151,15 @@ def test_members_are_the_centre_and_a_residual() -> None:
         assert torch.equal(getattr(edit.expert(6, READ), part), getattr(members[6], part))
 
 
+def test_members_of_several_groups_are_read_in_any_order() -> None:
+    pair = FactorGroup(lead=5, members=(3, 5), weights=(0.5, 0.5))
+    together = LayerEdit.of(made(residual(TRIO, pair)), (1, 0))
+    for number in (1, 3, 4, 5, 6, 3, 1):
+        group = TRIO if number in TRIO.members else pair
+        alone = LayerEdit.of(made(residual(group)), (1, 0))
+        close(together.expert(number, READ), alone.expert(number, READ), 0)
+
+
 def test_copies_whose_neurons_stand_otherwise_compute_what_they_did() -> None:
     own = EXPERTS[4].exact()
     experts = {**EXPERTS, 1: permuted(own, [3, 0, 4, 1, 2]), 4: own, 6: permuted(own, [4, 3, 2, 1, 0])}
