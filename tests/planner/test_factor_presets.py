@@ -66,6 +66,16 @@ def test_bytes_of_residuals_are_counted_by_hand(run: store.Run) -> None:
     assert expert_bytes(plan, source_bits=32) == LAYERS * EXPERTS * 3 * WIDTH * HIDDEN * 4
 
 
+@pytest.mark.parametrize("density", [0.05, 0.2, 0.5, 1.0])
+def test_the_least_squares_scale_is_that_of_drawn_numbers(run: store.Run, density: float) -> None:
+    drawn = np.sort(np.abs(np.random.default_rng(0).normal(size=500_000)))[::-1]
+    kept = drawn[: round(density * len(drawn))]
+    found = compeft.least_squares_scale(density)
+    assert found == pytest.approx(kept.mean(), rel=5e-3)  # the mean has the least squared error
+    plan = planner.make(run, preset="compeft", share=0.5, density=density, scale=None)
+    assert _factors(plan).scale == found
+
+
 @pytest.mark.parametrize("share", [0.25, 0.75, 0.9375])
 def test_centres_are_counted_by_the_share(run: store.Run, share: float) -> None:
     plan = planner.make(run, preset="compeft", share=share)
