@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import numpy as np
+import polars as pl
 
 from compressor.plan import BITS, Bits, LayerKey
 from planner.probes import Weigh, layer_weights
@@ -59,7 +60,7 @@ def told(units: Units, columns: Whole, errors: dict[LayerKey, LayerErrors] | Non
         errors: what the choice rests on; None = on none.
     """
     bits, nominal = units.effective(units.size(columns)), _nominal(units, columns)
-    where = groups_in_words(units.grid)
+    where = groups_in_words(units.grid.group_size)
     notes = [
         f"{bits:.4g} effective bits per weight, of which {nominal:.4g} are the widths themselves and the rest scales"
         f" and zero points of {where}."
@@ -89,6 +90,10 @@ def _known(units: Units, errors: dict[LayerKey, LayerErrors]) -> list[str]:
         f"Errors were measured on {math.floor(tokens.sum()):,} sampled uses of experts; {thin} of {len(tokens)} experts"
         f" have fewer than {THIN:g} times the tokens that an even router would send them, EAQuant's target."
     ]
+    measured = set(units.task.run.table("expert_grid").filter(pl.col("kind") == "routed")["group_size"].to_list())
+    if measured and measured != {units.grid.group_size}:
+        words = ", ".join(groups_in_words(size) for size in sorted(measured))
+        notes.append(f"Errors were measured in {words}: in {groups_in_words(units.grid.group_size)} they differ.")
     if unseen:
         notes.append(f"{unseen} experts were used by no sampled token: nothing is known of what widths cost them.")
     return notes

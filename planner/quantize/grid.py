@@ -113,9 +113,9 @@ def _group_size(wanted: int | None, lengths: set[int]) -> int:
     return wanted
 
 
-def groups_in_words(step: QuantizeStep) -> str:
+def groups_in_words(size: int) -> str:
     """``groups of 128``, or ``whole rows``."""
-    return f"groups of {step.group_size}" if step.group_size else "whole rows"
+    return f"groups of {size}" if size else "whole rows"
 
 
 def nominal_bits(bits: Bits | None) -> float:

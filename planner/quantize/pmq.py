@@ -42,8 +42,8 @@ def draft(
 ) -> Draft:
     """The programme of every layer, solved exactly.
 
-    The programme counts nominal bits; the task's are effective. Each layer is given the most nominal bits whose
-    solution takes no more than the task's effective ones.
+    The programme counts nominal bits, the same in every layer; the task's are effective. Layers are given the most
+    nominal bits at which the solution of each takes no more than the task's effective ones.
 
     Args:
         task: what to plan.
@@ -98,10 +98,10 @@ def _shares(task: Task) -> tuple[dict[LayerKey, Array], dict[LayerKey, Array], l
 
 
 def _solved(units: Units, costs: Floats, equal: bool) -> tuple[Whole, list[tuple[int, int]]]:
-    """(units,) columns; and (nominal bits, experts) of each layer.
+    """(units,) columns; and (nominal bits, experts) of layers with as many experts, which share a budget.
 
     Raises:
-        PlanError: a layer has no solution that takes few enough bits.
+        PlanError: no solution takes few enough bits.
     """
     nominal = np.array([nominal_bits(one) for one in units.widths])
     if not np.array_equal(nominal, nominal.round()):
@@ -110,23 +110,45 @@ def _solved(units: Units, costs: Floats, equal: bool) -> tuple[Whole, list[tuple
     minimum[-2:] = 1
     units.require_room(costs, per_layer=True, minimum=minimum)
     columns, bits = np.zeros(len(costs), dtype=np.int64), []
-    for group, capacity in enumerate(units.layer_capacity.tolist()):
-        mine = np.flatnonzero(units.groups == group)
-        sizes = np.broadcast_to(nominal.astype(np.int64), (len(mine), len(nominal)))
-        takes = units.sizes[mine] / units.weights[mine, None] - nominal  # scales and zero points
-        most = math.floor(capacity / int(units.weights[mine[0]]) - takes.min(1).sum() + 1e-9)
-        for budget in range(min(most, int(nominal[-1]) * len(mine)), 0, -1):
+    members = [np.flatnonzero(units.groups == group) for group in range(len(units.experts))]
+    for count in sorted({len(mine) for mine in members}):
+        alike = [group for group, mine in enumerate(members) if len(mine) == count]
+        budget = _together(units, costs, nominal, minimum, [members[group] for group in alike], alike, equal, columns)
+        bits.append((budget, count))
+    return columns, bits
+
+
+def _together(
+    units: Units, costs: Floats, nominal: Floats, minimum: Whole, members: list[Whole], layers: list[int], equal: bool,
+    columns: Whole,
+) -> int:  # fmt: skip
+    """Fill in the columns of layers with as many experts, at the most nominal bits that all of them can have.
+
+    Raises:
+        PlanError: there are none.
+    """
+    count = len(members[0])
+    sizes = np.broadcast_to(nominal.astype(np.int64), (count, len(nominal)))
+    rooms = units.layer_capacity[layers].tolist()
+    takes = [
+        (units.sizes[mine] / units.weights[mine, None] - nominal).min(1).sum() for mine in members
+    ]  # scales, zeros
+    most = min(
+        math.floor(room / int(units.weights[mine[0]]) - least + 1e-9)
+        for room, mine, least in zip(rooms, members, takes, strict=True)
+    )
+    for budget in range(min(most, int(nominal[-1]) * count), 0, -1):
+        for mine, room in zip(members, rooms, strict=True):
             try:
                 found = knapsack.solve(costs=costs[mine], sizes=sizes, capacity=budget, minimum=minimum, equal=equal)
             except PlanError:
-                continue
-            if int(units.sizes[mine, found.widths].sum()) <= capacity:
                 break
+            if int(units.sizes[mine, found.widths].sum()) > room:
+                break
+            columns[mine] = found.widths
         else:
-            raise PlanError(f"no solution of layer {list(units.experts)[group][0]} meets {units.task.bits:g} bits")
-        columns[mine] = found.widths
-        bits.append((budget, len(mine)))
-    return columns, bits
+            return budget
+    raise PlanError(f"no solution of PMQ's programme meets {units.task.bits:g} bits per weight: ask for more")
 
 
 def _budget(bits: list[tuple[int, int]], equal: bool) -> str:

@@ -40,8 +40,8 @@ def draft(task: Task, **grid: Unpack[Grid]) -> Draft:
     needed = units.effective(int(sizes.sum()))
     if needed > (task.bits or 0.0):
         raise PlanError(
-            f"{task.bits or 0:g} bits per weight cannot be met: ternary experts in {groups_in_words(units.grid)} take"
-            f" {needed:.4f} with what stays as it is"
+            f"{task.bits or 0:g} bits per weight cannot be met: ternary experts in"
+            f" {groups_in_words(units.grid.group_size)} take {needed:.4f} with what stays as it is"
         )
     errors, at = layer_errors(task), BITS.index("ternary")
     values = units.per_expert({key: one.errors["all"][:, at] for key, one in errors.items()})

@@ -223,7 +223,7 @@ class Units:
         return self.grid.model_copy(update={"method": method, "layers": tuple(layers)})
 
     def _why(self) -> str:
-        words = [f"widths {', '.join(map(str, self.widths))} in {groups_in_words(self.grid)}"]
+        words = [f"widths {', '.join(map(str, self.widths))} in {groups_in_words(self.grid.group_size)}"]
         if self.shared[:, 0].any():
             words.append(f"shared experts at {self.shared_bits or 'full'} bits")
         if len(self.protected):
