@@ -25,8 +25,11 @@ def bits_that_fit(task: Task, *, memory: int, other: int) -> float:
     """Effective bits per weight at which all experts fit.
 
     Raises:
-        PlanError: nothing is left for them, everything fits as it is, or the type of the weights is not known.
+        PlanError: the form saves nothing, nothing is left for them, everything fits as it is, or the type of the
+            weights is not known.
     """
+    if task.form == "dense":
+        raise PlanError("form dense keeps the type of the source and saves no memory: give bits, or form packed")
     whole = expert_parameters(task.source, sizes_before(task.source))
     size = value_bytes_of(task)
     if other + whole * size <= memory:

@@ -127,6 +127,7 @@ def test_older_runs_are_refused() -> None:
         ({"form": "packed"}, "has no form 'packed': it has dense"),
         ({"bits": 1.5}, "cannot be met"),
         ({"bits": None, "share": 0.25}, "removes nothing: give bits"),
+        ({"bits": None, "memory": 300_000}, "form dense keeps the type of the source and saves no memory: give bits"),
     ],
 )
 def test_what_cannot_be_is_refused(run: store.Run, asked: dict[str, Any], reason: str) -> None:
