@@ -130,6 +130,7 @@ class _Shape:
     def __init__(self, found: MoEModel, layer: MoELayer) -> None:
         self.experts, self.top_k, self.width = layer.num_experts, layer.top_k, layer.expert_width
         hidden = _number(found, "hidden_size")
+        self.errors_of = self.experts if self.experts <= MOST_COMPARED else 0
         self.hidden = layer.layout.hidden_size if layer.layout is not None else hidden
         down: Any = layer.shared.down if layer.shared is not None else None
         self.shared = int(layer.shared is not None)
@@ -165,13 +166,13 @@ def _similarity(shape: _Shape, groups: int, vectors: int) -> int:
 
 def _errors(shape: _Shape, groups: int, vectors: int) -> int:
     """Rows of both tables as they are written; between two shards there are none."""
-    experts, parts = shape.experts + shape.shared, 4
+    experts, parts = shape.errors_of + shape.shared, 4
     return DOUBLE * (groups * experts * (parts * (2 + WIDTHS) + 3) + experts * (parts - 1) * (3 + WIDTHS))
 
 
 def _waiting(shape: _Shape, sampled: int) -> int:
     """Sampled inputs on the host, in 32 bits at most; ids, gate weights and groups."""
-    routed = 4 * shape.hidden + 12 * shape.top_k + 8
+    routed = (4 * shape.hidden + 12 * shape.top_k + 8) * min(1, shape.errors_of)
     return sampled * (routed + shape.shared * (4 * shape.shared_hidden + 20))
 
 

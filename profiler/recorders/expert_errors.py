@@ -9,7 +9,8 @@ the model's own type. Shared experts are multiplied with the gate that their blo
 Putting a matrix on its grids costs more than running a few tokens, so sampled inputs wait on the host and are worked
 off expert by expert whenever a shard is written: each matrix is put on each grid once per shard. A layer takes at most
 ``MAX_TOKENS`` sampled tokens per session; what comes later is left out, and a check says how many. So at most that many
-inputs of each layer wait, and as many of its shared experts.
+inputs of each layer wait, and as many of its shared experts. Layers with more than ``MAX_EXPERTS`` experts, which have
+a few neurons each, are left out, as in ``expert_pair``.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from profiler.capture.shared import watch_shared
 from profiler.capture.tap import ExpertsCall, TappedRows
 from profiler.recorders.base import finite
 from profiler.recorders.narrowed import WHOLE, Narrowed, NarrowedRouted, RoutedExperts, SharedTogether, WeightedExperts
+from profiler.recorders.pairs import MAX_EXPERTS
 from profiler.recorders.similarity import in_sample
 from profiler.recorders.staged import Staged
 from profiler.recorders.widths import Changes, grids_of, outlier, try_widths
@@ -115,6 +117,9 @@ class ExpertErrorRecorder(Staged):
         tokens = frame.tokens_of(layer, len(call.ids)) if frame is not None else None
         if tokens is None or layer.layout is None:
             return
+        if layer.num_experts > MAX_EXPERTS:
+            self.later(lambda: self._layers.update({layer.key: layer}))
+            return
         sample = _Sample(RoutedExperts(layer.layout, call.module), call.adapter.weights_input)
         self._keep(layer, "routed", sample, tokens, call.hidden, call.ids, call.weights)
 
@@ -172,6 +177,9 @@ class ExpertErrorRecorder(Staged):
                 detail = f"{count} sampled tokens of its {kind} experts were left out: {MAX_TOKENS} per session count"
                 rows.append(CheckRow(CHECK, "skipped", count, None, detail, self._layers[key]))
         for layer in self._layers.values():
+            if layer.num_experts > MAX_EXPERTS:
+                detail = f"its {layer.num_experts} experts were left out: more than {MAX_EXPERTS}"
+                rows.append(CheckRow(CHECK, "skipped", None, None, detail, layer))
             if layer.shared is not None and not SharedTogether(layer.shared).count:
                 detail = f"its shared experts were left out: {type(layer.shared.module).__name__} keeps them otherwise"
                 rows.append(CheckRow(CHECK, "skipped", None, None, detail, layer))

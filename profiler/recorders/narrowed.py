@@ -97,11 +97,14 @@ class NarrowedRouted:
     def outputs(self, weights: Mapping[str, Tensor], *, alone: bool) -> Iterator[tuple[str, Tensor]]:
         """See :class:`Narrowed`."""
         halves = self._first(weights)
-        yield WHOLE, self._second(self._activate(halves), weights["down"])
-        if alone:
-            for part, half in halves.items():
-                yield part, self._second(self._activate({**self._halves, part: half}), self._own["down"])
-            yield "down", self._second(self._activation, weights["down"])
+        if not alone:
+            yield WHOLE, self._second(self._activate(halves), weights["down"])
+            return
+        # Two products with a matrix are one: small products cost their call.
+        both = torch.stack([self._activate(halves), self._activation])
+        yield from zip((WHOLE, "down"), self._second(both, weights["down"]), strict=True)
+        singly = torch.stack([self._activate({**self._halves, part: half}) for part, half in halves.items()])
+        yield from zip(halves, self._second(singly, self._own["down"]), strict=True)
 
     def _first(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """(tokens, I) each: what gate and up put out, before their biases."""

@@ -27,7 +27,7 @@ from profiler.capture.discovery import MoELayer
 from profiler.capture.levels import RecordingOptions
 from profiler.capture.session import WatchSession
 from profiler.collect import collect
-from profiler.inspect.memory import extra_memory
+from profiler.inspect import memory
 from profiler.recorders import expert_errors
 from profiler.recorders.similarity import in_sample
 from profiler.stream import collect_streamed
@@ -342,13 +342,22 @@ def test_what_waits_is_what_was_stated(tmp_path: Path) -> None:
         with torch.no_grad(), one.attached():
             for seed in range(4):
                 one.model(**batch(8, 64, padding="none", seed=seed))
+    assert (expert_errors.MAX_TOKENS, len(BITS)) == (memory.WAITING_TOKENS, memory.WIDTHS)
     waiting = held_bytes(session._recording) - held_bytes(bare._recording)
     options = RecordingOptions(levels=("routing", "errors"))
-    stated = extra_memory(session.found, options, batch=8 * 64, tokens=4 * 8 * 64).waiting
+    stated = memory.extra_memory(session.found, options, batch=8 * 64, tokens=4 * 8 * 64).waiting
     assert waiting <= stated <= 2 * waiting
     session._recording.drain()
     bare._recording.drain()
     assert held_bytes(session._recording) == held_bytes(bare._recording)
+
+
+def test_too_many_experts_are_left_out_with_a_word(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(expert_errors, "MAX_EXPERTS", 7)
+    run = watch(build_short(), tmp_path)
+    assert set(run.table("expert_error")["kind"]) == {"shared"}
+    details = run.table("check").filter(name=expert_errors.CHECK, status="skipped")["detail"].to_list()
+    assert details == [f"layer {layer}: its 8 experts were left out: more than 7" for layer in (0, 1)]
 
 
 def test_experts_that_saw_nothing_have_a_grid_alone(tmp_path: Path) -> None:

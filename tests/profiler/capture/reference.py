@@ -195,8 +195,12 @@ class Reference:
     def expert_vector(self, chosen: NDArray[np.bool_]) -> dict[str, Array]:
         """(E, channels) of each column, over some tokens."""
         inputs = np.repeat(self.hidden[:, None] ** 2, self.ids.shape[1], 1)
+        largest = np.zeros((self.num_experts, self.hidden.shape[1]))
+        for expert in range(self.num_experts):
+            largest[expert] = np.abs(self.hidden[(self.ids == expert).any(1) & chosen]).max(0, initial=0.0)
         return {
             "input_square_sum": self._by_expert(inputs, chosen),
+            "input_max": largest,
             "output_sum": self._by_expert(self.output, chosen),
             "gated_output_sum": self._by_expert(self.gate[:, :, None] * self.output, chosen),
         }
