@@ -3,9 +3,9 @@
     python -m benchmarks.bit_allocation [--rounds N]
 
 Every round draws another model: energies of experts and layers are log-normal, errors near the typical ones of widths
-2, 3, 4 and 8 in groups of 128. Each solver gets the same problem, at three budgets. Baseline, in the same process: HiGHS.
-The ratios' spread comes from resampling the rounds. Bounds: the exact search in 1 s, at HiGHS's optimum; the hull in
-0.1 s.
+2, 3, 4 and 8 in groups of 128. Each solver gets the same problem, at three budgets. Baseline, in the same process:
+HiGHS. The ratios' spread comes from resampling the rounds. Bounds: the exact search in 1 s, at HiGHS's optimum; the
+hull in 0.1 s.
 """
 
 from __future__ import annotations
