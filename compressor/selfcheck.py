@@ -32,6 +32,10 @@ NEAR = 0.05
 """Relative difference of logits up to which a result is the reference: types of weights round, nothing else does."""
 
 
+FURTHER, SLACK = 1.5, 0.1
+"""A result of another backend may move the model so many times as far as the reference does, and so many nats more."""
+
+
 @dataclass(frozen=True)
 class LogitsDifference:
     """Logits of a result beside those of the reference, on the same tokens.
@@ -41,12 +45,16 @@ class LogitsDifference:
         largest: of |result - reference|.
         relative: ||result - reference|| / ||reference||.
         kl: KL(reference || result) in nats, mean over tokens.
+        moved: KL(source || result).
+        meant: KL(source || reference): how far the plan itself moves the model.
     """
 
     tokens: int
     largest: float
     relative: float
     kl: float
+    moved: float
+    meant: float
 
 
 @dataclass(frozen=True)
@@ -86,6 +94,11 @@ class SelfCheck:
                 return (
                     f"the result's logits differ from the plan's by {self.logits.relative:.2g} of their size, at most"
                     f" {NEAR:g} is rounding"
+                )
+            if not self.exact and self.logits.moved > FURTHER * self.logits.meant + SLACK:
+                return (
+                    f"the result's logits are {self.logits.moved:.2g} nats from the source's, where the plan's widths"
+                    f" make {self.logits.meant:.2g}"
                 )
         return ""
 
@@ -173,21 +186,28 @@ def reference_difference(
     moments: Mapping[LayerKey, LayerMoments] | None = None,
 ) -> LogitsDifference:
     """Logits of a result beside those of the source as the plan leaves it, edited in memory."""
+    source = logits_of(source_model, token_ids)
     with edited(source_model, plan, moments=moments):
         reference = logits_of(source_model, token_ids)
-    return difference(reference, logits)
+    return difference(source, reference, logits)
 
 
-def difference(reference: Tensor, found: Tensor) -> LogitsDifference:
-    """Of two tensors of logits, (..., vocabulary)."""
-    reference, found = reference.double().flatten(0, -2), found.double().flatten(0, -2)
-    first, second = reference.log_softmax(-1), found.log_softmax(-1)
+def difference(source: Tensor, reference: Tensor, found: Tensor) -> LogitsDifference:
+    """Of three tensors of logits, (..., vocabulary)."""
+    source, reference, found = (logits.double().flatten(0, -2) for logits in (source, reference, found))
     return LogitsDifference(
         tokens=len(reference),
         largest=float((found - reference).abs().max()),
         relative=float((found - reference).norm() / reference.norm().clamp_min(1e-30)),
-        kl=float((first.exp() * (first - second)).sum(-1).mean()),
+        kl=_divergence(reference, found),
+        moved=_divergence(source, found),
+        meant=_divergence(source, reference),
     )
+
+
+def _divergence(one: Tensor, two: Tensor) -> float:
+    first, second = one.log_softmax(-1), two.log_softmax(-1)
+    return float((first.exp() * (first - second)).sum(-1).mean())
 
 
 def _shared(decoder: Decoder, layer: int) -> ExpertWeights:

@@ -33,6 +33,11 @@ MIN_ITERS = 50
 LOOK = 64
 """Tokens whose logits are computed with the loaded result."""
 
+WRONG = {
+    "gpt_oss": "AutoRound 0.16 runs its experts with gates and ups in one order and its activation in another",
+}
+"""Families whose results compute something else although every matrix is right, and why."""
+
 LOADS_WITH = "transformers with auto-round"
 
 _LEFT_BY_CUTS = "apply it first"
@@ -118,6 +123,7 @@ def apply(
     step, config = quantize_step(plan), _whole_config(plan)
     rows = _rows(tokens, tuning)
     checkpoint = Checkpoint.open(source)
+    _require_tokenizer(checkpoint.folder)
     target = check_destination(checkpoint.folder, destination)
     check_space(target, 2 * checkpoint.bytes_on_disk)
     require_auto_round(python)
@@ -145,8 +151,12 @@ def _whole_config(plan: Plan) -> dict[str, dict[str, Any]]:
     """Every entry for AutoRound.
 
     Raises:
-        PlanError: it would leave something out.
+        PlanError: it would leave something out, or run the family wrongly.
     """
+    if plan.source.model_type in WRONG:
+        raise PlanError(
+            f"{plan.source.model_type} is not for AutoRound: {WRONG[plan.source.model_type]}; use the own backend"
+        )
     config, missing = layer_config(plan)
     unsaid = [sentence for sentence in missing if _LEFT_BY_CUTS not in sentence]
     if unsaid:
@@ -176,6 +186,16 @@ def _rows(tokens: Sequence[Sequence[int]], tuning: Tuning) -> list[list[int]]:
     length = min(tuning.length, max(len(stream) // tuning.batch, LOOK), len(stream))
     count = min(len(stream) // length, tuning.samples)
     return [stream[length * number : length * (number + 1)] for number in range(count)]
+
+
+def _require_tokenizer(folder: Path) -> None:
+    """Refuse a checkpoint that AutoRound would refuse.
+
+    Raises:
+        InputError: it has no tokenizer.
+    """
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")):
+        raise InputError(f"{folder} has no tokenizer, without which AutoRound takes no model: put its files beside it")
 
 
 def _cut(

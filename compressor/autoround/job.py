@@ -43,9 +43,7 @@ def _quantize(job: dict[str, Any], folder: Path) -> Path:
         # What is not an expert stays; the head is never AutoRound's unless it is asked to.
         if isinstance(module, torch.nn.Linear) and name not in layers and module is not model.get_output_embeddings():
             layers[name] = dict(STAYS)
-    tokenizer = None
-    if (Path(job["source"]) / "tokenizer_config.json").exists():
-        tokenizer = AutoTokenizer.from_pretrained(job["source"], local_files_only=True)
+    tokenizer = AutoTokenizer.from_pretrained(job["source"], local_files_only=True)  # it refuses to work without one
     rows = torch.tensor(job["rows"], dtype=torch.int64)
     options: dict[str, Any] = {"iters": job["iters"], "disable_model_free": True, "enable_torch_compile": False}
     if not job["iters"]:

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from torch import nn
 
 TUNED: dict[Bits, tuple[float, float]] = {8: (1e-4, 0.15), 4: (0.06, 0.25), 3: (0.13, 0.45), 2: (0.28, 0.8)}
-"""Bands of tuned rounding, which moves weights further where that keeps the outputs: 200 steps on the bundled model gave
-0.012 to 0.088 at 8 bits, 0.091 to 0.147 at 4, 0.19 to 0.30 at 3, and 0.40 to 0.59 at 2."""
+"""Bands of tuned rounding, which moves weights further where that keeps the outputs: 200 steps on the bundled model
+gave 0.012 to 0.088 at 8 bits, 0.091 to 0.147 at 4, 0.19 to 0.30 at 3, and 0.40 to 0.59 at 2."""
 
 _NOTHING = 1e-4
 

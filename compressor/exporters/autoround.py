@@ -31,6 +31,8 @@ def export(plan: Plan) -> Exported:
     """
     config, missing = layer_config(plan)
     notes = ["layers that are not named get AutoRound's scheme: name them with 16 bits, as moescope apply does"]
+    if plan.source.model_type == "gpt_oss":
+        notes.append("AutoRound 0.16 writes right matrices for GPT-OSS, and runs its experts wrongly")
     if any(entry["bits"] == 8 and not entry["sym"] for entry in config.values() if "sym" in entry):
         notes.append(WIDE_NOTE)
     return Exported(json.dumps(config, indent=1) + "\n", tuple(missing), tuple(notes))

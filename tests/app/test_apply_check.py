@@ -13,7 +13,7 @@ import torch
 import store
 from app import model_check
 from app.cli import main
-from sample_data import RUN
+from sample_data import MODEL, RUN
 from tests.compressor.apply_cases import saved
 from tests.compressor.bit_plans import quantize
 from tests.compressor.edit_plans import plan, source
@@ -27,6 +27,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
     folder = tmp_path_factory.mktemp("made")
     shutil.copyfile(RUN, folder / RUN.name)
     model = saved("olmoe", folder / "model", intermediate_size=64, num_hidden_layers=2)
+    shutil.copyfile(MODEL / "tokenizer.json", folder / "model" / "tokenizer.json")
     what = plan(source(model), quantize(source(model), lambda layer, expert, part: (8, 4, 2)[expert % 3], group_size=0))
     run = what.provenance.model_copy(update={"run": RUN.stem})
     what.model_copy(update={"provenance": run}).save(folder / "plan.json")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -25,8 +26,9 @@ from compressor.autoround import Report, Tuning, apply, backend, job
 from compressor.autoround.judgement import judged
 from compressor.plan import DropLayer, DropStep, Plan
 from moescope.errors import InputError, PlanError, RunError
+from sample_data import MODEL
 from tests.compressor.apply_cases import saved
-from tests.compressor.bit_plans import quantize
+from tests.compressor.bit_plans import quantize, quantizing
 from tests.compressor.edit_plans import plan, source
 
 SIZES = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_experts": 4}
@@ -75,7 +77,10 @@ def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
     folder = tmp_path_factory.mktemp("model") / "olmoe"
-    return saved("olmoe", folder, **SIZES), folder
+    made = saved("olmoe", folder, **SIZES)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(MODEL / name, folder / name)
+    return made, folder
 
 
 def widths(known: Any, *before: Any) -> Plan:
@@ -193,9 +198,15 @@ def test_what_cannot_be_is_refused_before_anything_runs(model: tuple[Any, Path],
         apply(widths(known), **fine)
     with pytest.raises(InputError, match="5 steps make weights worse"):
         apply(widths(known), tuning=Tuning(iters=5), **fine)
+    bare = tmp_path / "bare"
+    shutil.copytree(model[1], bare, ignore=shutil.ignore_patterns("tokenizer*"))
+    with pytest.raises(InputError, match="has no tokenizer"):
+        apply(widths(known), tuning=Tuning(iters=0), source=bare, destination=tmp_path / "out")
     ternary = plan(known, quantize(known, lambda *_: "ternary", form="dense"))
     with pytest.raises(PlanError, match="AutoRound has no such width"):
         apply(ternary, tuning=Tuning(iters=0), **fine)
+    with pytest.raises(PlanError, match="gpt_oss is not for AutoRound"):
+        apply(quantizing("gpt_oss", lambda *_: 4), tuning=Tuning(iters=0), **fine)
     mixed = plan(known, quantize(known, lambda layer, expert, part: 1 if expert == 2 else 4, form="dense"))
     with pytest.raises(PlanError, match="AutoRound cannot do all of the plan: layer 0 expert 2"):
         apply(mixed, tuning=Tuning(iters=0), **fine)

@@ -124,7 +124,8 @@ def test_logits_find_what_no_expert_shows() -> None:
     found = self_check(model, result, what, IDS, info=INFO)
     assert found.weights is not None and found.weights.passed
     assert "logits differ from the plan's" in found.failure
-    assert self_check(model, result, what, IDS, info=INFO, exact=False).logits == found.logits
+    other = self_check(model, result, what, IDS, info=INFO, exact=False)
+    assert other.logits == found.logits and "nats from the source's, where the plan's widths make" in other.failure
 
 
 def test_numbers_of_the_source_stay_when_experts_go() -> None:
@@ -140,10 +141,16 @@ def test_numbers_of_the_source_stay_when_experts_go() -> None:
 
 
 def test_differences_of_logits() -> None:
-    one = torch.tensor([[[0.0, 0.0], [2.0, 0.0]]])
-    two = torch.tensor([[[0.0, 0.0], [0.0, 0.0]]])
-    found = difference(one, two)
-    first = torch.tensor([2.0, 0.0]).softmax(-1)
-    by_hand = float((first * (first / 0.5).log()).sum()) / 2
+    source_logits = torch.tensor([[[0.0, 0.0], [1.0, 0.0]]])
+    reference = torch.tensor([[[0.0, 0.0], [2.0, 0.0]]])
+    found = difference(source_logits, reference, torch.zeros(1, 2, 2))
+
+    def by_hand(one: float, two: float) -> float:
+        """Mean over two tokens, of which the first is the same everywhere."""
+        first, second = torch.tensor([one, 0.0]).softmax(-1), torch.tensor([two, 0.0]).softmax(-1)
+        return float((first * (first / second).log()).sum()) / 2
+
     assert (found.tokens, found.largest, found.relative) == (2, 2.0, 1.0)
-    assert found.kl == pytest.approx(by_hand, abs=1e-6)
+    assert found.kl == pytest.approx(by_hand(2, 0), abs=1e-6)
+    assert found.moved == pytest.approx(by_hand(1, 0), abs=1e-6)
+    assert found.meant == pytest.approx(by_hand(1, 2), abs=1e-6)
