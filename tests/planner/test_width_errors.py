@@ -32,16 +32,21 @@ def test_typical_errors_are_those_of_gaussian_weights() -> None:
     assert_allclose(TYPICAL, found, rtol=0.03)
 
 
+def short() -> Any:
+    """Two layers with shared experts."""
+    return build("qwen2_moe", num_hidden_layers=2, layer_types=["full_attention"] * 2)
+
+
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory: pytest.TempPathFactory) -> Task:
     """Level errors alone, every token in the sample; a model with shared experts."""
-    return task(collected(build("qwen2_moe"), tmp_path_factory.mktemp("measured"), level="errors", errors_every=1))
+    return task(collected(short(), tmp_path_factory.mktemp("measured"), level="errors", errors_every=1))
 
 
 @pytest.fixture(scope="module")
 def typical(tmp_path_factory: pytest.TempPathFactory) -> Task:
     """The same text at level activations."""
-    return task(collected(build("qwen2_moe"), tmp_path_factory.mktemp("typical"), level="activations"))
+    return task(collected(short(), tmp_path_factory.mktemp("typical"), level="activations"))
 
 
 def _sums(of: Task, layer: int, kind: str, part: str, column: str) -> dict[int, Any]:
@@ -89,7 +94,7 @@ def test_one_domain_counts_its_own_tokens(measured: Task) -> None:
 
 
 def test_unused_experts_cost_nothing(tmp_path: Path) -> None:
-    run = collected(build("olmoe"), tmp_path, level="errors", errors_every=24)
+    run = collected(build("olmoe", num_hidden_layers=2), tmp_path, level="errors", errors_every=24)
     of = task(run)
     for (layer, _), errors in layer_errors(of).items():
         idle = sorted(set(range(8)) - set(_sums(of, layer, "routed", "all", "tokens")))
@@ -126,4 +131,4 @@ def _first(of: Task) -> LayerErrors:
 
 def test_a_run_that_knows_neither_is_refused(tmp_path: Path) -> None:
     with pytest.raises(PlanError, match="collect it with --level errors, or at least --level activations"):
-        layer_errors(task(collected(build("olmoe"), tmp_path, level="routing")))
+        layer_errors(task(collected(build("olmoe", num_hidden_layers=2), tmp_path, level="routing")))
