@@ -24,17 +24,19 @@ class Choice:
         widths: (units,) column of each.
         cost: the sum of their costs.
         size: the sum of their sizes.
+        proved: no choice that fits is cheaper.
     """
 
     widths: Whole
     cost: float
     size: int
+    proved: bool = False
 
     @classmethod
-    def of(cls, widths: Whole, costs: Floats, sizes: Whole) -> Choice:
+    def of(cls, widths: Whole, costs: Floats, sizes: Whole, *, proved: bool = False) -> Choice:
         """The choice of these columns."""
         at = np.arange(len(widths)), widths
-        return cls(widths, float(costs[at].sum()), int(sizes[at].sum()))
+        return cls(widths, float(costs[at].sum()), int(sizes[at].sum()), proved)
 
 
 def solve(
@@ -51,7 +53,10 @@ def solve(
     Dynamic programming over the sizes that units can reach together. A state (size, cost) is dropped where another is
     neither larger nor dearer, and where the Lagrangian bound shows that nothing cheaper than the best known choice
     follows from it; widths that the bound rules out are never tried. Both are exact, for any sizes: they need no common
-    divisor, and the sum of costs is the least there is, within the rounding of sums (1e-12).
+    divisor, and the sum of costs is the least there is, within the rounding of sums (1e-12). Only where more than
+    200,000 states would have to be kept at once (sizes without a common divisor, and costs that fall almost exactly in
+    proportion to them), states are thinned: the choice still fits, costs at most what the greedy pass finds, and is not
+    ``proved``.
 
     Of equal costs the smaller size is taken, and of equal sizes the narrower width for the units that come last.
 
@@ -64,13 +69,14 @@ def solve(
         equal: the size has to be the capacity, not at most that.
 
     Raises:
-        PlanError: no choice fits, with the sizes that would; or more states than memory holds.
+        PlanError: no choice fits, with the sizes that would.
     """
     problem = problem_of(costs, sizes, capacity, groups, minimum)
-    widths = np.zeros(len(costs), dtype=np.int64)
+    widths, proved = np.zeros(len(costs), dtype=np.int64), True
     for part, room in problem.parts():
-        widths[part.units] = search(part, room, equal=equal)
-    return Choice.of(widths, problem.costs, problem.sizes)
+        widths[part.units], sure = search(part, room, equal=equal)
+        proved = proved and sure
+    return Choice.of(widths, problem.costs, problem.sizes, proved=proved)
 
 
 def solve_milp(
@@ -119,7 +125,7 @@ def solve_milp(
     taken_up = found.x > 0.5
     widths = np.zeros(len(costs), dtype=np.int64)
     widths[units[taken_up]] = columns[taken_up]
-    return Choice.of(widths, problem.costs, problem.sizes)
+    return Choice.of(widths, problem.costs, problem.sizes, proved=True)
 
 
 def least_size(*, costs: Floats, sizes: Whole, groups: Whole | None = None, minimum: Whole | None = None) -> Whole:

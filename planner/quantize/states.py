@@ -10,13 +10,13 @@ from moescope.errors import PlanError
 from planner.quantize.programme import Floats, Problem, Whole, cheapest
 
 _ROUNDING = 1e-11  # of the bound: what sums of floats may be off by
-_STATES = 4_000_000
+_STATES, _CLASSES = 200_000, 20_000
 _HALVINGS = 80
 _PARTS = (4.0**-6, 4.0**-5, 4.0**-4, 4.0**-3, 4.0**-2, 4.0**-1, 1.0)
 
 
-def search(problem: Problem, capacity: int, *, equal: bool) -> Whole:
-    """(units,) columns of the cheapest choice, see :func:`planner.quantize.knapsack.solve`.
+def search(problem: Problem, capacity: int, *, equal: bool) -> tuple[Whole, bool]:
+    """(units,) columns of the cheapest choice, and whether it is proved, see :func:`planner.quantize.knapsack.solve`.
 
     Args:
         problem: its units sorted by group.
@@ -24,7 +24,7 @@ def search(problem: Problem, capacity: int, *, equal: bool) -> Whole:
         equal: the size has to be the capacity.
 
     Raises:
-        PlanError: nothing fits, or more states than memory holds.
+        PlanError: nothing fits.
     """
     allowed = np.isfinite(problem.costs)
     smallest = np.where(allowed, problem.sizes, np.iinfo(np.int64).max).min(1)
@@ -36,9 +36,12 @@ def search(problem: Problem, capacity: int, *, equal: bool) -> Whole:
         raise _refusal(problem, capacity, equal)
     # All choices that cost up to a limit are compared: if there is one, the cheapest of them is the cheapest of all.
     for part in _PARTS:
-        found = _States(problem, extra // unit, room, equal, bound, bound.lower + part * bound.gap).run()
+        states = _States(problem, extra // unit, room, equal, bound, bound.lower + part * bound.gap)
+        found = states.run()
         if found is not None:
-            return found
+            return found, not states.thinned
+    if bound.known is not None:
+        return bound.known, False
     raise _refusal(problem, capacity, equal)
 
 
@@ -52,6 +55,7 @@ class _Bound:
         added: (groups,) what the minimum of every width adds.
         lower: no choice costs less.
         gap: the cheapest choice costs at most ``lower`` and this.
+        known: (units,) columns of a choice that does; None where none was found.
     """
 
     price: float
@@ -59,6 +63,7 @@ class _Bound:
     added: Floats
     lower: float
     gap: float
+    known: Whole | None = None
 
 
 def _bound(problem: Problem, sizes: Whole, room: int, equal: bool) -> _Bound | None:
@@ -94,14 +99,14 @@ def _bound(problem: Problem, sizes: Whole, room: int, equal: bool) -> _Bound | N
             low, high = (low, middle) if tried(middle) <= room else (middle, high)
     assert best is not None
     if fitting is not None and not equal and not problem.minimum.any():
-        upper = _filled(problem.costs, sizes, fitting, room)
+        upper, fitting = _filled(problem.costs, sizes, fitting, room)
     if fitting is None:
         upper = float(np.where(np.isfinite(problem.costs), problem.costs, -np.inf).max(1).sum())
-    return replace(best, gap=max(upper - best.lower, 0.0))
+    return replace(best, gap=max(upper - best.lower, 0.0), known=fitting)
 
 
-def _filled(costs: Floats, sizes: Whole, choice: Whole, room: int) -> float:
-    """The cost after single units, one after the other, took what saves most of what still fits."""
+def _filled(costs: Floats, sizes: Whole, choice: Whole, room: int) -> tuple[float, Whole]:
+    """Cost and columns after single units, one after the other, took what saves most of what still fits."""
     choice, every = choice.copy(), np.arange(len(choice))
     while True:
         left = room - int(sizes[every, choice].sum())
@@ -109,18 +114,21 @@ def _filled(costs: Floats, sizes: Whole, choice: Whole, room: int) -> float:
         saved[sizes - sizes[every, choice][:, None] > left] = 0
         unit, column = np.unravel_index(int(saved.argmax()), saved.shape)
         if saved[unit, column] <= 0:
-            return float(costs[every, choice].sum())
+            return float(costs[every, choice].sum()), choice
         choice[unit] = column
 
 
 class _States:
     """The states (size, cost, tag) that the units so far can reach, and from which state and width each came.
 
+    Where there are more than 200,000 states at once, the cheapest of each of 20,000 classes of sizes are kept.
+
     The tag counts, in mixed radix, how many units of the group have each width that has to be there, up to its minimum.
     """
 
     def __init__(self, problem: Problem, sizes: Whole, room: int, equal: bool, bound: _Bound, most: float) -> None:
         self._problem, self._sizes, self._room, self._equal, self._bound = problem, sizes, room, equal, bound
+        self.thinned = False
         least = bound.values.min(1)
         slack = _ROUNDING * (abs(most) + abs(bound.lower) + bound.price * room)
         self._most, self._limit = most + slack, most + bound.price * room + slack
@@ -173,11 +181,10 @@ class _States:
         fits = (size <= self._room) & (cost + self._bound.price * size + rest <= self._limit)
         places = np.flatnonzero(fits)
         kept = places[self._undominated(size[places], cost[places], tag[places])]
-        if len(kept) > _STATES:
-            raise PlanError(
-                f"{len(self._problem.units)} units have sizes that share no divisor, and more than {_STATES:,} states"
-                " would have to be compared: use solve_milp or hull"
-            )
+        if len(kept) > _STATES:  # sorted by tag and size, the cheapest of a size last
+            self.thinned = True
+            classes = tag[kept] * _CLASSES + (size[kept] / (self._room + 1) * _CLASSES).astype(np.int64)
+            kept = kept[np.append(np.diff(classes) > 0, True)]
         self.size, self.cost, self.tag = size[kept], cost[kept], tag[kept]
         return kept % count, columns[kept // count]
 

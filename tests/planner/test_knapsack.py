@@ -77,7 +77,7 @@ def test_no_choice_is_cheaper() -> None:
             choice = function(**asked)
             at = np.arange(len(choice.widths)), choice.widths
             assert choice.cost == pytest.approx(best, rel=1e-9, abs=1e-12), (function.__name__, seed)
-            assert (choice.cost, choice.size) == (asked["costs"][at].sum(), asked["sizes"][at].sum())
+            assert choice.proved and (choice.cost, choice.size) == (asked["costs"][at].sum(), asked["sizes"][at].sum())
             solved += 1
     assert solved > 250 and refused > 30
 
@@ -136,6 +136,19 @@ def test_ties_take_the_narrower_width_and_the_same_again() -> None:
     rounded = np.round(model, 2)  # many costs are the same
     first, second = (solve(costs=rounded, sizes=bits, capacity=int(3 * weights.sum())) for _ in range(2))
     assert first.widths.tolist() == second.widths.tolist()
+
+
+def test_what_cannot_be_compared_is_thinned_and_says_so() -> None:
+    """Costs that are linear in sizes without a divisor: every sum of sizes is a state that nothing dominates."""
+    rng = np.random.default_rng(12)
+    sizes = np.sort(rng.integers(10**6, 10**8, (16, 4)), axis=1)
+    costs = 1e8 - sizes.astype(np.float64)
+    capacity = int(sizes.mean() * 16 * 0.9)
+    own = solve(costs=costs, sizes=sizes, capacity=capacity)
+    greedy = hull(costs=costs, sizes=sizes).at(capacity)
+    assert not own.proved and own.size <= capacity
+    # The size is all that counts: what is left of the capacity is what it costs too much, at most.
+    assert 0 <= own.cost - (16e8 - capacity) < (greedy.cost - (16e8 - capacity)) / 100
 
 
 def test_units_without_a_choice_keep_theirs() -> None:
