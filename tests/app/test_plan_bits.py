@@ -96,7 +96,7 @@ def test_mistakes_end_in_one_line(
 
 
 def test_bits_reach_the_planner_as_json(directory: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    asked = ["--preset", "error_bits", "--memory", "2MiB", "--set", "widths=[2,3]", "--json"]
+    asked = ["--preset", "error_bits", "--memory", "1.7MB", "--set", "widths=[2,3]", "--json"]
     assert main(_ask(directory, *asked)) == 0
     plan = json.loads(capsys.readouterr().out)["plan"]
     assert plan["steps"][0]["form"] == "packed" and plan["target"]["bits"] is None

@@ -35,6 +35,7 @@ LACKING = {
     "copies": "0 of 96 experts are copies",
     "eaquant": "has no expert_vector.input_max",
     "mixed": "has no expert_output.stream_square_sum",
+    "stream_slim": "has no expert_output.stream_square_sum",
 }
 """What the sample has not, beside whole levels."""
 
@@ -82,7 +83,7 @@ def test_every_form_of_every_preset(run: store.Run, preset: Preset) -> None:
             more = {"widths": [2, 3]} if (form, preset.step) == ("packed", "quantize") else {}
             plan = planner.make(run, preset=preset.name, form=form, **asked(preset), **more)  # type: ignore[arg-type]
             assert plan.steps[0].form == form
-            assert plan.target.engine == "any"
+            assert form == "packed" or plan.target.engine == "any"
 
 
 def test_the_same_again_is_the_same_bytes(run: store.Run) -> None:
