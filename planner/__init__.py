@@ -5,6 +5,7 @@
     plan = planner.make(run, preset="reap", share=0.25)
     plan.save("plan.json")
 
+    advice = planner.recommend(run, memory="12GiB")       # a sequence of plans, the best first
     ranking = planner.choose([plan, other], measure)      # measure(plan) -> Measurement; the planner runs no model
 
 Importing this loads neither torch nor numpy; the names below do, when they are first used.
@@ -20,14 +21,16 @@ from planner.presets import DEFAULT, PRESETS
 if TYPE_CHECKING:
     from planner.entry import make
     from planner.finalists import Measurement, choose
+    from planner.recommend import recommend
 
 _LAZY = {
     "Measurement": "planner.finalists",
     "choose": "planner.finalists",
     "make": "planner.entry",
+    "recommend": "planner.recommend",
 }
 
-__all__ = ["DEFAULT", "PRESETS", "Measurement", "choose", "make"]
+__all__ = ["DEFAULT", "PRESETS", "Measurement", "choose", "make", "recommend"]
 
 
 def __getattr__(name: str) -> Any:

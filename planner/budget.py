@@ -2,18 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 
-from compressor.plan import Plan
+from compressor.plan import Plan, Step
 from moescope.errors import PlanError
 from planner.allocation import least_kept
-from planner.estimate.parameters import expert_parameters, sizes_before
+from planner.estimate.parameters import expert_parameters, sizes_after, sizes_before
 from planner.estimate.storage import expert_bytes
 from planner.presets import Preset
 from planner.source import value_bytes
 from planner.task import Task
 
 _ROUNDING = 1e-12
+
+
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+
+
+def memory_of(memory: int | str) -> int:
+    """Bytes of ``12GiB``, ``500MB``, ``12g`` or a plain number.
+
+    Raises:
+        PlanError: it is no size, or nothing.
+    """
+    if isinstance(memory, str):
+        found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:([KMGT])(I?))?B?\s*", memory.upper())
+        if found is None:
+            raise PlanError(f"{memory!r} is no size of memory: write 12GiB, 500MiB or a number of bytes")
+        number, letter, binary = (part or "" for part in found.groups())
+        memory = int(float(number) * (1024 ** ("KMGT".index(letter) + 1) if letter and binary else _UNITS[letter]))
+    if memory < 1:
+        raise PlanError(f"memory {memory} is no number of bytes: give at least 1")
+    return memory
 
 
 def bytes_after(task: Task, plan: Plan) -> int:
@@ -39,6 +60,21 @@ def bits_that_fit(task: Task, *, memory: int, other: int) -> float:
     if other >= memory:
         raise PlanError(f"the other weights alone take {other:,} of {memory:,} bytes: nothing is left for the experts")
     return (memory - other) * 8.0 / whole
+
+
+def bits_left(task: Task, before: Sequence[Step], *, room: int) -> float:
+    """Effective bits per weight at which what earlier steps leave fits into so many bytes.
+
+    Raises:
+        PlanError: it fits as it is: nothing has to be quantized.
+    """
+    plan = Plan.model_construct(source=task.source, steps=tuple(before))
+    left, size = expert_parameters(task.source, sizes_after(plan)), value_bytes_of(task)
+    if left * size <= room:
+        raise PlanError(f"the experts that stay take {left * size:,} bytes and fit into {room:,}: cut without bits")
+    if room <= 0:
+        raise PlanError("the other weights alone take all the memory: nothing is left for the experts")
+    return room * 8.0 / left
 
 
 def shares_that_may_fit(task: Task, preset: Preset, *, memory: int, other: int) -> Iterator[float]:

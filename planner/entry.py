@@ -13,7 +13,7 @@ from compressor.plan import Estimate, Evidence, LayerValues, Plan, Provenance, S
 from moescope import __version__
 from moescope.errors import PlanError
 from planner import presets
-from planner.budget import bits_that_fit, bytes_after, shares_that_may_fit, value_bytes_of
+from planner.budget import bits_left, bits_that_fit, bytes_after, shares_that_may_fit, value_bytes_of
 from planner.estimate import estimate
 from planner.guard import Guard, Rule, guard_of
 from planner.importance.statistics import Statistics
@@ -21,7 +21,7 @@ from planner.source import source_of
 from planner.task import Draft, Task
 
 ENGINES = ("any", "transformers")
-OURS = ("per_layer", "shared")
+OURS = ("per_layer", "shared", "packed")
 """Forms that ``compressor.load`` alone loads."""
 
 
@@ -39,6 +39,8 @@ def make(
     engine: str | None = None,
     guard: bool | Rule = True,
     allow_invalid: bool = False,
+    factors: Sequence[float] | None = None,
+    kept: dict[Any, Any] | None = None,
     **parameters: Any,
 ) -> Plan:
     """A plan from one run. The same run and arguments give the same plan, byte for byte.
@@ -54,7 +56,8 @@ def make(
         bits: effective bits that a weight of the experts may take, scales and zero points counted. With a preset that
             cuts, what is left is quantized to it.
         quantizer: preset that finds the widths of what a cut leaves; None = ours,
-            :data:`planner.presets.DEFAULT_QUANTIZER`.
+            :data:`planner.presets.DEFAULT_QUANTIZER`, where bits are wanted. With a share and a memory budget, the
+            share is cut and what is left gets the bits that fit.
         other_weights: bytes of all other weights of the model, which a run does not know.
         domains: whose text counts; None = all of the run's.
         form: how the result is stored; None = the first of the preset's forms that the engine loads.
@@ -62,6 +65,9 @@ def make(
             None = what the form takes.
         guard: keep super experts whatever their score, see :func:`planner.guard.guard_of`.
         allow_invalid: take a run whose checks failed.
+        factors: per MoE layer, what a change of its stream costs against other layers; for presets that go by the
+            stream (mixed, error_bits, stream_slim). What measured plans say, or a search tries; None = all alike.
+        kept: what plans of the same run, domains and guard have worked out before; they fill it.
         parameters: of the method, in place of the preset's; docs/plan.md lists them.
 
     Raises:
@@ -70,29 +76,46 @@ def make(
     chosen = presets.find(presets.default(engine=engine, form=form) if preset is None else preset)
     _require_usable(run, chosen, allow_invalid)
     settings = _settings(chosen, parameters)
-    second = _quantizer(run, chosen, quantizer, bits, allow_invalid)
+    both = share is not None and memory is not None
+    second = _quantizer(run, chosen, quantizer, bits, both, allow_invalid)
     source = source_of(run)
     if chosen.step == "quantize":
         _only_bits(chosen, share, memory, bits)
     task = Task(
         run=run, source=source, domains=_domains(run, domains),
-        share=_share(share, memory) if chosen.step != "quantize" else 0.0,
+        share=0.0 if chosen.step == "quantize" else _share(share, None if second else memory),
         form=_form(chosen, form, engine, source, settings), guard=guard_of(run, guard), bits=_bits(bits),
+        factors=_factors(source, factors), kept={} if kept is None else kept,
     )  # fmt: skip
-    needs = "transformers" if task.form in OURS else "any"
+    if second is not None:
+        _form(second, None, engine, source, second.defaults)
+    needs = "transformers" if task.form in OURS or second is not None else "any"
     name = chosen.name if second is None else f"{chosen.name}+{second.name}"
     target = Target(share=share, memory=memory, bits=bits, engine=engine or needs, preset=name)
     if chosen.step == "quantize" and memory is not None:
         task = replace(task, bits=bits_that_fit(task, memory=memory, other=other_weights))
-    if memory is None or chosen.step == "quantize":
-        return assemble(task, draft_of(task, chosen, settings, second), target)
+    if memory is None or chosen.step == "quantize" or both:
+        room = None if memory is None or not both else memory - other_weights
+        return assemble(task, draft_of(task, chosen, settings, second, room=room), target)
     return _within(task, chosen, settings, second, target, memory, other_weights)
 
 
 def draft_of(
-    task: Task, preset: presets.Preset, settings: Mapping[str, Any], second: presets.Preset | None = None
+    task: Task,
+    preset: presets.Preset,
+    settings: Mapping[str, Any],
+    second: presets.Preset | None = None,
+    *,
+    room: int | None = None,
 ) -> Draft:
     """What a preset decides, and what the second one makes of what it leaves.
+
+    Args:
+        task: what is planned.
+        preset: the first.
+        settings: its parameters.
+        second: the one that finds widths.
+        room: bytes that the experts may take in all, instead of the task's bits.
 
     Raises:
         PlanError: as their methods.
@@ -100,8 +123,10 @@ def draft_of(
     first: Draft = preset.function(task, **settings)
     if second is None:
         return first
-    form = second.forms[0]
-    behind: Draft = second.function(replace(task, before=first.steps, form=form), **second.defaults)
+    behind_task = replace(task, before=first.steps, form=second.forms[0])
+    if room is not None:
+        behind_task = replace(behind_task, bits=bits_left(task, first.steps, room=room))
+    behind: Draft = second.function(behind_task, **second.defaults)
     return replace(first, steps=(*first.steps, *behind.steps), notes=(*first.notes, *behind.notes))
 
 
@@ -204,6 +229,14 @@ def _bits(bits: float | None) -> float | None:
     return bits
 
 
+def _factors(source: Source, factors: Sequence[float] | None) -> tuple[float, ...] | None:
+    if factors is None:
+        return None
+    if len(factors) != len(source.layers) or min(factors) <= 0:
+        raise PlanError(f"factors are {len(source.layers)} numbers above 0, one per MoE layer, not {list(factors)}")
+    return tuple(float(value) for value in factors)
+
+
 def _only_bits(preset: presets.Preset, share: float | None, memory: int | None, bits: float | None) -> None:
     if share is not None:
         raise PlanError(
@@ -214,14 +247,14 @@ def _only_bits(preset: presets.Preset, share: float | None, memory: int | None, 
 
 
 def _quantizer(
-    run: store.Run, first: presets.Preset, name: str | None, bits: float | None, allow_invalid: bool
+    run: store.Run, first: presets.Preset, name: str | None, bits: float | None, both: bool, allow_invalid: bool
 ) -> presets.Preset | None:
     """The preset that follows one that cuts, where bits are wanted."""
     if first.step == "quantize":
         if name is not None:
             raise PlanError(f"preset {first.name!r} finds widths itself: leave the quantizer out")
         return None
-    if bits is None:
+    if bits is None and not (both and name is not None):
         if name is not None:
             raise PlanError(f"to how many bits? quantizer {name!r} takes effective bits, such as 3.0")
         return None
@@ -265,7 +298,9 @@ def _form(
     if form == "padded":
         raise PlanError(f"{source.unpadded}: use form per_layer with engine transformers")
     instead = f", or form {loads[0]}" if form is not None and loads else ""
-    what = "merges in which the router keeps its rows" if form == "shared" else "layers that differ"
+    what = {"shared": "merges in which the router keeps its rows", "packed": "packed widths"}.get(
+        form or "", "layers that differ"
+    )
     raise PlanError(f"{what} are loaded by compressor.load only: use engine transformers{instead}")
 
 

@@ -61,8 +61,10 @@ def source_of(run: store.Run) -> Source:
 
 
 def value_bytes(run: store.Run) -> int | None:
-    """Bytes of one weight in the run's type; None where the type is not known."""
-    named = run.info.dtype or str(run.info.model_config.get("dtype", run.info.model_config.get("torch_dtype", "")))
+    """Bytes of one weight as the checkpoint keeps it, else in the run's type; None where neither is known."""
+    config = run.info.model_config
+    stored = run.info.settings.get("stored_dtype") or run.info.dtype or config.get("dtype", config.get("torch_dtype"))
+    named = str(stored or "")
     return TYPE_BYTES.get(named.removeprefix("torch."))
 
 

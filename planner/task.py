@@ -28,6 +28,7 @@ class Task:
         form: how the result is stored.
         guard: what may not be cut.
         bits: effective bits that a weight of the experts that stay may take; None where nothing is quantized.
+        factors: per MoE layer, what a change of its stream costs against others; None = all alike.
         before: steps that come first; methods that quantize find widths for what these leave.
         kept: what was computed for this run and domains before, so that another share costs little.
     """
@@ -40,12 +41,19 @@ class Task:
     guard: Guard
     bits: float | None = None
     before: tuple[Step, ...] = ()
+    factors: tuple[float, ...] | None = None
     kept: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def every_domain(self) -> bool:
         """All domains of the run count."""
         return not set(self.run.domains) - set(self.domains)
+
+    @property
+    def layer_factors(self) -> Mapping[LayerKey, float]:
+        """(layer, step) -> its factor."""
+        keys = [shape.key for shape in self.source.layers]
+        return dict(zip(keys, self.factors or [1.0] * len(keys), strict=True))
 
     @property
     def layers(self) -> tuple[LayerShape, ...]:

@@ -185,7 +185,7 @@ class _Pricing:
     def _cut(self, key: LayerKey, stream: Streams, experts: list[NewExpert]) -> float:
         stays = {member for one in experts for member in one.members}
         gone = [expert for expert in range(len(stream.part)) if expert not in stays]
-        return float(gone_cost(stream, gone, sorted(stays)).sum()) if gone else 0.0
+        return float(gone_cost(stream, gone).sum()) if gone else 0.0
 
     def _merged(self, key: LayerKey, stream: Streams) -> float:
         """Members answer as their group's mean would; where their rows go, their tokens go where those of the lead do.
@@ -205,8 +205,7 @@ class _Pricing:
                 cost += float((differs[list(group.members)] * stream.part[list(group.members)]).sum())
                 continue
             cost += float(differs[group.lead] * stream.part[group.lead])
-            leads = [other.lead for other in layer.groups]
-            cost += float((np.minimum(differs[others], 1.0) * gone_cost(stream, others, leads)).sum())
+            cost += float((np.minimum(differs[others], 1.0) * gone_cost(stream, others)).sum())
         return cost
 
     def _differences(self, key: LayerKey, layer: MergeLayer) -> Array:
@@ -224,7 +223,7 @@ class _Pricing:
     def _slimmed(self, key: LayerKey, stream: Streams, experts: list[NewExpert]) -> float:
         if not any(isinstance(step, SlimStep) for step in self.plan.steps):
             return 0.0
-        squares, cost = _neuron_squares(self.task)[key], 0.0
+        squares, cost = neuron_squares(self.task)[key], 0.0
         for one in experts:
             mask = self.masks.get((*key, one.lead, "routed"))
             if mask is None:
@@ -252,10 +251,12 @@ class _Pricing:
         return cost
 
 
-def gone_cost(stream: Streams, gone: list[int], stay: list[int]) -> Array:
-    """(gone,) what each loses, and what the experts that take its tokens add: as much as the median expert puts out."""
-    replaced = float(np.median(stream.norm[stay])) if stay else 0.0
-    cost: Array = stream.part[gone] + stream.gate[gone] * replaced
+def gone_cost(stream: Streams, gone: list[int]) -> Array:
+    """(gone,) what each loses, and what the experts that take its tokens add: as much as the layer's median expert.
+
+    The median of all, not of those that stay: where few stay, a super expert among them would speak for the rest.
+    """
+    cost: Array = stream.part[gone] + stream.gate[gone] * float(np.median(stream.norm))
     return cost
 
 
@@ -284,7 +285,7 @@ def _products(task: Task) -> Mapping[LayerKey, Array]:
     return found
 
 
-def _neuron_squares(task: Task) -> Mapping[LayerKey, Array]:
+def neuron_squares(task: Task) -> Mapping[LayerKey, Array]:
     """(layer, step) -> (experts, neurons) squared gated activation times the squared norm of the down column."""
     if "neuron_squares" not in task.kept:
         from planner.slim.neurons import neuron_scores

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import Literal
 
 import numpy as np
 import polars as pl
 
 from compressor.plan import BITS, Bits, LayerKey
-from planner.probes import Weigh, layer_weights
+from moescope.errors import PlanError
+from planner.estimate.stream import streams
+from planner.probes import layer_weights
 from planner.quantize.errors import LayerErrors, layer_errors
 from planner.quantize.grid import groups_in_words, nominal_bits
 from planner.quantize.programme import Floats, Whole
 from planner.quantize.units import Units
-from planner.task import Array, rounded
+from planner.task import Array, Task, rounded
 
 THIN = 2.0
 """Times the tokens that an even router would send an expert: what EAQuant draws for each before it trusts an error."""
@@ -25,25 +29,52 @@ REASONING = (
 )
 
 
-def error_costs(units: Units, weigh: Weigh) -> tuple[Floats, dict[LayerKey, Array], list[str]]:
-    """Squared output errors of the run as costs, layers weighed.
+CostWeigh = Literal["stream", "influence", "equal"]
+"""What makes errors of different experts and layers comparable: the stream that they are added to, token by token
+(:mod:`planner.estimate.stream`); how far the layer turns it as a whole; nothing."""
+
+
+def error_costs(units: Units, weigh: CostWeigh) -> tuple[Floats, dict[LayerKey, Array], list[str]]:
+    """Squared output errors of the run as costs, experts and layers weighed.
+
+    Where the run did not see the stream, ``stream`` does what ``influence`` does, and the note says so.
 
     Returns:
         (units, widths) costs, to 6 digits; (layer, step) -> (experts of the source,) cost of the narrowest width; and
         what to note.
 
     Raises:
-        PlanError: the run knows nothing of errors, or another word than ``influence`` and ``equal``.
+        PlanError: the run knows nothing of errors, or another word.
     """
     errors = layer_errors(units.task)
-    weights, note = layer_weights(units.task, weigh)
+    weights, note = _weights(units.task, errors, weigh)
     at = columns_of(units.widths)
     weighed = {
-        key: {part: values[:, at] * weights[key[0]] for part, values in one.errors.items()}
+        key: {part: values[:, at] * weights[key][:, None] for part, values in one.errors.items()}
         for key, one in errors.items()
     }
     narrowest = units.per_expert({key: one["all"][:, 0] for key, one in weighed.items()})
     return rounded(units.of(weighed)), {key: rounded(one) for key, one in narrowest.items()}, [note]
+
+
+def _weights(task: Task, errors: Mapping[LayerKey, LayerErrors], weigh: CostWeigh) -> tuple[dict[LayerKey, Array], str]:
+    """(layer, step) -> (experts,) what an error that is a part of the layer's output costs, and what to note."""
+    if weigh not in ("stream", "influence", "equal"):
+        raise PlanError(f"weigh {weigh!r} is not known: use stream, influence or equal")
+    if weigh == "stream":
+        try:
+            known = streams(task)
+        except PlanError:
+            weigh = "influence"
+        else:
+            found = {}
+            for key, one in errors.items():
+                found[key] = np.zeros(len(one.energy))
+                part = known[key].part * task.layer_factors[key]
+                np.divide(part, one.energy, out=found[key], where=one.energy > 0)
+            return found, "Errors count as parts of the squared stream that they are added to, token by token."
+    weights, note = layer_weights(task, weigh)
+    return {key: np.full(len(one.energy), weights[key[0]]) for key, one in errors.items()}, note
 
 
 def columns_of(widths: tuple[Bits, ...]) -> list[int]:

@@ -1,7 +1,7 @@
 """Error bits: the widths whose output errors add up to the least, in one budget for the whole model. Ours.
 
 What narrower weights of different experts do to a layer's output adds up nearly independently, so squared errors are
-summed; layers are made comparable by how far their experts turn the residual stream. The choice is exact.
+summed; they are made comparable by the residual stream that they are added to. The choice is exact.
 """
 
 from __future__ import annotations
@@ -9,8 +9,7 @@ from __future__ import annotations
 from typing import Literal, Unpack
 
 from moescope.errors import PlanError
-from planner.probes import Weigh
-from planner.quantize.costs import error_costs, told
+from planner.quantize.costs import CostWeigh, error_costs, told
 from planner.quantize.errors import layer_errors
 from planner.quantize.grid import Granularity, Grid, Widths
 from planner.quantize.units import units_of
@@ -23,7 +22,7 @@ def draft(
     widths: Widths = (2, 3, 4, 8),
     granularity: Granularity = "expert",
     budget: Literal["model", "layer"] = "model",
-    weigh: Weigh = "influence",
+    weigh: CostWeigh = "stream",
     **grid: Unpack[Grid],
 ) -> Draft:
     """The least weighed sum of squared output errors within the bits.
@@ -33,7 +32,7 @@ def draft(
         widths: that units may have.
         granularity: what has a width of its own.
         budget: ``model`` = one for all; ``layer`` = every layer has the same bits per weight.
-        weigh: what makes layers comparable, see :func:`planner.probes.layer_weights`.
+        weigh: what makes layers comparable, see :data:`planner.quantize.costs.CostWeigh`.
         grid: see :class:`planner.quantize.grid.Grid`.
 
     Raises:

@@ -7,7 +7,7 @@ its tokens; one that stays costs what its width changes. Both are parts of the s
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Unpack
 
 import numpy as np
@@ -30,7 +30,6 @@ def draft(
     *,
     widths: Widths = (2, 3, 4, 8),
     drop: float = 1.0,
-    factors: Sequence[float] | None = None,
     **grid: Unpack[Grid],
 ) -> Draft:
     """The least summed change of the stream within the bits, over all experts of the source.
@@ -38,25 +37,20 @@ def draft(
     Args:
         task: what to plan; nothing may come before.
         widths: that experts may have.
-        drop: what an expert that goes costs against what the sums say; infinity = none goes. Dropping is not tried
+        drop: what an expert that goes costs against what the sums say; 0 and less = none goes. Dropping is not tried
             where routers limit themselves to groups, which have to stay alike.
-        factors: per MoE layer, what a change of its stream costs; None = all alike. What measured plans say, or a
-            search tries.
         grid: see :class:`planner.quantize.grid.Grid`.
 
     Raises:
-        PlanError: a run that did not see the stream, factors that are not one per layer, or bits that cannot be met.
+        PlanError: a run that did not see the stream, or bits that cannot be met.
     """
     if task.before:
         raise PlanError("preset 'mixed' decides itself which experts go: take it alone")
     units = units_of(task, widths=widths, granularity="expert", **grid)
-    layers = [shape.key for shape in task.source.layers]
-    if factors is not None and (len(factors) != len(layers) or min(factors) <= 0):
-        raise PlanError(f"factors are {len(layers)} numbers above 0, one per MoE layer, not {list(factors)}")
-    weights = dict(zip(layers, factors or [1.0] * len(layers), strict=True))
-    costs, gone = _width_costs(units, weights), _gone_costs(units, weights, drop)
-    values = units.by_expert(gone)
-    columns = _choose(units, np.column_stack([gone, costs]))
+    weights = task.layer_factors
+    values = {key: rounded(cost * weights[key] * max(drop, 1e-9)) for key, cost in _gone_costs(task).items()}
+    gone = _where_allowed(task, values, drop)
+    columns = _choose(units, np.column_stack([gone, _width_costs(units, weights)]))
     return _draft(task, units, columns, values, bool(np.isfinite(gone).any()))
 
 
@@ -71,17 +65,20 @@ def _width_costs(units: Units, weights: Mapping[LayerKey, float]) -> Floats:
     return rounded(units.of(values))
 
 
-def _gone_costs(units: Units, weights: Mapping[LayerKey, float], drop: float) -> Floats:
-    """(units,) what going costs; infinity for those that have to stay: super experts, and the k that cost most."""
-    task, found = units.task, []
+def _gone_costs(task: Task) -> dict[LayerKey, Array]:
+    """(layer, step) -> (experts,) what going costs."""
+    return {key: gone_cost(stream, list(range(len(stream.part)))) for key, stream in streams(task).items()}
+
+
+def _where_allowed(task: Task, costs: Mapping[LayerKey, Array], drop: float) -> Floats:
+    """(experts of all layers,) the costs; infinity for those that stay: super experts, and the k that cost most."""
+    found = []
     for shape in task.source.layers:
-        stream = streams(task)[shape.key]
-        everyone = list(range(shape.num_experts))
-        cost = gone_cost(stream, everyone, everyone) * weights[shape.key] * drop
-        kept = sorted(everyone, key=lambda expert: (-cost[expert], expert))[: shape.top_k]
+        cost = costs[shape.key].copy()
+        kept = sorted(range(len(cost)), key=lambda expert: (-cost[expert], expert))[: shape.top_k]
         cost[[*kept, *task.guard.experts(shape.key)]] = np.inf
-        found.append(cost if shape.groups == 1 else np.full_like(cost, np.inf))
-    return rounded(np.concatenate(found))
+        found.append(cost if shape.groups == 1 and drop > 0 else np.full_like(cost, np.inf))
+    return np.concatenate(found)
 
 
 def _choose(units: Units, costs: Floats) -> Whole:

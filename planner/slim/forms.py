@@ -123,17 +123,18 @@ def _uniform(task: Task, scores: Neurons, multiple: int) -> tuple[dict[LayerKey,
 def _per_layer(
     task: Task, scores: Neurons, scope: Scope, multiple: int, weights: dict[int, float]
 ) -> dict[LayerKey, Mask]:
-    units, costs, wanted = [], [], 0
+    units, costs, asked = [], [], 0.0
     for shape in task.layers:
         one = scores[shape.key].routed
         unit = multiple * max(1, math.ceil(shape.width / multiple / STEPS))
         units.append(unit)
-        wanted += part(shape.width, task.share) // unit
+        asked += shape.width * task.share / unit
         lost = np.cumsum(np.concatenate([[0.0], np.sort(one, axis=1).sum(0)]))
         total = 1.0 if scope == "model" else float(one.sum()) or 1.0
         # Where a super expert keeps all its neurons, the layer is stored as wide as it was: it gives nothing.
         most = 0 if task.guard.experts(shape.key) else (shape.width - multiple) // unit
         costs.append(lost[: most * unit + 1 : unit] / total * weights[shape.layer])
+    wanted = part(1, asked)
     if wanted < 1:
         shape = task.layers[0]
         _refuse_width(task, shape.width, shape.width, multiple)
