@@ -1,4 +1,4 @@
-"""Size against cost over all methods and mixtures, priced from a run's sums: where a budget stands before it is asked."""
+"""Size against cost over all methods and mixtures, priced from a run's sums: where a budget stands, unasked."""
 
 from __future__ import annotations
 

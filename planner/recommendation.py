@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, overload
 
 from compressor.plan import Plan, Prediction
-from planner.estimate.prediction import Calibration
 from moescope.errors import PlanError
+from planner.estimate.prediction import Calibration
 from planner.finalists import Damage, Measurement
 
 Verdict = Literal["apply", "with care", "leave it"]

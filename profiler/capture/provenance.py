@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -87,7 +88,7 @@ def describe_run(
         transformers_version=transformers.__version__,
         origin=origin,
         levels=",".join(levels),
-        settings=dict(settings),
+        settings={**settings, **_stored_dtype(where, parameter.dtype)},
         text_kept=text_kept,
     )
 
@@ -121,6 +122,16 @@ def describe_experts(layer: MoELayer) -> pl.DataFrame:
     }
     frame = pl.DataFrame({"expert": range(layer.num_experts), **columns})
     return frame.with_columns(layer=pl.lit(layer.layer), step=pl.lit(layer.step))
+
+
+def _stored_dtype(where: str, dtype: torch.dtype) -> dict[str, str]:
+    """The type that the checkpoint in a folder keeps its weights in, where the model was loaded in another."""
+    try:
+        stated = json.loads((Path(where) / "config.json").read_text(encoding="utf-8"))
+        stored = str(stated.get("dtype") or stated.get("torch_dtype") or "").removeprefix("torch.")
+    except (OSError, ValueError, AttributeError):
+        return {}
+    return {} if stored in ("", "auto", str(dtype).removeprefix("torch.")) else {"stored_dtype": stored}
 
 
 def _jsonable(config: Any) -> dict[str, Any]:
