@@ -41,7 +41,7 @@ sample-model: install  ## train the sample model again (Debian 12; hours); its t
 	$(BIN)/python -P -m sample_data.evaluate --data build/sample-data
 	rm -f sample_data/runs/sample*.duckdb
 	$(BIN)/moescope collect sample_data/model --data sample_data/texts/*.jsonl --tokens 108k --dtype float32 \
-	    --level routing,activations,attention,similarity,lookahead,predictions \
+	    --level routing,activations,attention,similarity,errors,lookahead,predictions \
 	    --store sample_data/runs --name sample
 
 screenshots: install  ## shoot every page, light and dark, into docs/screenshots (needs Chromium)

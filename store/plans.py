@@ -17,9 +17,9 @@ from moescope.errors import StoreError
 
 SUFFIX = ".plans"
 
-KINDS = ("plan", "receipt", "check", "job", "progress")
+KINDS = ("plan", "receipt", "check", "job", "progress", "recommendation", "curve")
 """What lies in the folder: plans; what applying one gave, and whether the result is what the plan says; commands
-started in the background, and how far they are."""
+started in the background, and how far they are; recommendations for a budget; sizes against their prices."""
 
 _NAME = re.compile(r"[0-9a-z-]{1,64}")
 

@@ -87,16 +87,26 @@ def _layer(rows: pl.DataFrame, shape: LayerShape) -> LayerErrors:
         return values
 
     widths, parts = [f"e{place}" for place in range(len(BITS))], ("all", "gate", "up", "down")
+
+    def errors_of(kind: str, part: str, own: Array) -> Array:
+        """(experts, widths) errors; of single projections, pooled over domains, by their part of the output."""
+        lost = column(kind, part, widths, len(own))
+        if part == "all":
+            return lost
+        output = column(kind, part, ["gated_output_square_sum"], len(own))
+        parts: Array = lost / np.where(output > 0, output, 1.0) * own[:, None]
+        return parts
+
     energy = column("routed", "all", ["gated_output_square_sum"], shape.num_experts)[:, 0]
     whole = float(energy.sum()) or 1.0
-    shared = 1 if shape.shared_width else 0
+    shared_energy = column("shared", "all", ["gated_output_square_sum"], 1 if shape.shared_width else 0)[:, 0]
     nested = column("routed", "all", ["n0", "n1", "n2"], shape.num_experts) / whole
     return LayerErrors(
         energy=energy / whole,
-        errors={part: column("routed", part, widths, shape.num_experts) / whole for part in parts},
+        errors={part: errors_of("routed", part, energy) / whole for part in parts},
         nested=nested if nested.any() else np.full_like(nested, np.nan),
-        shared_energy=column("shared", "all", ["gated_output_square_sum"], shared)[:, 0] / whole,
-        shared_errors={part: column("shared", part, widths, shared) / whole for part in parts},
+        shared_energy=shared_energy / whole,
+        shared_errors={part: errors_of("shared", part, shared_energy) / whole for part in parts},
         tokens=column("routed", "all", ["tokens"], shape.num_experts)[:, 0],
         measured=True,
     )

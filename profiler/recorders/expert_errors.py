@@ -224,17 +224,22 @@ class ExpertErrorRecorder(Staged):
                 yield "expert_grid", keys | {"part": part} | _grid_row(weight, grids_of(weights).group_size, grid[part])
 
     def _error_rows(self, changes: Changes, gate: Tensor, groups: Tensor) -> Iterator[dict[str, Any]]:
-        """One row per domain and phase, and part."""
+        """One row per domain and phase for all projections together, one per phase for each of them."""
         squares, entries = gate.double().square().numpy(), groups.numpy()
-        for entry in np.unique(entries).tolist():
-            of = (entries == entry) * squares
-            domain, phase = self._groups[entry]
-            same = {"domain": domain, "phase": phase, "tokens": int((entries == entry).sum())}
-            same["gated_output_square_sum"] = float(changes.energy @ of)
-            for part, values in changes.parts.items():
-                nested = (changes.nested @ of).tolist() if part == WHOLE else None
-                sums = {"gated_error_square_sum": (values @ of).tolist(), "nested_error_square_sum": nested}
-                yield {"part": part, **same, **sums}
+        present = np.unique(entries).tolist()
+        phases = {self._groups[entry][1] for entry in present}
+        pooled = {("", phase): [entry for entry in present if self._groups[entry][1] == phase] for phase in phases}
+        single = {self._groups[entry]: [entry] for entry in present}
+        for part, values in changes.parts.items():
+            for (domain, phase), chosen in (single if part == WHOLE else pooled).items():
+                mine = np.isin(entries, chosen)
+                of = mine * squares
+                yield {
+                    "part": part, "domain": domain, "phase": phase, "tokens": int(mine.sum()),
+                    "gated_output_square_sum": float(changes.energy @ of),
+                    "gated_error_square_sum": (values @ of).tolist(),
+                    "nested_error_square_sum": (changes.nested @ of).tolist() if part == WHOLE else None,
+                }  # fmt: skip
 
 
 def _grid_row(weight: Tensor, group_size: int, errors: Any) -> dict[str, Any]:

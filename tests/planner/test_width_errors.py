@@ -51,7 +51,7 @@ def typical(tmp_path_factory: pytest.TempPathFactory) -> Task:
 
 def _sums(of: Task, layer: int, kind: str, part: str, column: str) -> dict[int, Any]:
     """Expert -> the column's sum over domains and phases."""
-    rows = of.run.table("expert_error").filter(pl.col("domain").is_in(of.domains), layer=layer, kind=kind, part=part)
+    rows = of.run.table("expert_error").filter(pl.col("domain").is_in([*of.domains, ""]), layer=layer, kind=kind, part=part)
     found: dict[int, Any] = {}
     for row in rows.to_dicts():
         found[row["expert"]] = np.array(row[column]) + found.get(row["expert"], 0)
@@ -91,6 +91,11 @@ def test_one_domain_counts_its_own_tokens(measured: Task) -> None:
     for key, errors in layer_errors(measured).items():
         assert 0 < german[key].tokens.sum() < errors.tokens.sum()
         assert (german[key].tokens <= errors.tokens).all()
+        # Single projections are pooled over domains: a domain has them by the part of the output that they change.
+        used = german[key].energy > 0
+        for part in ("gate", "up", "down"):
+            own = german[key].errors[part][used] / german[key].energy[used, None]
+            assert_allclose(own, errors.errors[part][used] / errors.energy[used, None], rtol=1e-12)
 
 
 def test_unused_experts_cost_nothing(tmp_path: Path) -> None:

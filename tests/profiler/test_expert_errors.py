@@ -110,8 +110,8 @@ def sampled(every: int = EVERY) -> list[Tensor]:
 
 
 def labels(domain: str) -> list[Tensor]:
-    """Per batch, (rows, length) bool: the tokens of a domain."""
-    return [torch.tensor([one == domain for one in names])[:, None].expand(3, 12) for names in DOMAINS]
+    """Per batch, (rows, length) bool: the tokens of a domain; of all where it is empty."""
+    return [torch.tensor([domain in ("", one) for one in names])[:, None].expand(3, 12) for names in DOMAINS]
 
 
 def narrow(weight: Tensor, bits: Bits, hidden: int, width: int, nested: int | None = None) -> Tensor:
@@ -184,8 +184,9 @@ def test_errors_equal_the_module_with_replaced_weights(family: str, tmp_path: Pa
     met = 0
     for expert in range(0, layer.num_experts, 4):
         for part in parts:
-            tokens, energy, errors, nested = expected_rows(call, "code", expert, part)
-            found = rows_of(run, layer, kind="routed", expert=expert, part=part, domain="code")
+            domain = "code" if part == "all" else ""
+            tokens, energy, errors, nested = expected_rows(call, domain, expert, part)
+            found = rows_of(run, layer, kind="routed", expert=expert, part=part, domain=domain)
             assert len(found) == int(tokens > 0)
             met += tokens
             for row in found:
