@@ -93,9 +93,18 @@ def _reasons(plan: Plan, mine: Measurement, after: tuple[Measurement, Plan] | No
     if mine.domains:
         name, worst = max(mine.domains.items(), key=lambda item: (item[1].kl, item[0]))
         reasons.append(f"worst domain {name}: KL {worst.kl:.4g} over {worst.tokens:,} tokens")
-    saved = plan.estimate.expert_parameters - plan.estimate.expert_parameters_after
-    reasons.append(f"removes {saved / max(plan.estimate.expert_parameters, 1):.1%} of the experts' parameters")
+    reasons.append(_taken(plan))
     return reasons
+
+
+def _taken(plan: Plan) -> str:
+    """What a plan takes from the experts, in a few words."""
+    estimate = plan.estimate
+    gone = estimate.expert_parameters - estimate.expert_parameters_after
+    parts = [f"removes {gone / max(estimate.expert_parameters, 1):.1%} of the experts' parameters"] if gone else []
+    if estimate.bits is not None:
+        parts.append(f"stores an expert's weight in {estimate.bits:.3g} bits")
+    return " and ".join(parts) or f"saves {estimate.bytes_saved:,} bytes"
 
 
 def _named(plan: Plan) -> str:

@@ -21,6 +21,7 @@ from app.commands import (
     inspect,
     plan,
     rank,
+    recommend,
     runs,
     show,
 )
@@ -36,6 +37,7 @@ COMMANDS: tuple[ModuleType, ...] = (
     ablate,
     plan,
     rank,
+    recommend,
     apply,
     export,
     evaluate,

@@ -114,26 +114,22 @@ def _plan_of(model: str) -> Plan | None:
 def _held_out(path: Path | None, plan: Plan | None, corpus: Corpus) -> tuple[bool, list[str]]:
     """Whether the text is another than the one that the run or the plan was made from, and what to say about it."""
     import store
+    from app.measuring import place_of
 
     seen = {plan.provenance.corpus} if plan else set()
     read: set[str] = set()
     if path is not None:
         with store.open_run(path) as opened:
             seen.add(str(opened.info.settings.get("corpus_sha256") or ""))
-            read = {_place(name) for name in opened.info.settings.get("files") or ()}
+            read = {place_of(name) for name in opened.info.settings.get("files") or ()}
     if corpus.sha256 in seen:
         return False, ["The text is the very text that the plan or run was made from, not held-out text."]
-    shared = [name for name in corpus.describe()["files"] if _place(name) in read]
+    shared = [name for name in corpus.describe()["files"] if place_of(name) in read]
     if shared:
         return True, [
             f"The run has read from {shared[0]} too: it is no held-out text, unless these are other parts of it."
         ]
     return True, []
-
-
-def _place(name: str) -> str:
-    """What tells a file from others, however its path is written; the name of a hub dataset as it is."""
-    return str(Path(name).resolve()) if Path(name).exists() else name
 
 
 def _measure(

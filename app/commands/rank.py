@@ -15,14 +15,11 @@ from app.commands.plan import add_bits, memory, share
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from torch import nn
-
     import store
     from compressor.plan import Plan
     from planner import Measurement
     from planner.finalists import Ranked
     from planner.presets import Preset
-    from profiler.evaluation import BaseDistribution
 
 NAME = "rank"
 SUMMARY = "measure the plans of several presets on held-out text, before anything is written, and keep the best"
@@ -118,31 +115,23 @@ def _takes(preset: Preset, options: argparse.Namespace) -> bool:
 
 
 def _measure(run: store.Run, options: argparse.Namespace, count: int) -> Callable[[Plan], Measurement]:
-    """What edits the model in memory, measures it against itself, and puts it back."""
-    from app.moments import Moments
+    """What measures a plan and says on stderr which one it is at."""
+    from app.measuring import measuring
     from app.text import progress_line
-    from compressor.memory import edited
-    from planner.finalists import Damage, Measurement
     from profiler import load_tokenizer
-    from profiler.evaluation import BaseDistribution
 
     corpus = open_text(options, load_tokenizer(options.model))
-    model: nn.Module = open_model(options)
-    base: BaseDistribution = BaseDistribution.of(model, corpus.batches())
+    measure = measuring(run, open_model(options), corpus)
     done = 0
 
-    def measure(plan: Plan) -> Measurement:
+    def told(plan: Plan) -> Measurement:
         nonlocal done
         done += 1
         words = progress_line(f"measuring plan {done} of {count}: {plan.target.preset}")
         print("\r" + words, end="", file=sys.stderr, flush=True)
-        moments = Moments(run, plan)
-        with edited(model, plan, moments=moments or None):
-            found = base.against(model)
-        domains = {name: Damage(one.kl, one.low, one.high, one.tokens) for name, one in found.per_domain.items()}
-        return Measurement(found.kl, found.low, found.high, found.tokens, domains=domains)
+        return measure(plan)
 
-    return measure
+    return told
 
 
 def _print(ranking: list[Ranked], refused: dict[str, str], kept: Path, options: argparse.Namespace) -> None:

@@ -44,6 +44,7 @@ VIEWS = {
     "depth": ("app.frames.room", "depth"),
     "width": ("app.frames.room", "width"),
     "plans": ("app.frames.compress_measured", "plans"),
+    "recommendations": ("app.frames.recommendations", "recommendations"),
     "evaluations": ("app.frames.evaluation", "evaluations"),
     "metrics": ("app.commands.show", "metrics"),
 }

@@ -1,0 +1,57 @@
+"""What long work says of itself, in one line on stderr: the sentence, how long it has taken, and what is left."""
+
+from __future__ import annotations
+
+import re
+import sys
+import time
+from collections.abc import Callable
+
+_COUNTED = re.compile(r"(\d+) of (\d+)")
+
+
+class Telling:
+    """Called with a sentence, shows it in place of the last one. A context: leaving it ends the line.
+
+    Sentences that count (``measuring 3 of 24 plans``) also say how long the rest of them takes, by those before.
+
+    Args:
+        clock: seconds, for tests.
+    """
+
+    def __init__(self, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._began = clock()
+        self._stage, self._stage_began, self._first = "", self._began, 1
+        self._line = False
+
+    def __call__(self, sentence: str) -> None:
+        """Show a sentence."""
+        from app.text import duration, progress_line
+
+        now = self._clock()
+        left = self._left(sentence, now)
+        times = f"{duration(now - self._began)}" + (f", {duration(left)} left of this" if left is not None else "")
+        print("\r" + progress_line(f"[{times}] {sentence}"), end="", file=sys.stderr, flush=True)
+        self._line = True
+
+    def __enter__(self) -> Telling:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._line:
+            print(file=sys.stderr)
+
+    def _left(self, sentence: str, now: float) -> float | None:
+        """Seconds for what is left of a counted stage; None in its first step, and where nothing is counted."""
+        found = _COUNTED.search(sentence)
+        if found is None:
+            self._stage = ""
+            return None
+        number, count = int(found[1]), int(found[2])
+        stage = f"{sentence[: found.start()]}of {count}"
+        if stage != self._stage:
+            self._stage, self._stage_began, self._first = stage, now, number
+            return None
+        done = number - self._first
+        return (now - self._stage_began) / done * (count - number + 1) if done > 0 else None
