@@ -62,6 +62,23 @@ def plan(run: Run, **arguments: Any) -> Plan:
     return _plan(str(run.path), run.version, tuple(sorted(arguments.items())), _run=run, _arguments=arguments)
 
 
+def made(maker: Callable[..., Any], run: Run, **arguments: Any) -> Any:
+    """What ``maker(run, **arguments)`` returns where it is no frame, computed once per version of the run. Do not
+    change it in place.
+
+    Raises:
+        MoescopeError: what ``maker`` raises.
+    """
+    key = (f"{maker.__module__}.{maker.__qualname__}", tuple(sorted(arguments.items())))
+    return _made(str(run.path), run.version, key, _maker=maker, _run=run, _arguments=arguments)
+
+
+def of_plan(maker: FrameMaker, run: Run, plan: Plan, **arguments: Any) -> pl.DataFrame:
+    """What ``maker(run, plan, **arguments)`` returns, computed once per version of the run and per plan."""
+    key = (f"{maker.__module__}.{maker.__qualname__}", plan.digest, tuple(sorted(arguments.items())))
+    return _of_plan(str(run.path), run.version, key, _maker=maker, _run=run, _plan=plan, _arguments=arguments)
+
+
 def detail(maker: FrameMaker, run: Run, **arguments: Any) -> pl.DataFrame:
     """As :func:`frame`, for frames of one sequence: they are large, so only the last few are kept."""
     key = (f"{maker.__module__}.{maker.__qualname__}", tuple(sorted(arguments.items())))
@@ -110,6 +127,31 @@ def _plan(
     import planner
 
     return planner.make(_run, **_arguments)
+
+
+@st.cache_resource(max_entries=32, show_spinner=False)
+def _made(
+    path: str,
+    version: tuple[object, ...],
+    key: tuple[object, ...],
+    _maker: Callable[..., Any],
+    _run: Run,
+    _arguments: dict[str, Any],
+) -> Any:
+    return _maker(_run, **_arguments)
+
+
+@st.cache_resource(max_entries=32, show_spinner=False)
+def _of_plan(
+    path: str,
+    version: tuple[object, ...],
+    key: tuple[object, ...],
+    _maker: FrameMaker,
+    _run: Run,
+    _plan: Plan,
+    _arguments: dict[str, Any],
+) -> pl.DataFrame:
+    return _maker(_run, _plan, **_arguments)
 
 
 @st.cache_resource(max_entries=8, show_spinner=False)

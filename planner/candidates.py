@@ -49,6 +49,8 @@ class Request:
         domains: whose text counts; None = all.
         guard: protect super experts.
         allow_invalid: take a run whose checks failed.
+        presets: names of those that are tried, alone and in mixtures; None = all.
+        shares: what mixtures cut before the rest is quantized.
         kept: what was worked out before, by the domains that counted.
     """
 
@@ -59,6 +61,8 @@ class Request:
     domains: Sequence[str] | None = None
     guard: bool | Rule = True
     allow_invalid: bool = False
+    presets: Sequence[str] | None = None
+    shares: Sequence[float] = SHARES
     kept: dict[tuple[str, ...], dict[Any, Any]] = field(default_factory=dict, repr=False)
 
     def task(self, domains: Sequence[str] | None = None) -> Task:
@@ -102,7 +106,7 @@ def candidates(request: Request, calibration: Calibration | None = None) -> tupl
 def recipes(request: Request) -> Iterator[tuple[str, dict[str, Any]]]:
     """(preset, arguments of ``make``) of everything that is tried."""
     for preset in PRESETS:
-        if preset.name in CONTROLS:
+        if preset.name in CONTROLS or not _tried(request, preset.name):
             continue
         forms = saving_forms(preset, request.engine)
         if not forms:
@@ -116,7 +120,7 @@ def recipes(request: Request) -> Iterator[tuple[str, dict[str, Any]]]:
             yield preset.name, recipe
     if request.engine != "any":
         for name, form in MIXTURES:
-            for share in SHARES:
+            for share in request.shares if _tried(request, name) else ():
                 recipe = {"preset": name, "form": form, "share": share, "memory": request.memory}
                 if find(name).step == "slim":
                     recipe["multiple"] = _multiple(request)
@@ -170,6 +174,10 @@ def with_elsewhere(request: Request, candidate: Candidate, calibration: Calibrat
             return candidate
         costs.append(found.kl)
     return replace(candidate, elsewhere=sum(costs) / len(costs))
+
+
+def _tried(request: Request, name: str) -> bool:
+    return request.presets is None or name in request.presets
 
 
 def _multiple(request: Request) -> int:

@@ -14,6 +14,7 @@ from compressor.plan import Plan
 from moescope.errors import PlanError
 from planner.budget import memory_of
 from planner.candidates import Request, candidates, with_elsewhere
+from planner.curve import quick as few
 from planner.estimate.parameters import expert_parameters, sizes_before
 from planner.estimate.prediction import Calibration, Turns, calibrate, predict
 from planner.estimate.stream import stream_turns
@@ -30,6 +31,9 @@ FINALISTS = 6
 
 PRICED_ELSEWHERE = 12
 """Plans whose cost on text that they were not made from is worked out."""
+
+QUICK_ELSEWHERE = 4
+"""As many in a first look."""
 
 Measure = Callable[[Plan], Measurement]
 
@@ -48,6 +52,7 @@ def recommend(
     calibration: Calibration | None = None,
     finalists: int = FINALISTS,
     generations: int = 0,
+    quick: bool = False,
     tell: Callable[[str], None] | None = None,
 ) -> Recommendation:
     """The best plans for a budget.
@@ -65,6 +70,7 @@ def recommend(
         calibration: of earlier measurements; None = by ``measure`` where it is given, else typical factors.
         finalists: plans that are measured.
         generations: of the search from the best finalists; 0 = no search. It takes ``measure``.
+        quick: a first look, for which few presets are tried (:data:`planner.curve.QUICK_PRESETS`).
         tell: told in a sentence what is being done.
 
     Raises:
@@ -76,6 +82,7 @@ def recommend(
         run=run, memory=memory_of(memory), other_weights=other_weights, engine=engine, domains=domains, guard=guard,
         allow_invalid=allow_invalid,
     )  # fmt: skip
+    request, elsewhere = (few(request), QUICK_ELSEWHERE) if quick else (request, PRICED_ELSEWHERE)
     before = _bytes_before(request)
     if before <= request.memory:
         why = f"The weights take {before:,} bytes and fit into {request.memory:,}: nothing has to be done."
@@ -90,7 +97,7 @@ def recommend(
         found = [replace(one, prediction=predict(one.plan, request.task(), calibration)) for one in found]
         evidence.append(_corrected_by(calibration))
     found.sort(key=lambda one: (one.score, one.plan.digest))
-    found = [with_elsewhere(request, one, calibration) for one in found[:PRICED_ELSEWHERE]] + found[PRICED_ELSEWHERE:]
+    found = [with_elsewhere(request, one, calibration) for one in found[:elsewhere]] + found[elsewhere:]
     found.sort(key=lambda one: (one.score, one.plan.digest))
     if measure is not None:
         found = _measured(found, measure, finalists, say)
