@@ -20,6 +20,7 @@ from planner.presets import DEFAULT, PRESETS
 
 if TYPE_CHECKING:
     from planner.entry import make
+    from planner.estimate.prediction import predict
     from planner.finalists import Measurement, choose
     from planner.recommend import recommend
 
@@ -27,10 +28,11 @@ _LAZY = {
     "Measurement": "planner.finalists",
     "choose": "planner.finalists",
     "make": "planner.entry",
+    "predict": "planner.estimate.prediction",
     "recommend": "planner.recommend",
 }
 
-__all__ = ["DEFAULT", "PRESETS", "Measurement", "choose", "make", "recommend"]
+__all__ = ["DEFAULT", "PRESETS", "Measurement", "choose", "make", "predict", "recommend"]
 
 
 def __getattr__(name: str) -> Any:

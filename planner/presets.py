@@ -26,7 +26,7 @@ class Preset:
         title: its section in docs/plan.md.
         step: what it does: drop, merge, slim, factor or quantize.
         target: module of the method, whose function ``draft(task, **parameters)`` is called.
-        level: what the run has to record, a comma list.
+        level: what the run has to record, a comma list; ``a|b`` = either.
         source: where it was published.
         defaults: parameters of the method.
         forms: how its result may be stored; the first is taken unless another is asked for.
@@ -49,12 +49,29 @@ class Preset:
         return cast(Callable[..., Any], importlib.import_module(self.target).draft)
 
     @property
+    def wanted(self) -> str:
+        """What ``moescope collect --level`` takes so that the run has it all, of either both."""
+        return self.level.replace("|", ",")
+
+    def lacking(self, recorded: str) -> tuple[str, ...]:
+        """What a run of these levels, a comma list, has not of those that it needs, in words."""
+        known = {"routing", *(level.strip() for level in recorded.split(","))}
+        needs = (need.split("|") for need in self.level.split(","))
+        return tuple(" or ".join(need) for need in needs if not known & set(need))
+
+    @property
+    def takes_no_budget(self) -> bool:
+        """Its parameters alone may say how much: a width, without bits or memory."""
+        return "weight_bits" in self.defaults
+
+    @property
     def docs_anchor(self) -> str:
         """Anchor of the preset's section in docs/plan.md."""
         return "".join(letter for letter in self.title.lower().replace(" ", "-") if letter.isalnum() or letter in "-_")
 
 
 _R, _X, _S, _G = "routing", "activations", "similarity", "gradients"
+_E = f"{_X}|errors"
 _SLIM_MASKED, _SLIM_UNIFORM = ("masked", "uniform", "per_layer"), ("uniform", "per_layer", "masked")
 _WHOLE = ("uniform",)
 _MERGED = ("uniform", "shared")
@@ -125,13 +142,13 @@ PRESETS: tuple[Preset, ...] = (
     _preset("stream_slim", "Slim by the stream", "slim", "slim.stream", _X, "ours",
             forms=("per_layer", "uniform", "masked"),
             differs=False),
-    _preset("error_bits", "Error bits", "quantize", "quantize.error_bits", _X, "ours", forms=_PACKED, differs=False,
-            widths=(2, 3, 4, 8), granularity="expert", budget="model", weigh="stream"),
+    _preset("error_bits", "Error bits", "quantize", "quantize.error_bits", _E, "ours", forms=_PACKED, differs=False,
+            widths=(2, 3, 4, 8), granularity="matrix", budget="model", weigh="stream", even=0.5),
     _preset("mixed", "Mixed", "quantize", "quantize.joint", _X, "ours", forms=_PACKED, differs=False,
             widths=(2, 3, 4, 8), drop=1.0),
-    _preset("pmq", "PMQ", "quantize", "quantize.pmq", _X, "MC-MoE, arXiv 2410.06270", forms=_DENSE, alpha=1.0, beta=1.5,
+    _preset("pmq", "PMQ", "quantize", "quantize.pmq", _E, "MC-MoE, arXiv 2410.06270", forms=_DENSE, alpha=1.0, beta=1.5,
             gamma=2.0, equal=True, widths=(1, 2, 3)),
-    _preset("pmq_code", "PMQ as released", "quantize", "quantize.pmq", _X, "MC-MoE's code", forms=_DENSE, alpha=1.0,
+    _preset("pmq_code", "PMQ as released", "quantize", "quantize.pmq", _E, "MC-MoE's code", forms=_DENSE, alpha=1.0,
             beta=1.5, gamma=1.0, equal=False, widths=(1, 2, 3)),
     _ranked("frequency", "frequency_bits", "Frequency bits", _R, "expert"),
     _ranked("first_blocks", "first_blocks", "First blocks", _R, "layer"),
@@ -139,19 +156,19 @@ PRESETS: tuple[Preset, ...] = (
     _ranked("block_importance", "block_importance", "Block importance", _X, "layer"),
     _preset("camera_bits", "CAMERA bits", "quantize", "quantize.camera_bits", _X, "CAMERA, AAAI 2026", forms=_PACKED,
             alpha=0.9, widths=(2, 3, 4), granularity="expert"),
-    _preset("edgemoe", "EdgeMoE", "quantize", "quantize.edgemoe", _X, "arXiv 2308.14352", forms=_PACKED,
+    _preset("edgemoe", "EdgeMoE", "quantize", "quantize.edgemoe", _E, "arXiv 2308.14352", forms=_PACKED,
             widths=(2, 4, 8), granularity="expert", weigh="influence"),
-    _preset("ternary", "Ternary", "quantize", "quantize.ternary", _X, "MoTE, arXiv 2506.14435", forms=("dense",)),
-    _preset("nested", "Nested widths", "quantize", "quantize.nested", _X, "D2MoE, arXiv 2504.15299", forms=("dense",),
+    _preset("ternary", "Ternary", "quantize", "quantize.ternary", _E, "MoTE, arXiv 2506.14435", forms=("dense",)),
+    _preset("nested", "Nested widths", "quantize", "quantize.nested", _E, "D2MoE, arXiv 2504.15299", forms=("dense",),
             widths=(2, 3, 4), granularity="expert", weigh="influence"),
     _preset("uniform_bits", "Uniform bits", "quantize", "quantize.uniform_bits", _R, "control", forms=_PACKED,
             differs=False, widths=(2, 3, 4, 8)),
     _preset("random_bits", "Random bits", "quantize", "quantize.random_bits", _R, "control", forms=_PACKED,
             differs=False, seed=0, widths=(2, 3, 4, 8), granularity="expert"),
     _preset("eaquant", "EAQuant", "quantize", "quantize.eaquant", _X, "arXiv 2506.13329", forms=("dense",),
-            activation_bits=4, smoothing=0.6, widths=(2, 3, 4, 8)),
+            activation_bits=4, smoothing=0.6, weight_bits=None, widths=(2, 3, 4, 8)),
     _preset("mc_smoe", "MC-SMoE", "factor", "factor.mc_smoe", _R, "MC-SMoE, ICLR 2024",
-            forms=("uniform", "per_layer", "padded", "shared"), rank=32, density=0.1),
+            forms=("uniform", "per_layer", "padded", "shared"), rank=None, density=0.1),
     _preset("compeft", "ComPEFT residuals", "factor", "factor.compeft", _S, "ComPEFT, arXiv 2311.13171",
             forms=("dense",), density=0.2, scale=1.0),
 )  # fmt: skip

@@ -103,7 +103,8 @@ class QuantizeStep(Record):
 
     Attributes:
         method: by which planner the widths were found.
-        granularity: what has a width of its own: an expert, a layer, or a projection of a layer.
+        granularity: what has a width of its own: a matrix (one projection of one expert), an expert, a layer, or a
+            projection of a layer.
         form: ``dense`` = the values of the grid are stored in the type of the source: any engine loads it, nothing is
             saved, and it shows what the widths cost. ``packed`` = compressed-tensors, which ``compressor.load`` reads.
         group_size: input channels that share a scale; 0 = all of a row.
@@ -120,7 +121,7 @@ class QuantizeStep(Record):
 
     step: Literal["quantize"] = "quantize"
     method: str
-    granularity: Literal["expert", "layer", "projection"] = "expert"
+    granularity: Literal["matrix", "expert", "layer", "projection"] = "expert"
     form: Literal["dense", "packed"] = "packed"
     group_size: int = Field(default=GROUP_SIZE, ge=0)
     symmetric: bool = False

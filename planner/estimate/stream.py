@@ -9,7 +9,7 @@ for dropped experts and for narrower weights alike (benchmarks/README.md). Ours.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import polars as pl
@@ -96,6 +96,11 @@ class Streams:
     gate: Array
     gated: Array
     norm: Array
+
+    def evened(self, even: float) -> Streams:
+        """The same where a part of each figure is spread evenly over the experts: other text uses others."""
+        mix = {name: (1 - even) * getattr(self, name) + even * getattr(self, name).mean() for name in ("part", "gate")}
+        return replace(self, **mix)
 
     @property
     def ratio(self) -> Array:

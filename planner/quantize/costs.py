@@ -34,10 +34,23 @@ CostWeigh = Literal["stream", "influence", "equal"]
 (:mod:`planner.estimate.stream`); how far the layer turns it as a whole; nothing."""
 
 
-def error_costs(units: Units, weigh: CostWeigh) -> tuple[Floats, dict[LayerKey, Array], list[str]]:
+EVEN = 0.5
+"""Part of what each expert adds that is taken to be spread evenly over its layer: text unlike the run's uses other
+experts than its own does. On the bundled model a half is better than none on a domain that the run had not seen, by a
+quarter, and no worse on others (benchmarks/README.md)."""
+
+
+def error_costs(
+    units: Units, weigh: CostWeigh, *, even: float = 0.0
+) -> tuple[Floats, dict[LayerKey, Array], list[str]]:
     """Squared output errors of the run as costs, experts and layers weighed.
 
     Where the run did not see the stream, ``stream`` does what ``influence`` does, and the note says so.
+
+    Args:
+        units: what gets widths.
+        weigh: what makes errors comparable.
+        even: with ``stream``, part of what each expert adds that is spread over its layer, 0..1.
 
     Returns:
         (units, widths) costs, to 6 digits; (layer, step) -> (experts of the source,) cost of the narrowest width; and
@@ -46,35 +59,38 @@ def error_costs(units: Units, weigh: CostWeigh) -> tuple[Floats, dict[LayerKey, 
     Raises:
         PlanError: the run knows nothing of errors, or another word.
     """
-    errors = layer_errors(units.task)
-    weights, note = _weights(units.task, errors, weigh)
-    at = columns_of(units.widths)
-    weighed = {
-        key: {part: values[:, at] * weights[key][:, None] for part, values in one.errors.items()}
-        for key, one in errors.items()
-    }
+    if weigh not in ("stream", "influence", "equal"):
+        raise PlanError(f"weigh {weigh!r} is not known: use stream, influence or equal")
+    if not 0 <= even <= 1:
+        raise PlanError(f"even {even:g} is no part: give 0 to 1")
+    errors, at = layer_errors(units.task), columns_of(units.widths)
+    found, note = _by_stream(units.task, errors, even) if weigh == "stream" else (None, "")
+    if found is None:
+        weights, note = layer_weights(units.task, "equal" if weigh == "equal" else "influence")
+        found = {
+            key: {part: values * weights[key[0]] for part, values in one.errors.items()} for key, one in errors.items()
+        }
+    weighed = {key: {part: values[:, at] for part, values in parts.items()} for key, parts in found.items()}
     narrowest = units.per_expert({key: one["all"][:, 0] for key, one in weighed.items()})
     return rounded(units.of(weighed)), {key: rounded(one) for key, one in narrowest.items()}, [note]
 
 
-def _weights(task: Task, errors: Mapping[LayerKey, LayerErrors], weigh: CostWeigh) -> tuple[dict[LayerKey, Array], str]:
-    """(layer, step) -> (experts,) what an error that is a part of the layer's output costs, and what to note."""
-    if weigh not in ("stream", "influence", "equal"):
-        raise PlanError(f"weigh {weigh!r} is not known: use stream, influence or equal")
-    if weigh == "stream":
-        try:
-            known = streams(task)
-        except PlanError:
-            weigh = "influence"
-        else:
-            found = {}
-            for key, one in errors.items():
-                found[key] = np.zeros(len(one.energy))
-                part = known[key].part * task.layer_factors[key]
-                np.divide(part, one.energy, out=found[key], where=one.energy > 0)
-            return found, "Errors count as parts of the squared stream that they are added to, token by token."
-    weights, note = layer_weights(task, weigh)
-    return {key: np.full(len(one.energy), weights[key[0]]) for key, one in errors.items()}, note
+def _by_stream(
+    task: Task, errors: Mapping[LayerKey, LayerErrors], even: float
+) -> tuple[dict[LayerKey, dict[str, Array]] | None, str]:
+    """(layer, step) -> part -> (experts, widths) errors as parts of the stream; None where the run did not see it."""
+    try:
+        known = streams(task)
+    except PlanError:
+        return None, ""
+    found = {}
+    for key, one in errors.items():
+        part = known[key].evened(even).part * task.layer_factors[key]
+        found[key] = {name: one.relative(name) * part[:, None] for name in one.errors}
+    note = "Errors count as parts of the squared stream that they are added to, token by token."
+    return found, note + (
+        f" {even:.0%} of what experts add is taken to be spread evenly over each layer." if even else ""
+    )
 
 
 def columns_of(widths: tuple[Bits, ...]) -> list[int]:

@@ -6,11 +6,12 @@ itself is :mod:`compressor.edits.smooth`.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Literal, Unpack, get_args
 
 import numpy as np
 
-from compressor.plan import LayerKey, QuantizeStep, SmoothLayer
+from compressor.plan import Bits, LayerKey, QuantizeStep, SmoothLayer
 from moescope.errors import PlanError
 from planner.importance.statistics import Statistics, layers_of
 from planner.quantize import uniform_bits
@@ -19,6 +20,12 @@ from planner.task import Array, Draft, Task
 
 Narrow = Literal[4, 8]
 """Widths of activations."""
+
+WEIGHT_BITS: Bits = 4
+"""Of the weights where neither a width nor a budget was asked for: the paper's widest."""
+
+_UNBOUND = 64.0
+"""Effective bits that no width takes."""
 
 BALANCE = 2.0
 """Times an even router's share of its first text that every expert has to get, while text is drawn (r)."""
@@ -32,15 +39,17 @@ def draft(
     *,
     activation_bits: Narrow | None = 4,
     smoothing: float = 0.6,
+    weight_bits: Bits | None = None,
     widths: Widths = (2, 3, 4, 8),
     **grid: Unpack[Grid],
 ) -> Draft:
     """The widest width of weights that fits, activations at ``activation_bits``, and ranges moved between them.
 
     Args:
-        task: what to plan; its bits are those of the weights.
+        task: what to plan; its bits are those of the weights, None = :data:`WEIGHT_BITS`.
         activation_bits: 4 or 8; None = as they are: smoothing alone.
         smoothing: a, the part of a channel's range that goes into the weights, 0..1.
+        weight_bits: width of the weights; it has to fit into the task's bits. None = the widest that fits.
         widths: of weights that may be taken.
         grid: see :class:`planner.quantize.grid.Grid`.
 
@@ -52,7 +61,9 @@ def draft(
     if not 0 <= smoothing <= 1:
         raise PlanError(f"smoothing {smoothing:g} is outside [0, 1]: give the part that goes into weights, such as 0.6")
     found, notes = input_max(task)
-    weights = uniform_bits.draft(task, widths=widths, **grid)
+    if task.bits is None:
+        task, weight_bits = replace(task, bits=_UNBOUND), weight_bits or WEIGHT_BITS
+    weights = uniform_bits.draft(task, widths=widths if weight_bits is None else [weight_bits], **grid)
     (step,) = weights.steps
     assert isinstance(step, QuantizeStep)
     channels = tuple(

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Literal, Unpack
 
 from moescope.errors import PlanError
-from planner.quantize.costs import CostWeigh, error_costs, told
+from planner.quantize.costs import EVEN, CostWeigh, error_costs, told
 from planner.quantize.errors import layer_errors
 from planner.quantize.grid import Granularity, Grid, Widths
 from planner.quantize.units import units_of
@@ -20,9 +20,10 @@ def draft(
     task: Task,
     *,
     widths: Widths = (2, 3, 4, 8),
-    granularity: Granularity = "expert",
+    granularity: Granularity = "matrix",
     budget: Literal["model", "layer"] = "model",
     weigh: CostWeigh = "stream",
+    even: float = EVEN,
     **grid: Unpack[Grid],
 ) -> Draft:
     """The least weighed sum of squared output errors within the bits.
@@ -33,6 +34,8 @@ def draft(
         granularity: what has a width of its own.
         budget: ``model`` = one for all; ``layer`` = every layer has the same bits per weight.
         weigh: what makes layers comparable, see :data:`planner.quantize.costs.CostWeigh`.
+        even: part of what each expert adds that is taken to be spread evenly over its layer, see
+            :data:`planner.quantize.costs.EVEN`.
         grid: see :class:`planner.quantize.grid.Grid`.
 
     Raises:
@@ -41,7 +44,7 @@ def draft(
     if budget not in ("model", "layer"):
         raise PlanError(f"budget {budget!r} is not known: use model or layer")
     units = units_of(task, widths=widths, granularity=granularity, **grid)
-    costs, values, notes = error_costs(units, weigh)
+    costs, values, notes = error_costs(units, weigh, even=even)
     columns = units.choose(costs, per_layer=budget == "layer")
     return Draft(
         steps=(units.step("error_bits", columns),),

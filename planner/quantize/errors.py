@@ -42,6 +42,14 @@ class LayerErrors:
     tokens: Array
     measured: bool
 
+    def relative(self, part: str) -> Array:
+        """(experts, widths) errors as parts of the expert's own output; of experts never seen, what is usual here."""
+        errors = self.errors[part]
+        usual = errors.sum(0) / max(float(self.energy.sum()), 1e-300)
+        found = np.tile(usual, (len(errors), 1))
+        np.divide(errors, self.energy[:, None], out=found, where=self.energy[:, None] > 0)
+        return found
+
 
 def layer_errors(task: Task) -> dict[LayerKey, LayerErrors]:
     """(layer, step) -> errors of its experts over the task's domains; worked out once per task.

@@ -11,7 +11,7 @@ from compressor.plan import BITS, Bits, QuantizeStep, group_size_for
 from moescope.errors import PlanError
 from planner.task import Task
 
-Granularity = Literal["expert", "layer", "projection"]
+Granularity = Literal["matrix", "expert", "layer", "projection"]
 Widths = Sequence[Bits]
 PACKED: tuple[Bits, ...] = (2, 3, 4, 8)
 """Widths that form packed holds."""

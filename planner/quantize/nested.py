@@ -47,7 +47,7 @@ def draft(
     wrong = [one for one in (*widths_of(widths), *([] if shared is None else [shared])) if one not in NESTED]
     if wrong:
         raise PlanError(f"nested widths are made from 2 bits by residuals: use 2, 3 and 4, not {wrong[0]}")
-    if granularity == "projection":
+    if granularity in ("matrix", "projection"):
         raise PlanError("a run knows nested errors of whole experts: use granularity expert or layer")
     own: Grid = {"shared_bits": 4, **grid}
     units = units_of(task, widths=widths, granularity=granularity, nested=2, **own)

@@ -123,18 +123,20 @@ class Units:
             values: (layer, step) -> part (all, or gate, up, down) -> (experts of the source, n). Merged experts have
                 the sum of their members'.
         """
-        part_of = {"projection": PARTS}.get(self.grid.granularity, ("all",))
+        single = self.grid.granularity in ("matrix", "projection")
+        part_of = PARTS if single else ("all",)
+        parts = PARTS if self.task.source.gated else PARTS[1:]
         found: list[Array] = []
         for key, experts in self.experts.items():
             by_part = {part: values[key][part if part in values[key] else "all"] for part in part_of}
             if self.grid.granularity == "expert":
                 found += [by_part["all"][list(one.members)].sum(0) for one in experts]
                 continue
+            if self.grid.granularity == "matrix":
+                found += [by_part[part][list(one.members)].sum(0) for one in experts for part in parts]
+                continue
             members = [member for one in experts for member in one.members]
-            parts = PARTS if self.task.source.gated else PARTS[1:]
-            found += [
-                by_part[part][members].sum(0) for part in (parts if self.grid.granularity == "projection" else ["all"])
-            ]
+            found += [by_part[part][members].sum(0) for part in (parts if single else ["all"])]
         return np.array(found)
 
     def per_expert(self, values: Mapping[LayerKey, Array]) -> dict[LayerKey, Array]:
@@ -231,7 +233,9 @@ class Units:
         return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
 
     def _noun(self) -> str:
-        return {"expert": "experts", "layer": "layers", "projection": "projections"}[self.grid.granularity]
+        return {"matrix": "matrices", "expert": "experts", "layer": "layers", "projection": "projections"}[
+            self.grid.granularity
+        ]
 
 
 def units_of(
@@ -255,8 +259,8 @@ def units_of(
         PlanError: a parameter, width or granularity that is not known; a form that cannot hold the widths; a group size
             that does not divide.
     """
-    if granularity not in ("expert", "layer", "projection"):
-        raise PlanError(f"granularity {granularity!r} is not known: use expert, layer or projection")
+    if granularity not in ("matrix", "expert", "layer", "projection"):
+        raise PlanError(f"granularity {granularity!r} is not known: use matrix, expert, layer or projection")
     require_known(grid)
     columns = widths_of(widths)
     shared_bits = grid.get("shared_bits", SHARED_BITS)
@@ -312,6 +316,8 @@ def _split(
 ) -> list[tuple[tuple[int, ...], tuple[str, ...]]]:
     """(experts, projections) of each unit of a layer."""
     leads, parts = tuple(one.lead for one in stays), _parts(task)
+    if granularity == "matrix":
+        return [((lead,), (part,)) for lead in leads for part in parts]
     if granularity == "expert":
         return [((lead,), parts) for lead in leads]
     return [(leads, parts)] if granularity == "layer" else [(leads, (part,)) for part in parts]
