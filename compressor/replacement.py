@@ -89,7 +89,7 @@ def require_shared(site: Site) -> None:
         ModelError: they are kept in a way that is not known.
     """
     assert site.shared is not None
-    _read_shared(site.shared.module, _shared_names(site))
+    read_shared(site.shared.module, shared_names(site))
 
 
 def replace_shared(journal: Journal, site: Site, edit: LayerEdit) -> None:
@@ -97,8 +97,8 @@ def replace_shared(journal: Journal, site: Site, edit: LayerEdit) -> None:
     if site.shared is None or not changes_shared(edit):
         return
     module: Any = site.shared.module
-    names = _shared_names(site)
-    before = _read_shared(module, names)
+    names = shared_names(site)
+    before = read_shared(module, names)
     after = edit.shared(before)
     gate = [] if after.gate is None or len(names) == 3 else [after.gate]
     tensors = {names[-1]: after.down, names[-2]: torch.cat([*gate, after.up])}
@@ -224,7 +224,7 @@ def _copied(module: nn.Module, weights: ExpertWeights, layout: SeparateLayout) -
     return twin
 
 
-def _shared_names(site: Site) -> tuple[str, ...]:
+def shared_names(site: Site) -> tuple[str, ...]:
     """Names of (gate, up, down), (up, down), or (both, down), in the shared module."""
     assert site.shared is not None
     own = {name.removesuffix(".weight") for name, tensor in site.shared.module.named_parameters() if tensor.ndim > 1}
@@ -235,7 +235,7 @@ def _shared_names(site: Site) -> tuple[str, ...]:
     raise ModelError(f"the shared experts of {site.name} ({type(site.shared.module).__name__}) cannot be edited")
 
 
-def _read_shared(module: nn.Module, names: tuple[str, ...]) -> ExpertWeights:
+def read_shared(module: nn.Module, names: tuple[str, ...]) -> ExpertWeights:
     found = [_projection(module, name) for name in names]
     down, first = found[-1], found[-2]
     if len(names) == 3:

@@ -18,7 +18,7 @@ from compressor.checkpoint.widths import WidthReport, check_weights
 from compressor.memory import edited
 from compressor.plan import LayerKey, Plan
 from compressor.plan.result import source_after
-from compressor.replacement import _read_shared, _shared_names
+from compressor.replacement import read_shared, shared_names
 from compressor.sites import Decoder, find_decoder
 from compressor.weights import ExpertWeights
 
@@ -213,7 +213,7 @@ def _divergence(one: Tensor, two: Tensor) -> float:
 def _shared(decoder: Decoder, layer: int) -> ExpertWeights:
     site = decoder.sites[layer, 0]
     assert site.shared is not None
-    return _read_shared(site.shared.module, _shared_names(site))
+    return read_shared(site.shared.module, shared_names(site))
 
 
 def _names(keys: Sequence[Any]) -> tuple[str, ...]:

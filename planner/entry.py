@@ -48,7 +48,7 @@ def make(
     Args:
         run: a finished run.
         preset: a method with its defaults, one of :data:`planner.presets.PRESETS`; None = ours, see
-            :func:`planner.presets.default`.
+            :func:`planner.presets.default`, or the quantizer where bits alone are asked for.
         share: part of the experts, neurons or layers to remove, above 0 and below 1.
         memory: bytes that weights may take, instead of a share: the smallest share that fits is taken; with a preset
             that quantizes, the widths that fit. It counts the weights of the experts (biases left out) and
@@ -73,6 +73,8 @@ def make(
     Raises:
         PlanError: what cannot be, with the number and what would do; before anything is computed where possible.
     """
+    if preset is None and share is None and memory is None and bits is not None:  # nothing is cut
+        preset, quantizer = quantizer or presets.DEFAULT_QUANTIZER, None
     chosen = presets.find(presets.default(engine=engine, form=form) if preset is None else preset)
     _require_usable(run, chosen, allow_invalid)
     settings = _settings(chosen, parameters)
@@ -184,12 +186,11 @@ def _within(
 def _require_usable(run: store.Run, preset: presets.Preset, allow_invalid: bool) -> None:
     if run.live:
         raise PlanError(f"run {run.name!r} is still being collected: plan when it is finished")
-    recorded = {level.strip() for level in run.info.levels.split(",")}
-    missing = [level for level in preset.level.split(",") if level not in recorded]
+    missing = preset.lacking(run.info.levels)
     if missing:
         raise PlanError(
             f"run {run.name!r} was recorded at level {run.info.levels}, and preset {preset.name!r} needs"
-            f" {', '.join(missing)}: collect it with --level {preset.level}"
+            f" {', '.join(missing)}: collect it with --level {preset.wanted}"
         )
     if run.badge.status == "invalid" and not allow_invalid:
         raise PlanError(
@@ -242,7 +243,8 @@ def _only_bits(preset: presets.Preset, share: float | None, memory: int | None, 
         raise PlanError(
             f"preset {preset.name!r} removes nothing: give bits (effective, such as 3.0) or a memory budget"
         )
-    if (bits is None) == (memory is None):
+    neither = bits is None and memory is None
+    if (bits is None) == (memory is None) and not (neither and preset.takes_no_budget):
         raise PlanError(f"preset {preset.name!r} takes effective bits or a memory budget: give one of the two")
 
 

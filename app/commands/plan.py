@@ -83,21 +83,20 @@ def run(options: argparse.Namespace) -> int:
 
 def _plan(run: store.Run, options: argparse.Namespace) -> int:
     from moescope.errors import InputError
+    from planner.presets import find
 
-    if options.share is None and options.memory is None and options.bits is None:
+    how_much = (options.share, options.memory, options.bits)
+    if all(one is None for one in how_much) and not (options.preset and find(options.preset).takes_no_budget):
         raise InputError("how much? give --share 0.25 or --memory 3GiB, or --bits 3")
     if options.nearest_to:
         return _retrieve(run, options)
     import planner
-    from planner.presets import DEFAULT_QUANTIZER
 
     given: dict[str, Any] = {"share": options.share, "memory": options.memory, "form": options.form}
     given |= {"domains": _names(options.domains), "engine": options.engine, "guard": not options.no_guard}
     given |= {"other_weights": options.other_weights, "allow_invalid": options.allow_invalid}
     given |= {"bits": options.bits, "quantizer": options.quantizer}
     given |= {"preset": options.preset} if options.preset else {}
-    if options.preset is None and options.share is None and options.memory is None:  # bits alone: nothing is cut
-        given |= {"preset": options.quantizer or DEFAULT_QUANTIZER, "quantizer": None}
     given |= {"allocation": options.allocation} if options.allocation else {}
     given |= dict(options.set)
     plan = planner.make(run, **given)

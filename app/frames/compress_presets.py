@@ -124,11 +124,10 @@ def _no_plan_at_all(run: store.Run) -> str | None:
 
 def _missing(run: store.Run, preset: Preset) -> str | None:
     """Why this run cannot give a preset; None where it can."""
-    recorded = {level.strip() for level in run.info.levels.split(",")} | {"routing"}
-    lacking = [level for level in preset.level.split(",") if level not in recorded]
+    lacking = preset.lacking(run.info.levels)
     if lacking and not run.omissions:
         return (
-            f"run {run.name!r} was recorded without level {', '.join(lacking)}: collect it with --level {preset.level}"
+            f"run {run.name!r} was recorded without level {', '.join(lacking)}: collect it with --level {preset.wanted}"
         )
     return _tried(run, preset) if run.omissions else None
 

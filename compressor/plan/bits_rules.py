@@ -7,11 +7,13 @@ from collections.abc import Iterator
 from compressor.plan.bits import PARTS, ExpertBits, QuantizeStep
 from compressor.plan.document import Plan
 from compressor.plan.factors import FactorStep
-from compressor.plan.result import bits_after, experts_after, widths_after
+from compressor.plan.result import bits_after, experts_after, neurons_after, widths_after
+from compressor.plan.source import LayerKey
+from compressor.plan.steps import SlimStep
 from moescope.errors import PlanError
 
 _PACKED = (2, 3, 4, 8)
-_ORDER = {"drop": 0, "merge": 0, "slim": 1, "factor": 2, "quantize": 3}
+_ORDER = {"drop": 0, "merge": 0, "slim": 0, "factor": 1, "quantize": 2}
 
 
 def check_bits(plan: Plan) -> None:
@@ -69,13 +71,12 @@ def _form_holds_them(step: QuantizeStep) -> None:
 
 
 def _groups_divide(plan: Plan, step: QuantizeStep) -> None:
-    group, widths = step.group_size, widths_after(plan)
+    group, widths, shared = step.group_size, widths_after(plan), _shared_widths(plan)
     for (layer, number), experts in _by_layer(step) if group else ():
-        shape = plan.source.by_key[layer, number]
         for one in experts:
             routed = one.role == "routed"
             inputs = plan.source.expert_size if routed else plan.source.hidden_size
-            inside = widths[layer, number] if routed else shape.shared_width
+            inside = (widths if routed else shared)[layer, number]
             for part, channels in (("gate", inputs), ("up", inputs), ("down", inside)):
                 if one.of(part) is not None and channels % group:
                     raise PlanError(
@@ -84,8 +85,18 @@ def _groups_divide(plan: Plan, step: QuantizeStep) -> None:
                     )
 
 
+def _shared_widths(plan: Plan) -> dict[LayerKey, int]:
+    """(layer, step) -> neurons of its shared experts as they are stored afterwards; form ``masked`` changes none."""
+    widths = {shape.key: shape.shared_width for shape in plan.source.layers}
+    if any(isinstance(step, SlimStep) and step.form != "masked" for step in plan.steps):
+        for (layer, number, _, role), mask in neurons_after(plan).items():
+            if role == "shared":
+                widths[layer, number] = max(int(mask.sum()), 1)
+    return widths
+
+
 def _as_granular_as_said(plan: Plan, step: QuantizeStep) -> None:
-    if step.granularity == "expert":
+    if step.granularity in ("matrix", "expert"):
         return
     after = experts_after(plan)
     for key, experts in _by_layer(step):

@@ -17,13 +17,17 @@ from planner.merge.m_smoe import draft as merged_by_m_smoe
 from planner.source import value_bytes
 from planner.task import Draft, Task
 
+RANK = 32
+"""Columns of the thin matrices unless another number is asked for; smaller matrices get a quarter of their rank, from
+which on little is saved."""
 
-def draft(task: Task, *, rank: int = 32, density: float = 0.1, mix: Mix = "union") -> Draft:
+
+def draft(task: Task, *, rank: int | None = None, density: float = 0.1, mix: Mix = "union") -> Draft:
     """M-SMoE's merge, and a factor step for every expert that it leaves but super experts.
 
     Args:
         task: what to plan.
-        rank: columns of the thin matrices.
+        rank: columns of the thin matrices; None = :data:`RANK`, or a quarter of the matrices' rank where that is less.
         density: part of the rows of each matrix that stay as they are, 0..1.
         mix: as for M-SMoE.
 
@@ -31,6 +35,7 @@ def draft(task: Task, *, rank: int = 32, density: float = 0.1, mix: Mix = "union
         PlanError: as M-SMoE, or a rank or density that cannot be.
     """
     full = min(task.source.expert_size, *(shape.width for shape in task.layers))
+    rank = min(RANK, max(full // 4, 1)) if rank is None else rank
     if not 1 <= rank < full:
         raise PlanError(f"rank {rank} is outside 1..{full - 1}: the matrices of the experts have rank {full}")
     if not 0 <= density < 1:

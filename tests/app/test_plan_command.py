@@ -67,10 +67,10 @@ def test_options_reach_the_planner(directory: Path, capsys: pytest.CaptureFixtur
 
 
 def test_a_budget_in_bytes(directory: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(ask(directory, "--preset", "frequency", "--memory", "12MiB", "--json")) == 0
+    assert main(ask(directory, "--preset", "frequency", "--memory", "6MiB", "--json")) == 0
     plan = json.loads(capsys.readouterr().out)["plan"]
-    assert plan["target"]["memory"] == 12 * 2**20
-    assert plan["estimate"]["expert_parameters_after"] * 4 <= 12 * 2**20
+    assert plan["target"]["memory"] == 6 * 2**20
+    assert plan["estimate"]["expert_parameters_after"] * 2 <= 6 * 2**20
 
 
 def test_the_list_says_what_the_run_has(directory: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -71,6 +71,17 @@ def test_widths_are_uniform(run: store.Run) -> None:
     assert step_of(planner.make(run, preset="eaquant", bits=9.3, smoothing=0.5)).layers[0].experts[0].up == 8
 
 
+def test_a_width_needs_no_budget(run: store.Run) -> None:
+    for asked, width in (({}, 4), ({"weight_bits": 2}, 2), ({"weight_bits": 3, "bits": BITS}, 3)):
+        plan = planner.make(run, preset="eaquant", **asked)
+        step = step_of(plan)
+        experts = [one for layer in step.layers for one in layer.experts]
+        assert {one.of(part) for one in experts for part in ("gate", "up", "down")} == {width}
+        assert plan.target.bits == asked.get("bits") and plan.target.memory is None
+    with pytest.raises(PlanError, match="5.3 bits per weight cannot be met: widths 8 in"):
+        planner.make(run, preset="eaquant", weight_bits=8, bits=BITS)
+
+
 def test_notes_say_what_the_text_lacks(run: store.Run) -> None:
     notes = " ".join(planner.make(run, preset="eaquant", bits=BITS).evidence[0].notes)
     load = run.table("expert_load").group_by("layer", "expert").agg(pl.col("tokens").sum())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,8 @@ from planner.estimate.storage import expert_bytes
 from planner.factor import compeft, mc_smoe
 from planner.factor.stored import factored_bytes
 from planner.guard import Guard
-from tests.planner.collected import sample, task
+from tests.planner.collected import collected, sample, task
+from tests.profiler.capture.tiny import build
 
 EXPERTS, WIDTH, HIDDEN, LAYERS = 16, 128, 128, 6
 """Of the bundled model."""
@@ -38,6 +40,7 @@ def test_mc_smoe_factors_what_m_smoe_leaves(run: store.Run) -> None:
     plan = planner.make(run, preset="mc_smoe", share=0.5, rank=16)
     merge = planner.make(run, preset="m_smoe", share=0.5).steps[0]
     step, after = _factors(plan), experts_after(plan)
+    assert _factors(planner.make(run, preset="mc_smoe", share=0.5)).rank == mc_smoe.RANK == 32
     assert isinstance(merge, MergeStep) and plan.steps[0] == merge and len(plan.steps) == 2
     assert (step.method, step.form, step.rank, step.density) == ("low_rank_sparse", "dense", 16, 0.1)
     for layer in step.layers:
@@ -45,12 +48,20 @@ def test_mc_smoe_factors_what_m_smoe_leaves(run: store.Run) -> None:
     assert plan.estimate.bytes_saved == planner.make(run, preset="m_smoe", share=0.5).estimate.bytes_saved
 
 
+def test_the_rank_fits_small_matrices(tmp_path: Path) -> None:
+    with collected(build("olmoe", num_hidden_layers=2, intermediate_size=24), tmp_path, level="routing") as run:
+        assert _factors(planner.make(run, preset="mc_smoe", share=0.5)).rank == 6
+        with pytest.raises(PlanError, match="rank 32 is outside 1..23"):
+            planner.make(run, preset="mc_smoe", share=0.5, rank=32)
+
+
 def test_bytes_of_thin_matrices_are_counted_by_hand(run: store.Run) -> None:
     plan = planner.make(run, preset="mc_smoe", share=0.5, rank=16, density=0.1)
     kept = round(0.1 * 128)  # of 128 rows of every matrix
-    matrix = 16 * (WIDTH + HIDDEN) * 32 + kept * (128 * 32 + 32)
-    assert factored_bytes(plan, source_bits=32) == LAYERS * EXPERTS // 2 * 3 * matrix // 8
-    assert any(f"{factored_bytes(plan, source_bits=32):,} of" in note for note in plan.evidence[0].notes)
+    for bits in (16, 32):
+        matrix = 16 * (WIDTH + HIDDEN) * bits + kept * (128 * bits + 32)
+        assert factored_bytes(plan, source_bits=bits) == LAYERS * EXPERTS // 2 * 3 * matrix // 8
+    assert any(f"{factored_bytes(plan, source_bits=16):,} of" in note for note in plan.evidence[0].notes)
 
 
 def test_bytes_of_residuals_are_counted_by_hand(run: store.Run) -> None:

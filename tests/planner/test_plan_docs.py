@@ -52,7 +52,7 @@ def test_presets_name_what_exists(preset: Preset) -> None:
     if "score" not in preset.defaults:
         assert set(preset.defaults) <= set(_parameters(preset))
     meanings = " ".join(table.meaning for table in store.tables().values())
-    assert all(re.search(f"Level {level}[.;]", meanings) for level in preset.level.split(","))
+    assert all(re.search(f"Level {level}[.;]", meanings) for level in preset.wanted.split(","))
     assert set(preset.forms) <= {"uniform", "per_layer", "padded", "shared", "masked", "dense", "packed"}
     assert "masked" not in preset.forms or preset.step == "slim"
 

@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ from moescope.errors import PlanError
 from planner.drop.depth import depth_probe
 from planner.estimate.storage import mean_bits
 from planner.guard import Guard
-from planner.presets import PRESETS
+from planner.presets import DEFAULT_QUANTIZER, PRESETS
 from planner.quantize import error_bits, knapsack, nested
 from planner.quantize.errors import TYPICAL, layer_errors
 from tests.planner.collected import collected, task
@@ -458,6 +459,40 @@ def test_what_cannot_be_is_refused(run: store.Run, name: str) -> None:
     with pytest.raises(PlanError, match=sentence) as raised:
         planner.make(run, **{"preset": "error_bits", "bits": 4.5, **asked})
     assert "\n" not in str(raised.value)
+
+
+def test_bits_alone_are_met_by_the_quantizer(run: store.Run) -> None:
+    assert planner.make(run, bits=4.5) == planner.make(run, bits=4.5, preset=DEFAULT_QUANTIZER)
+    assert planner.make(run, bits=4.5, quantizer="edgemoe") == planner.make(run, bits=4.5, preset="edgemoe")
+    assert planner.make(run, bits=4.5, share=0.25).steps[0].step == "drop"
+
+
+EITHER = ("error_bits", "pmq", "pmq_code", "edgemoe", "ternary", "nested", "uniform_bits", "random_bits")
+
+
+@pytest.fixture(scope="module")
+def errors_alone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[store.Run]:
+    folder = tmp_path_factory.mktemp("errors")
+    with collected(build("olmoe", num_hidden_layers=2), folder, level="errors", errors_every=4) as opened:
+        yield opened
+
+
+@pytest.mark.parametrize("name", EITHER)
+def test_errors_do_without_activations(errors_alone: store.Run, name: str) -> None:
+    assert "activations" not in errors_alone.info.levels
+    plan = planner.make(errors_alone, preset=name, bits=5.5)
+    notes = " ".join(plan.evidence[0].notes)
+    assert name in ("uniform_bits", "random_bits") or "Errors were measured on" in notes
+    assert name not in ("error_bits", "edgemoe", "nested") or "Layers count alike" in notes
+
+
+def test_levels_that_are_missing_are_named(errors_alone: store.Run, tmp_path: Path) -> None:
+    with pytest.raises(PlanError, match="'mixed' needs activations: collect it with --level activations$"):
+        planner.make(errors_alone, preset="mixed", bits=5.5)
+    with collected(build("olmoe", num_hidden_layers=2), tmp_path, level="routing") as bare:
+        sentence = "'error_bits' needs activations or errors: collect it with --level activations,errors$"
+        with pytest.raises(PlanError, match=sentence):
+            planner.make(bare, preset="error_bits", bits=5.5)
 
 
 def test_runs_without_what_a_preset_needs_are_refused(planted: store.Run) -> None:

@@ -16,6 +16,8 @@ NEW_TABLES = ("expert_part", "load_span", "expert_weight_similarity", "omission"
 NEW_COLUMNS = (
     ("sequence_token", "predicted"),
     ("expert_vector", "input_max"),
+    ("expert_output", "stream_square_sum"),
+    ("expert_output", "stream_gate_sum"),
     ("expert_similarity", "groups"),
     ("expert_similarity", "group_tokens"),
     ("expert_similarity", "hsic_sum"),
