@@ -2,10 +2,10 @@
 
     python -m benchmarks.recommendation {sizes,predictions,curve} [--bits 2.5 3.0 8.0] [--seeds 0 1 2]
 
-The bundled model, its bundled texts. The first half of each domain's documents is for calibration: two thirds of it make
-the run, the rest is what plans are measured on to choose. The second half, and one whole domain that calibration lacks,
-are what they are scored on. Bits are effective ones over all expert weights of the source, so plans that cut have more
-for what they leave.
+The bundled model, its bundled texts. The first half of each domain's documents is for calibration: two thirds of it
+make the run, the rest is what plans are measured on to choose. The second half, and one whole domain that calibration
+lacks, are what they are scored on. Bits are effective ones over all expert weights of the source, so plans that cut
+have more for what they leave.
 
 sizes        the recommended plan beside every preset of its size. Baseline: the best of these.
 predictions  Spearman's correlation of predicted and measured divergence among varied plans of one size, coverage and
