@@ -1,4 +1,5 @@
-"""Commands that the dashboard starts in the background: apply a plan, then measure what came of it.
+"""Commands that the dashboard starts in the background: apply a plan, then measure what came of it; or price and
+measure plans for a budget.
 
 A job is a process of its own, ``python -m app.job_runner JOB.json``, which runs ``moescope`` commands one after the
 other. It outlives the page, the tab and the dashboard. Two files beside the run say all about it:
@@ -42,15 +43,16 @@ class Job:
 
     Attributes:
         name: what its files are called by.
-        plan: file name of the plan.
+        plan: file name of the plan; empty where it follows none.
         digest: of the plan.
-        source: folder of the checkpoint.
-        destination: folder of the new one.
+        source: folder of the checkpoint; empty where it reads none.
+        destination: folder of the new one; empty where it writes none.
         commands: arguments of ``moescope``, one list per command.
         host: machine that it runs on.
         pid: number of its process.
         started: seconds since the epoch.
         run: path of the run beside which it lies.
+        title: what it does, for a job that follows no plan.
     """
 
     name: str
@@ -63,6 +65,7 @@ class Job:
     pid: int
     started: float
     run: str
+    title: str = ""
 
     @property
     def path(self) -> Path:
@@ -82,7 +85,7 @@ class Status:
     Attributes:
         state: see :data:`State`.
         step: number of the command it is at, from 1.
-        command: its name: apply or evaluate.
+        command: its name: apply, evaluate or recommend.
         share: 0..1 of its bytes; None = unknown.
         words: the last line that it printed.
         log: the end of what it printed.
@@ -137,6 +140,49 @@ def start(run: Path, *, plan: Path, digest: str, source: Path, destination: Path
         )
 
 
+def recommend(
+    run: Path, *, memory: int, title: str, options: Sequence[str] = (), source: Path | None = None,
+    texts: Sequence[str] = (), curve: bool = False,
+) -> Job:  # fmt: skip
+    """Price all methods for a budget in the background, and measure the best ones where a model and text are given; the
+    recommendation comes to lie beside the run.
+
+    Args:
+        run: the run.
+        memory: bytes that the weights may take: of the experts, or of the whole model where ``source`` is given.
+        title: what the job is called.
+        options: further arguments of ``moescope recommend``.
+        source: folder of the run's checkpoint.
+        texts: files or folders of text to measure on, by their absolute paths.
+        curve: price all sizes too.
+
+    Raises:
+        InputError: the same is being worked out already.
+        StoreError: the job's file cannot be written.
+    """
+    command = ["recommend", str(run.resolve()), *([str(source.resolve())] if source else []), "--memory", str(memory)]
+    command += [*options, *(["--curve"] if curve else []), *(["--data", *texts] if texts else [])]
+    name = hashlib.sha256("\n".join(command).encode()).hexdigest()[:12]
+    with _GUARD:
+        if any(other.name == name and status(other).state == "running" for other in jobs(run)):
+            raise InputError("the same is being worked out already: wait for it, or stop it")
+        return _launch(
+            Job(
+                name=name,
+                plan="",
+                digest="",
+                source=str(source or ""),
+                destination="",
+                commands=(tuple(command),),
+                host=socket.gethostname(),
+                pid=0,
+                started=time.time(),
+                run=str(run.resolve()),
+                title=title,
+            )
+        )
+
+
 def again(job: Job) -> Job:
     """Start a job that ended once more, from the command that it was at; what it wrote before is taken up.
 
@@ -144,14 +190,15 @@ def again(job: Job) -> Job:
         InputError: it runs, or another one is writing to its folder.
     """
     with _GUARD:
-        _require_free(Path(job.run), Path(job.destination))
+        if job.destination:
+            _require_free(Path(job.run), Path(job.destination))
         left = job.commands[status(job).step - 1 :]
         return _launch(replace(job, commands=left, pid=0, started=time.time(), host=socket.gethostname()))
 
 
 def _require_free(run: Path, destination: Path) -> None:
     for other in jobs(run):
-        if other.destination == str(destination) and status(other).state == "running":
+        if other.destination and other.destination == str(destination) and status(other).state == "running":
             raise InputError(f"a job is writing to {destination} already: wait for it, or stop it")
 
 

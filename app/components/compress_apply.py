@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 import time
 from pathlib import Path
@@ -11,7 +12,7 @@ import streamlit as st
 
 import store
 from app import jobs, state
-from app.components import chart
+from app.components import chart, compress_export
 from app.job_paths import checked_destination, checked_source, checked_texts
 from app.text import duration
 from compressor.plan import Plan
@@ -30,9 +31,18 @@ _LOOKS = {
     "elsewhere": ("on another machine", "gray", ":material/dns:"),
 }
 
+_OPTIONS = ("preset", "share", "memory", "domains", "form", "guard", "engine", "allow_invalid")
+_DOES = {"apply": "applying", "evaluate": "measuring", "recommend": "pricing and measuring"}
+
 
 def section(run: Run, plan: Plan, asked: dict[str, Any]) -> None:
-    """Keep and download the plan; the commands for a terminal; apply it from here."""
+    """Keep and download the plan; the commands for a terminal; apply it from here.
+
+    Args:
+        run: the plan's run.
+        plan: the plan.
+        asked: arguments of ``planner.make`` that give it; empty where a search found it.
+    """
     st.subheader("Follow the plan", anchor=False)
     with st.container(horizontal=True, gap="small", vertical_alignment="center"):
         if st.button("Keep beside the run", icon=":material/save:", key="keep-plan"):
@@ -42,6 +52,7 @@ def section(run: Run, plan: Plan, asked: dict[str, Any]) -> None:
             key="download-plan", icon=":material/download:", on_click="ignore",
         )  # fmt: skip
         st.caption(f"Plan {plan.digest[:12]}; the same run and the same choice give the same bytes.")
+    compress_export.section(plan)
     st.markdown("In a terminal:")
     st.code(commands(run, asked), language="bash")
     with st.expander("Apply it from here, in the background", icon=":material/rocket_launch:"):
@@ -50,22 +61,33 @@ def section(run: Run, plan: Plan, asked: dict[str, Any]) -> None:
 
 def commands(run: Run, asked: dict[str, Any]) -> str:
     """The commands that do the same in a terminal, from the folder that the dashboard was started in."""
-    target, store = shlex.quote(_from_here(run.path)), shlex.quote(_from_here(run.path.parent))
-    amount = f"--share {asked['share']:g}" if "share" in asked else f"--memory {asked['memory']}"
-    words = [f"--preset {asked['preset']}", amount]
-    if asked.get("domains"):
-        words.append(f"--domains {shlex.quote(','.join(asked['domains']))}")
-    words += [f"--form {asked['form']}"] if asked.get("form") else []
-    words += ["--no-guard"] if not asked.get("guard", True) else []
-    words += ["--allow-invalid"] if asked.get("allow_invalid") else []
+    target, store = shlex.quote(from_here(run.path)), shlex.quote(from_here(run.path.parent))
     return (
-        f"moescope plan {target} {' '.join(words)} -o plan.json\n"
+        f"{_planning(target, asked)}\n"
         f"moescope apply plan.json MODEL -o SMALLER --store {store}\n"
         f"moescope evaluate SMALLER --against MODEL --data HELD-OUT --beside {target}"
     )
 
 
-def _from_here(path: Path) -> str:
+def _planning(target: str, asked: dict[str, Any]) -> str:
+    """The command that makes the plan; of what no command can say, where the plan is to be had."""
+    if not asked or {"share", "memory"} <= set(asked):
+        return "# plan.json: Download JSON, above"
+    amount = f"--share {asked['share']:g}" if "share" in asked else f"--memory {asked['memory']}"
+    words = [f"--preset {asked['preset']}", amount]
+    words += [f"--engine {asked['engine']}"] if asked.get("engine") else []
+    if asked.get("domains"):
+        words.append(f"--domains {shlex.quote(','.join(asked['domains']))}")
+    words += [f"--form {asked['form']}"] if asked.get("form") else []
+    words += ["--no-guard"] if not asked.get("guard", True) else []
+    words += ["--allow-invalid"] if asked.get("allow_invalid") else []
+    settings = {name: value for name, value in asked.items() if name not in _OPTIONS}
+    words += [f"--set {name}={shlex.quote(json.dumps(value))}" for name, value in settings.items()]
+    return f"moescope plan {target} {' '.join(words)} -o plan.json"
+
+
+def from_here(path: Path) -> str:
+    """A path as it is typed in the folder that the dashboard was started in."""
     here = Path.cwd()
     return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)
 
@@ -136,9 +158,10 @@ def _job(job: jobs.Job, status: jobs.Status) -> None:
     with st.container(border=True, gap="xsmall"):
         with st.container(horizontal=True, vertical_alignment="center", gap="small"):
             st.badge(label, color=colour, icon=icon)  # type: ignore[arg-type]
-            what = "applying" if status.command == "apply" else "measuring"
+            what = _DOES.get(status.command, "working")
             ran = f", {what} since {duration(time.time() - job.started)}" if status.state == "running" else ""
-            st.markdown(f"{state.code(Path(job.plan).stem)} → {state.code(job.destination)}{ran}")
+            named = state.plain(job.title) or f"{state.code(Path(job.plan).stem)} → {state.code(job.destination)}"
+            st.markdown(f"{named}{ran}")
             if status.state == "running" and st.button("Stop", icon=":material/stop:", key=f"stop-{job.name}"):
                 _stop(job)
             again = {"stopped": "Go on", "lost": "Go on", "failed": "Try again"}.get(status.state)

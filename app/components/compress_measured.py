@@ -6,7 +6,7 @@ import polars as pl
 import streamlit as st
 
 from app import state
-from app.components import chart
+from app.components import chart, compress_check
 from app.figures import compress_measured as figures
 from app.frames import compress_measured as frames
 from app.frames import evaluation
@@ -23,6 +23,8 @@ def section(run: Run, plan: Plan | None) -> None:
     plan: the one that is shown; whether it was measured is said first.
     """
     st.subheader("What it cost, measured", anchor=False)
+    if plan is not None:
+        compress_check.section(run, plan)
     try:
         documents = frames.documents(run)
         damages = {words: evaluation.domains(document) for words, document in documents.items()}

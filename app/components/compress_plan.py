@@ -27,7 +27,8 @@ def figures(run: Run, plan: Plan) -> None:
     experts = sum(shape.num_experts for shape in plan.source.layers)
     active, was = estimate.active_parameters_after, estimate.active_parameters
     error = estimate.weighed_error
-    columns = st.columns(4)
+    price = estimate.prediction
+    columns = st.columns(3 + (price is not None) + (price is None or error is not None))
     columns[0].metric("Experts", f"{kept:,}", _change(kept, experts, f"{experts:,}"), **_PLAIN)
     columns[1].metric(
         "Weights of all experts", size(whole - estimate.bytes_saved),
@@ -39,17 +40,29 @@ def figures(run: Run, plan: Plan) -> None:
         "Parameters per token", _short(active), _change(active, was, _short(was)), **_PLAIN,
         help="Expert parameters that one token uses.",
     )  # fmt: skip
-    columns[3].metric(
-        "Predicted error", "unknown" if error is None else f"{error:.3g}", "of the layers' output", **_PLAIN,
-        help="Squared error of the MoE layers' outputs over their square, before anything is routed anew, mean over "
-        "layers, each weighed by how far it turns the residual stream; 0 = unchanged. "
-        "It ranks plans of one size that drop; it does not say what the model loses.",
-    )  # fmt: skip
+    if price is None or error is not None:
+        _error(columns[3], error)
+    if price is not None:
+        columns[-1].metric(
+            "Predicted KL", f"{price.kl:.3g}", f"{price.low:.3g} to {price.high:.3g}", **_PLAIN,
+            help="Divergence from the model as it is, nats per token, from the run's sums alone, with an interval that "
+            f"holds {price.coverage:.0%} of measured values; it compares plans of every kind. Only a measurement says "
+            "what the model loses.",
+        )  # fmt: skip
     first, *others = frames.rests_on(plan)
     st.caption(state.plain(first, 600))
     if others:
         with st.expander("What it rests on, and what it does not know", icon=":material/info:"):
             st.markdown("\n".join(f"- {state.plain(line, 800)}" for line in others))
+
+
+def _error(column: Any, error: float | None) -> None:
+    column.metric(
+        "Predicted error", "unknown" if error is None else f"{error:.3g}", "of the layers' output", **_PLAIN,
+        help="Squared error of the MoE layers' outputs over their square, before anything is routed anew, mean over "
+        "layers, each weighed by how far it turns the residual stream; 0 = unchanged. "
+        "It ranks plans of one size that drop; it does not say what the model loses.",
+    )  # fmt: skip
 
 
 def maps(plan: Plan, found: pl.DataFrame) -> None:

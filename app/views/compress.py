@@ -8,11 +8,21 @@ import polars as pl
 import streamlit as st
 
 from app import data, state
-from app.components import compress_apply, compress_measured, compress_plan, compress_room, header
+from app.components import (
+    compress_apply,
+    compress_bits,
+    compress_curve,
+    compress_measured,
+    compress_plan,
+    compress_room,
+    header,
+)
 from app.components.page import render
 from app.frames import compress
 from app.frames import compress_presets as frames
+from compressor.plan import Plan
 from moescope.errors import PlanError
+from planner.recommendation import Recommendation
 from store import Run
 
 GIB = 2**30
@@ -23,7 +33,11 @@ _FORMS = {
     "shared": "the router keeps its rows",
     "padded": "padded to the largest",
     "masked": "zeroed, shapes stay",
+    "packed": "packed words",
+    "dense": "on grids, type stays",
 }
+_ENGINES = {"ours": "compressor.load too", "any": "every engine"}
+ADVISED, PRESET = "advised", "preset"
 
 
 def page(run: Run) -> None:
@@ -39,30 +53,83 @@ def page(run: Run) -> None:
     if here.is_empty():
         _nothing(run, known)
         return
-    asked = _controls(run, known)
-    try:
-        plan = data.plan(run, **asked)
-    except PlanError as error:
-        st.warning(f"No such plan: {state.plain(str(error), 400)}", icon=":material/block:")
-        plan = None
+    common = _common(run)
+    advised = compress_curve.section(run, common)
+    st.subheader("One plan in detail", anchor=False)
+    shown = state.choose(
+        "Plan", [ADVISED, PRESET] if advised else [PRESET], key="plan", segmented=True,
+        words={ADVISED: "the best for the budget", PRESET: "of a preset"}.__getitem__,
+    )  # fmt: skip
+    asked: dict[str, Any] | None = None
+    if shown == ADVISED and advised is not None:
+        plan, made = _advised(advised, common)
+    else:
+        made = asked = _controls(run, known) | common
+        plan = _made(run, asked)
     if plan is not None:
-        compress_plan.figures(run, plan)
-        units = compress.units(plan)
-        compress_plan.maps(plan, units)
-        compress_plan.tables(units)
+        _detail(run, plan, advised)
     beside = st.container()
     compress_room.section(run)
     if plan is not None:
-        compress_apply.section(run, plan, asked)
+        compress_apply.section(run, plan, made)
     compress_apply.running_jobs(run)
     compress_measured.section(run, plan)
     _missing(known)
-    with beside:  # the slowest comes last, in its place
-        compress_plan.presets(run, asked)
+    if asked is not None:
+        with beside:  # the slowest comes last, in its place
+            compress_plan.presets(run, asked)
+
+
+def _advised(found: Recommendation, common: dict[str, Any]) -> tuple[Plan | None, dict[str, Any]]:
+    """The best plan of a recommendation, and the arguments that give it again, where there are any."""
+    if not found.candidates:
+        st.info("Nothing reaches this budget: look at plans of a preset, or allow more.", icon=":material/block:")
+        return None, {}
+    best = found.candidates[0]
+    # A recommendation that counted the other weights too was asked for other bytes than ``moescope plan`` would be.
+    again = best.recipe and best.recipe.get("memory") == best.plan.target.memory
+    return best.plan, {**best.recipe, **common} if again else {}
+
+
+def _made(run: Run, asked: dict[str, Any]) -> Plan | None:
+    try:
+        return data.plan(run, **asked)
+    except PlanError as error:
+        st.warning(f"No such plan: {state.plain(str(error), 400)}", icon=":material/block:")
+        return None
+
+
+def _detail(run: Run, plan: Plan, advised: Recommendation | None) -> None:
+    compress_plan.figures(run, plan)
+    units = compress.units(plan)
+    compress_plan.maps(plan, units)
+    compress_bits.maps(plan)
+    compress_bits.details(run, plan, advised.calibration if advised is not None else None)
+    compress_plan.tables(units)
+
+
+def _common(run: Run) -> dict[str, Any]:
+    """What all plans of the page share; domains as a tuple, so that it can be a key."""
+    asked: dict[str, Any] = {}
+    with st.container(horizontal=True, gap="medium", vertical_alignment="bottom"):
+        if len(run.domains) > 1:
+            domains = state.choose_some("Whose text counts", run.domains, key="domains", none="all domains")
+            asked |= {"domains": tuple(domains)} if domains else {}
+        engine = state.choose("Loaded by", list(_ENGINES), key="engine", words=_ENGINES.__getitem__)
+        asked |= {"engine": engine} if engine != "ours" else {}
+        asked["guard"] = state.choose_flag(
+            "Protect super experts",
+            key="guard",
+            default=True,
+            help="Experts whose outputs feed the massive activations; without them a model can break.",
+        )
+        if run.badge.status == "invalid":
+            asked["allow_invalid"] = state.choose_flag("Plan all the same", key="allow-invalid", default=False)
+    return asked
 
 
 def _controls(run: Run, known: pl.DataFrame) -> dict[str, Any]:
-    """What was asked for, as ``planner.make`` takes it; domains as a tuple, so that it can be a key."""
+    """Preset, amount and form, as ``planner.make`` takes them."""
     names = known.filter("here")["preset"].to_list()
     titles = dict(known.select("preset", "title").iter_rows())
     with st.container(horizontal=True, gap="medium", vertical_alignment="bottom"):
@@ -76,20 +143,8 @@ def _controls(run: Run, known: pl.DataFrame) -> dict[str, Any]:
             asked["share"] = percent / 100
         else:
             asked["memory"] = _memory(run)
-    with st.container(horizontal=True, gap="medium", vertical_alignment="bottom"):
-        if len(run.domains) > 1:
-            domains = state.choose_some("Whose text counts", run.domains, key="domains", none="all domains")
-            asked |= {"domains": tuple(domains)} if domains else {}
         form = state.choose("Stored", list(_FORMS), key="form", words=_FORMS.__getitem__)
         asked |= {"form": form} if form != "default" else {}
-        asked["guard"] = state.choose_flag(
-            "Protect super experts",
-            key="guard",
-            default=True,
-            help="Experts whose outputs feed the massive activations; without them a model can break.",
-        )
-        if run.badge.status == "invalid":
-            asked["allow_invalid"] = state.choose_flag("Plan all the same", key="allow-invalid", default=False)
     return asked
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import streamlit as st
 
 from app import data, state
-from app.components import chart, expert_text, header
+from app.components import chart, expert_errors, expert_text, header
 from app.components.page import render
 from app.figures import expert as drawings
 from app.frames import expert as frames
@@ -36,6 +36,7 @@ def page(run: Run) -> None:
     expert_text.contexts(run, where)
     _partners(run, where)
     _importance(run, where)
+    expert_errors.section(run, where)
 
 
 def _key(name: str, where: dict[str, Any]) -> str:
@@ -128,6 +129,7 @@ def _importance(run: Run, where: dict[str, Any]) -> None:
         rests_on="Ranks of whole experts; docs/importance.md says what each score is.",
         alt="Dots: rank of the expert in its layer by every score of importance",
     )
+    expert_errors.scores(frame)
     _outliers(run, where)
     ablated = data.frame(frames.ablations, run, **where)
     if not ablated.is_empty():
