@@ -95,7 +95,7 @@ def recommend(
     if measure is not None and calibration is None:
         calibration = _calibrated(request, found, measure, say)
         found = [replace(one, prediction=predict(one.plan, request.task(), calibration)) for one in found]
-        evidence.append(_corrected_by(calibration))
+        evidence = [*([] if calibration.count else evidence), _corrected_by(calibration)]
     found.sort(key=lambda one: (one.score, one.plan.digest))
     found = [with_elsewhere(request, one, calibration) for one in found[:elsewhere]] + found[elsewhere:]
     found.sort(key=lambda one: (one.score, one.plan.digest))
@@ -194,7 +194,7 @@ def _verdict(ranked: Sequence[Candidate], quality: float | None) -> tuple[Verdic
     if best.kl > limit:
         return "leave it", (f"The best plan, {cost}{asked or f', more than {limit:g}'}: leave the model as it is, or"
                             " allow more memory.",)  # fmt: skip
-    reasons = [f"{cost[0].upper()}{cost[1:]}."]
+    reasons = [f"Plan {cost}."]
     if len(ranked) > 1 and ranked[1].kl is not None:
         reasons.append(_against(best, ranked[1]))
     if best.elsewhere is not None and best.prediction is not None:

@@ -36,9 +36,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument(
         "--nearest-to", metavar="RUN", help="PreMoe: what RUN's nearest domain would keep, for the text of this run"
     )
-    budget = parser.add_mutually_exclusive_group()
-    budget.add_argument("--share", type=share, metavar="S", help="part to remove, such as 0.25")
-    budget.add_argument("--memory", type=memory, metavar="SIZE", help="what the weights may take, such as 3GiB")
+    parser.add_argument("--share", type=share, metavar="S", help="part to remove, such as 0.25")
+    parser.add_argument(
+        "--memory", type=memory, metavar="SIZE",
+        help="what the weights may take, such as 3GiB; with --share and --quantizer, what stays gets the bits that fit",
+    )  # fmt: skip
     add_bits(parser)
     parser.add_argument(
         "--other-weights", type=memory, default=0, metavar="SIZE",
@@ -71,6 +73,7 @@ def run(options: argparse.Namespace) -> int:
         return _print_difference(options)
     if options.target is None:
         raise InputError("of which run? moescope plan RUN --share 0.25, or moescope plan --diff PLAN PLAN")
+    _require_one_budget(options)
     import store
 
     with store.open_run(store.Catalog(options.store).resolve(options.target)) as opened:
@@ -79,6 +82,22 @@ def run(options: argparse.Namespace) -> int:
         if options.esft:
             return _print_esft(opened, options)
         return _plan(opened, options)
+
+
+def _require_one_budget(options: argparse.Namespace) -> None:
+    """A share and a memory budget go together only where a quantizer fills what the share leaves.
+
+    Raises:
+        InputError: two budgets that cannot be met together.
+    """
+    from moescope.errors import InputError
+
+    if options.share is None or options.memory is None:
+        return
+    if options.quantizer is None:
+        raise InputError("--share and --memory: give one, or --quantizer NAME to give what is left the bits that fit")
+    if options.bits is not None:
+        raise InputError("--share, --memory and --bits: what is left has the bits that fit, or those; give one of both")
 
 
 def _plan(run: store.Run, options: argparse.Namespace) -> int:

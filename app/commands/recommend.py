@@ -30,6 +30,9 @@ TOKENS = 20_000
 GENERATIONS = 6
 """Of the search, where plans are measured and nobody says otherwise."""
 
+SMALL = (0.01, 0.02, 0.03, 0.05, 0.07, 0.1)
+"""Parts of the experts' bytes that are tried where a budget leaves nothing for them, before those of a curve."""
+
 ROWS = 12
 """Candidates on the screen; --json prints all."""
 
@@ -63,6 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--calibration", type=Path, metavar="FILE",
         help="what earlier measurements say of prices: a recommendation of this model, as JSON",
     )  # fmt: skip
+    parser.add_argument("--quick", action="store_true", help="a first look: few methods, in seconds")
     parser.add_argument("--curve", action="store_true", help="price all sizes too, and keep them beside the run")
     parser.add_argument("--no-guard", action="store_true", help="do not protect super experts")
     parser.add_argument("--allow-invalid", action="store_true", help="take a run whose checks failed all the same")
@@ -84,6 +88,7 @@ def run(options: argparse.Namespace) -> int:
 
     _refuse(options)
     with Stoppable(), store.open_run(store.Catalog(options.store).resolve(options.target)) as opened:
+        _require_usable(opened, options)
         request, notes = _request(opened, options)
         calibration = _calibration(opened, options.calibration)
         _require_room(request)
@@ -93,7 +98,7 @@ def run(options: argparse.Namespace) -> int:
                 opened, memory=request.memory, other_weights=request.other_weights, engine=request.engine,
                 quality=options.quality, domains=request.domains, guard=request.guard,
                 allow_invalid=request.allow_invalid, measure=measure, calibration=calibration,
-                generations=_generations(options), tell=tell, **_given(options),
+                generations=_generations(options), quick=options.quick, tell=tell, **_given(options),
             )  # fmt: skip
             sizes = _curve(request, found, tell) if options.curve else None
         paths = _keep(opened, found, sizes, options)
@@ -172,14 +177,48 @@ def _request(run: store.Run, options: argparse.Namespace) -> tuple[Request, list
         notes.append(f"Of --memory, {other:,} bytes are for weights beside the experts (read from {options.model}).")
     if options.model is not None and not options.data:
         notes.append("Without --data nothing is measured: all figures are priced from the run's sums.")
-    domains = None
-    if options.domains:
-        domains = [name.strip() for name in options.domains.split(",") if name.strip()]
     request = Request(
-        run=run, memory=options.memory, other_weights=other or 0, engine=options.engine, domains=domains,
+        run=run, memory=options.memory, other_weights=other or 0, engine=options.engine, domains=_domains(run, options),
         guard=not options.no_guard, allow_invalid=options.allow_invalid,
     )  # fmt: skip
     return request, notes
+
+
+def _require_usable(run: store.Run, options: argparse.Namespace) -> None:
+    """Refuse a run that no plan can rest on, before every method is tried in vain.
+
+    Raises:
+        InputError: it is still being collected, or its checks failed.
+    """
+    from moescope.errors import InputError
+
+    if run.live:
+        raise InputError(f"run {run.name!r} is still being collected: ask when it is finished")
+    if run.badge.status == "invalid" and not options.allow_invalid:
+        raise InputError(
+            f"the checks of run {run.name!r} failed ({run.badge.reason}): collect it again, or give --allow-invalid"
+        )
+
+
+def _domains(run: store.Run, options: argparse.Namespace) -> list[str] | None:
+    """The domains that were named.
+
+    Raises:
+        InputError: the run has none of such a name.
+    """
+    import difflib
+
+    from moescope.errors import InputError
+
+    if not options.domains:
+        return None
+    names = [name.strip() for name in options.domains.split(",") if name.strip()]
+    for name in names:
+        if name not in run.domains:
+            near = difflib.get_close_matches(name, run.domains, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(run.domains)}"
+            raise InputError(f"run {run.name!r} has no domain {name!r}: {hint}")
+    return names or None
 
 
 def _require_room(request: Request) -> None:
@@ -189,14 +228,14 @@ def _require_room(request: Request) -> None:
         InputError: such a budget.
     """
     from moescope.errors import InputError
-    from planner.curve import SIZES, curve
+    from planner.curve import SIZES, curve, quick
 
     if request.other_weights < request.memory:
         return
     nearest: list[Candidate] = []
-    for part in SIZES:
-        nearest = nearest or curve(request, sizes=(part,))
-    reached = f"the nearest that can be reached is {min(one.bytes for one in nearest):,} bytes" if nearest else ""
+    for part in (*SMALL, *SIZES):
+        nearest = nearest or curve(quick(request), sizes=(part,))
+    reached = f"plans are found from {min(one.bytes for one in nearest):,} bytes on" if nearest else ""
     raise InputError(
         f"--memory {request.memory:,} bytes: the weights beside the experts alone take {request.other_weights:,};"
         f" {reached or 'no plan of this run saves any'}"
@@ -245,7 +284,8 @@ def _measure(
     return measuring(run, open_model(options), corpus)
 
 
-def _given(options: argparse.Namespace) -> dict[str, int]:
+def _given(options: argparse.Namespace) -> dict[str, Any]:
+    """What the planner has a value of its own for."""
     return {} if options.finalists is None else {"finalists": options.finalists}
 
 

@@ -20,6 +20,7 @@ from compressor.plan import (
     MergeStep,
     NewExpert,
     Plan,
+    Prediction,
     QuantizeStep,
     bits_after,
     differences,
@@ -189,6 +190,8 @@ def key_figures(plan: Plan) -> pl.DataFrame:
     for name, error in (("alike", estimate.layer_error), ("weighed", estimate.weighed_error)):
         if error is not None:
             rows.append((f"predicted error, layers {name}", "0", f"{error:.4g}", ""))
+    if estimate.prediction is not None:
+        rows.append(_priced(estimate.prediction))
     if estimate.kept_mass is not None:
         rows.append(("score that stays", "100 %", f"{estimate.kept_mass:.1%}".replace("%", " %"), ""))
     return pl.DataFrame(rows, schema=_FIGURES, orient="row")
@@ -334,6 +337,12 @@ def _edge(gone: pl.DataFrame, stays: pl.DataFrame) -> str:
     free = sorted(stays.filter(~pl.col("protected"))["score"].drop_nulls())
     beside = f"; what stays scores {free[0]:.4g} and more" if free else ""
     return f"scores {scores[0]:.4g} to {scores[-1]:.4g}{beside}"
+
+
+def _priced(price: Prediction) -> tuple[str, str, str, str]:
+    name = f"predicted KL, nats per token ({price.coverage:.0%} interval)".replace("%", " %")
+    basis = "from the run's sums" if price.basis == "sums" else f"from {price.plans} measured plans"
+    return name, "0", f"{price.kl:.3g} ({price.low:.3g} to {price.high:.3g})", basis
 
 
 def _counted(name: str, before: int, after: int) -> tuple[str, str, str, str]:

@@ -45,9 +45,7 @@ def recommendations(run: store.Run) -> pl.DataFrame:
     rows = []
     for path, found in documents(run):
         best = found.candidates[0] if found.candidates else None
-        rows.append(
-            (found.verdict, size(found.memory), *(_row(best) if best else [None] * 5), len(found), path.name)
-        )  # fmt: skip
+        rows.append((found.verdict, size(found.memory), *(_row(best) if best else [None] * 5), len(found), path.name))
     return pl.DataFrame(rows, schema=_LIST, orient="row")
 
 
@@ -84,4 +82,5 @@ def measured(found: Measurement | None) -> str:
 
 
 def _row(one: Candidate) -> tuple[str, str, str, str, str]:
-    return one.name, one.mix, size(one.bytes), predicted(one.prediction), measured(one.measurement)
+    name = f"{one.name}, found by search" if "factors" in one.recipe else one.name
+    return name, one.mix, size(one.bytes), predicted(one.prediction), measured(one.measurement)

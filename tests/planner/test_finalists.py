@@ -60,3 +60,12 @@ def test_a_measurement_that_fails_is_not_hidden(plans: list[Plan]) -> None:
 
     with pytest.raises(PlanError, match="gone"):
         planner.choose(plans, measure)
+
+
+def test_plans_that_only_quantize_say_their_bits() -> None:
+    with sample() as run:
+        plan = planner.make(run, preset="error_bits", bits=3.0)
+        both = planner.make(run, preset="reap", share=0.25, bits=4.5)
+    for one, words in ((plan, f"stores an expert's weight in {plan.estimate.bits:.3g} bits"), (both, "and stores")):
+        (ranked,) = planner.choose([one], lambda _: MEASURED["reap"])
+        assert words in ranked.reasons[-1] and "removes 0.0%" not in ranked.reasons[-1]
