@@ -11,7 +11,8 @@ import store
 from compressor.plan import Plan, SlimStep
 from moescope.errors import PlanError
 from planner.domains import pooled
-from planner.entry import OURS, make
+from planner.engines import loads
+from planner.entry import make
 from planner.estimate.prediction import Calibration, predict
 from planner.estimate.storage import expert_bytes
 from planner.guard import Rule, guard_of
@@ -118,8 +119,8 @@ def recipes(request: Request) -> Iterator[tuple[str, dict[str, Any]]]:
             yield preset.name, {**recipe, "widths": (2, 3)}
         else:
             yield preset.name, recipe
-    if request.engine != "any":
-        for name, form in MIXTURES:
+    for name, form in MIXTURES:
+        if loads(request.engine, "packed") and loads(request.engine, form):
             for share in request.shares if _tried(request, name) else ():
                 recipe = {"preset": name, "form": form, "share": share, "memory": request.memory}
                 if find(name).step == "slim":
@@ -132,7 +133,7 @@ def saving_forms(preset: Preset, engine: str | None) -> list[str]:
     forms = [form for form in preset.forms if form not in ("masked", "dense", "padded")]
     if preset.step == "factor":
         return []
-    return [form for form in forms if engine != "any" or form not in OURS]
+    return [form for form in forms if loads(engine, form)]
 
 
 def bytes_of(request: Request, plan: Plan) -> int:

@@ -12,7 +12,7 @@ import store
 from compressor.plan import Estimate, Evidence, LayerValues, Plan, Provenance, Source, Target
 from moescope import __version__
 from moescope.errors import PlanError
-from planner import presets
+from planner import engines, presets
 from planner.budget import bits_left, bits_that_fit, bytes_after, shares_that_may_fit, value_bytes_of
 from planner.estimate import estimate
 from planner.guard import Guard, Rule, guard_of
@@ -20,9 +20,8 @@ from planner.importance.statistics import Statistics
 from planner.source import source_of
 from planner.task import Draft, Task
 
-ENGINES = ("any", "transformers")
-OURS = ("per_layer", "shared", "packed")
-"""Forms that ``compressor.load`` alone loads."""
+_GRID = ("symmetric", "shared_bits", "group_size", "scales")
+"""Parameters that all presets that quantize take."""
 
 
 def make(
@@ -62,7 +61,7 @@ def make(
         domains: whose text counts; None = all of the run's.
         form: how the result is stored; None = the first of the preset's forms that the engine loads.
         engine: ``any`` = only what every engine loads; ``transformers`` = also what ``compressor.load`` alone loads;
-            None = what the form takes.
+            ``vllm`` = also packed widths that it has kernels for; None = what the form takes.
         guard: keep super experts whatever their score, see :func:`planner.guard.guard_of`.
         allow_invalid: take a run whose checks failed.
         factors: per MoE layer, what a change of its stream costs against other layers; for presets that go by the
@@ -77,7 +76,7 @@ def make(
         preset, quantizer = quantizer or presets.DEFAULT_QUANTIZER, None
     chosen = presets.find(presets.default(engine=engine, form=form) if preset is None else preset)
     _require_usable(run, chosen, allow_invalid)
-    settings = _settings(chosen, parameters)
+    settings = _settings(chosen, parameters, engine)
     both = share is not None and memory is not None
     second = _quantizer(run, chosen, quantizer, bits, both, allow_invalid)
     source = source_of(run)
@@ -91,14 +90,14 @@ def make(
     )  # fmt: skip
     if second is not None:
         _form(second, None, engine, source, second.defaults)
-    needs = "transformers" if task.form in OURS or second is not None else "any"
+    needs = "transformers" if task.form in engines.OURS or second is not None else "any"
     name = chosen.name if second is None else f"{chosen.name}+{second.name}"
     target = Target(share=share, memory=memory, bits=bits, engine=engine or needs, preset=name)
     if chosen.step == "quantize" and memory is not None:
         task = replace(task, bits=bits_that_fit(task, memory=memory, other=other_weights))
     if memory is None or chosen.step == "quantize" or both:
         room = None if memory is None or not both else memory - other_weights
-        return assemble(task, draft_of(task, chosen, settings, second, room=room), target)
+        return assemble(task, draft_of(task, chosen, settings, second, room=room, engine=engine), target)
     return _within(task, chosen, settings, second, target, memory, other_weights)
 
 
@@ -109,6 +108,7 @@ def draft_of(
     second: presets.Preset | None = None,
     *,
     room: int | None = None,
+    engine: str | None = None,
 ) -> Draft:
     """What a preset decides, and what the second one makes of what it leaves.
 
@@ -118,6 +118,7 @@ def draft_of(
         settings: its parameters.
         second: the one that finds widths.
         room: bytes that the experts may take in all, instead of the task's bits.
+        engine: that loads the result.
 
     Raises:
         PlanError: as their methods.
@@ -128,7 +129,7 @@ def draft_of(
     behind_task = replace(task, before=first.steps, form=second.forms[0])
     if room is not None:
         behind_task = replace(behind_task, bits=bits_left(task, first.steps, room=room))
-    behind: Draft = second.function(behind_task, **second.defaults)
+    behind: Draft = second.function(behind_task, **_settings(second, {}, engine))
     return replace(first, steps=(*first.steps, *behind.steps), notes=(*first.notes, *behind.notes))
 
 
@@ -153,6 +154,7 @@ def assemble(task: Task, draft: Draft, target: Target) -> Plan:
         ),
         evidence=(_evidence(draft, task.guard, target.preset),),
     ).checked()  # fmt: skip
+    engines.require_kernels(target.engine, plan.steps)
     return plan.model_copy(update={"estimate": estimate(plan, task, draft)})
 
 
@@ -168,7 +170,7 @@ def _within(
     for share in shares_that_may_fit(task, preset, memory=room, other=other):
         tried = Task(**{**vars(task), "share": share})
         try:
-            plan = assemble(tried, draft_of(tried, preset, settings, second), target)
+            plan = assemble(tried, draft_of(tried, preset, settings, second, engine=target.engine), target)
         except PlanError as error:
             refusal = error
             continue
@@ -198,8 +200,8 @@ def _require_usable(run: store.Run, preset: presets.Preset, allow_invalid: bool)
         )
 
 
-def _settings(preset: presets.Preset, parameters: Mapping[str, Any]) -> dict[str, Any]:
-    """The preset's defaults with what was asked for in their place."""
+def _settings(preset: presets.Preset, parameters: Mapping[str, Any], engine: str | None) -> dict[str, Any]:
+    """The preset's defaults with what was asked for in their place, and what the engine needs where nothing was."""
     signature = inspect.signature(preset.function).parameters.values()
     known = [one.name for one in list(signature)[1:] if one.kind is not inspect.Parameter.VAR_KEYWORD]
     open_end = any(one.kind is inspect.Parameter.VAR_KEYWORD for one in signature)
@@ -208,7 +210,8 @@ def _settings(preset: presets.Preset, parameters: Mapping[str, Any]) -> dict[str
         near = difflib.get_close_matches(unknown[0], known, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"it takes {', '.join(known) or 'none'}"
         raise PlanError(f"preset {preset.name!r} has no parameter {unknown[0]!r}: {hint}")
-    return {**preset.defaults, **parameters}
+    grids = engines.grids(engine, [*known, *_GRID], parameters) if preset.step == "quantize" else {}
+    return {**preset.defaults, **grids, **parameters}
 
 
 def _share(share: float | None, memory: int | None) -> float:
@@ -285,9 +288,7 @@ def _domains(run: store.Run, wanted: Sequence[str] | None) -> tuple[str, ...]:
 def _form(
     preset: presets.Preset, form: str | None, engine: str | None, source: Source, settings: Mapping[str, Any]
 ) -> str:
-    if engine is not None and engine not in ENGINES:
-        raise PlanError(f"engine {engine!r} is not known: use {' or '.join(ENGINES)}")
-    loads = [one for one in preset.forms if one not in OURS or engine != "any"]
+    loads = [one for one in preset.forms if engines.loads(engine, one)]
     loads = [one for one in loads if one != "padded" or not source.unpadded]
     if settings.get("allocation") == "budgeted" and form is None:
         loads = [one for one in loads if one != "uniform"]

@@ -176,7 +176,7 @@ PRESETS: tuple[Preset, ...] = (
 
 def default(*, engine: str | None, form: str | None) -> str:
     """The preset where none is named: layers may differ, unless every engine has to load the result."""
-    return DEFAULT_UNIFORM if engine == "any" or form == "uniform" else DEFAULT
+    return DEFAULT_UNIFORM if engine in ("any", "vllm") or form == "uniform" else DEFAULT
 
 
 def find(name: str) -> Preset:

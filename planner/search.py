@@ -19,6 +19,7 @@ import numpy as np
 from compressor.plan import Plan
 from moescope.errors import PlanError
 from planner.candidates import Request, bytes_of, mix_of, what_it_does, with_elsewhere
+from planner.engines import loads
 from planner.estimate.prediction import Calibration, predict
 from planner.finalists import Measurement
 from planner.presets import DEFAULT_QUANTIZER
@@ -76,7 +77,7 @@ def search(
         generations: at most; it ends where three in a row find nothing better.
         tell: told how far it is.
     """
-    if request.engine == "any":
+    if not (loads(request.engine, "packed") and loads(request.engine, "per_layer")):
         return found
     hunt = _Search(request, measure, calibration)
     pool = hunt.seeds(found)
