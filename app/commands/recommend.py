@@ -100,7 +100,7 @@ def run(options: argparse.Namespace) -> int:
                 allow_invalid=request.allow_invalid, measure=measure, calibration=calibration,
                 generations=_generations(options), quick=options.quick, tell=tell, **_given(options),
             )  # fmt: skip
-            sizes = _curve(request, found, tell) if options.curve else None
+            sizes = _curve(request, found, tell, few=options.quick) if options.curve else None
         paths = _keep(opened, found, sizes, options)
     if options.json:
         print(json.dumps({**found.content(), "notes": notes, "paths": {key: str(at) for key, at in paths.items()}}))
@@ -295,10 +295,11 @@ def _generations(options: argparse.Namespace) -> int:
     return GENERATIONS if options.data else 0
 
 
-def _curve(request: Request, found: Recommendation, tell: Callable[[str], None]) -> list[Candidate]:
-    from planner.curve import curve
+def _curve(request: Request, found: Recommendation, tell: Callable[[str], None], *, few: bool) -> list[Candidate]:
+    from planner.curve import QUICK_SIZES, SIZES, curve, quick
 
-    return curve(request, calibration=found.calibration, tell=tell)
+    asked, sizes = (quick(request), QUICK_SIZES) if few else (request, SIZES)
+    return curve(asked, sizes=sizes, calibration=found.calibration, tell=tell)
 
 
 def _keep(

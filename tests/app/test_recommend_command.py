@@ -259,7 +259,7 @@ def test_the_model_is_as_it_was_after_a_measurement(place: Path) -> None:
 def test_the_curve_is_kept_and_its_front_printed(
     place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("planner.curve.curve.__kwdefaults__", {"sizes": (0.2, 0.5), "calibration": None, "tell": None})
+    monkeypatch.setattr("planner.curve.SIZES", (0.2, 0.5))
     assert main(ask(place, "--memory", "6MiB", "--curve")) == 0
     out = capsys.readouterr().out
     (document,) = kept(place, "curve")
