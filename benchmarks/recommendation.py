@@ -34,6 +34,7 @@ from torch import nn
 
 import planner
 import store
+from app.moments import Moments
 from benchmarks.compression import corpus_of, documents
 from compressor.memory import edited
 from compressor.plan import Plan
@@ -102,7 +103,8 @@ class Case:
         return Scored(found.kl, *parts)
 
     def _against(self, plan: Plan, base: BaseDistribution) -> Divergence:
-        with edited(self.model, plan):
+        subspace = any(getattr(step, "method", "") == "subspace" for step in plan.steps)
+        with edited(self.model, plan, moments=Moments(self.run, plan) if subspace else None):
             return base.against(self.model)
 
 

@@ -17,7 +17,7 @@ from planner.estimate.prediction import Calibration, predict
 from planner.estimate.storage import expert_bytes
 from planner.guard import Rule, guard_of
 from planner.presets import DEFAULT_QUANTIZER, PRESETS, Preset, find
-from planner.recommendation import Candidate
+from planner.recommendation import Candidate, mix_of
 from planner.source import source_of, value_bytes
 from planner.task import Task
 
@@ -148,11 +148,6 @@ def what_it_does(plan: Plan) -> str:
     """The same for plans that do the same, whatever they rest on."""
     steps = [step.model_dump(mode="json", exclude={"method", "grouping"}) for step in plan.steps]
     return json.dumps(steps, sort_keys=True)
-
-
-def mix_of(plan: Plan) -> str:
-    """Its steps in words."""
-    return " + ".join(dict.fromkeys(step.step for step in plan.steps))
 
 
 def with_elsewhere(request: Request, candidate: Candidate, calibration: Calibration | None = None) -> Candidate:

@@ -26,13 +26,13 @@ from compressor.plan import (
 from moescope import __version__
 from planner.allocation import most_removed
 from planner.estimate.stream import gone_cost, neuron_squares, streams
-from planner.recommendation import Candidate
+from planner.recommendation import Candidate, mix_of
 from planner.task import Task
 
 LAYERS = 16
 """Layers of which each kind of change is measured alone, at most; others count as typical."""
 
-WHOLE = 8
+WHOLE = 12
 """Whole plans that are measured, from the cheapest to ten times its price."""
 
 PART = 0.25
@@ -66,8 +66,11 @@ def _whole(found: Sequence[Candidate]) -> list[Plan]:
     within = [one for one in priced if one.prediction.kl <= 10 * priced[0].prediction.kl]  # type: ignore[union-attr]
     if not within:
         return []
-    chosen = {}
-    for target in np.linspace(0, len(within) - 1, min(WHOLE, len(within))):
+    chosen: dict[str, Plan] = {}
+    for one in within:  # the cheapest of each mix
+        if one.mix not in {mix_of(plan) for plan in chosen.values()}:
+            chosen[one.plan.digest] = one.plan
+    for target in np.linspace(0, len(within) - 1, max(min(WHOLE, len(within)) - len(chosen), 4)):
         one = within[round(target)]
         chosen[one.plan.digest] = one.plan
     return list(chosen.values())

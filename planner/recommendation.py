@@ -81,6 +81,11 @@ class Candidate:
         return self.kl * max(1.0, self.elsewhere / self.prediction.kl / TOLERATED)
 
 
+def mix_of(plan: Plan) -> str:
+    """Its steps in words."""
+    return " + ".join(dict.fromkeys(step.step for step in plan.steps))
+
+
 @dataclass(frozen=True)
 class Recommendation(Sequence[Plan]):
     """What to do with a budget. As a sequence, its plans, the best first.

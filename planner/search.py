@@ -18,12 +18,12 @@ import numpy as np
 
 from compressor.plan import Plan
 from moescope.errors import PlanError
-from planner.candidates import Request, bytes_of, mix_of, what_it_does, with_elsewhere
+from planner.candidates import Request, bytes_of, what_it_does, with_elsewhere
 from planner.engines import loads
 from planner.estimate.prediction import Calibration, predict
 from planner.finalists import Measurement
 from planner.presets import DEFAULT_QUANTIZER
-from planner.recommendation import Candidate
+from planner.recommendation import Candidate, mix_of
 from planner.source import source_of
 
 CHILDREN, MEASURED, PARENTS = 12, 3, 6

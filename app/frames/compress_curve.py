@@ -15,11 +15,11 @@ from app.frames import compress_presets, evaluation
 from compressor.plan import DropStep, MergeStep, Plan, QuantizeStep, SlimStep, Step
 from compressor.plan.result import neurons_after
 from moescope.errors import PlanError, StoreError
-from planner.candidates import Request, mix_of
+from planner.candidates import Request
 from planner.curve import QUICK_SIZES, curve, quick
 from planner.estimate.storage import expert_bytes
 from planner.finalists import Measurement
-from planner.recommendation import Candidate, Recommendation
+from planner.recommendation import Candidate, Recommendation, mix_of
 from planner.source import value_bytes
 
 Files = tuple[tuple[str, int], ...]

@@ -34,6 +34,9 @@ _PULL = 0.4
 _NOISE = 0.15
 """What a measured divergence is off by, as that of its logarithm."""
 
+USUAL = 0.2
+"""Spread that a kind of change has once the factors are those of the model, where little of it was measured."""
+
 _LEAST = 0.12
 """The narrowest spread that is believed: texts differ."""
 
@@ -47,7 +50,8 @@ class Calibration:
     Attributes:
         factors: (decoder layer, kind) -> nats per change of the stream; what is missing counts as ``typical``.
         typical: of all of them.
-        spread: standard deviation of the logarithm of measured over predicted.
+        spread: standard deviation of the logarithm of measured over predicted, where a kind has none of its own.
+        spreads: the same by kind of change; that of a plan is their mean, by what each kind costs it.
         count: plans behind it.
         tokens: text that each was measured on; 0 = nothing was measured.
     """
@@ -55,24 +59,35 @@ class Calibration:
     factors: Mapping[tuple[int, str], float] = field(default_factory=dict)
     typical: float = TYPICAL
     spread: float = SPREAD
+    spreads: Mapping[str, float] = field(default_factory=dict)
     count: int = 0
     tokens: int = 0
 
     def kl(self, turns: Turns) -> float:
         """Predicted KL divergence, nats per token."""
-        return float(
-            sum(
-                self.factors.get((layer, kind), self.typical) * getattr(turned, kind)
-                for layer, turned in turns.items()
-                for kind in KINDS
+        return float(sum(self._by_kind(turns).values()))
+
+    def spread_of(self, turns: Turns) -> float:
+        """Standard deviation of the logarithm of measured over predicted, for what a plan changes."""
+        costs = self._by_kind(turns)
+        whole = sum(costs.values())
+        if whole <= 0:
+            return self.spread
+        return sum(cost / whole * self.spreads.get(kind, self.spread) for kind, cost in costs.items())
+
+    def _by_kind(self, turns: Turns) -> dict[str, float]:
+        return {
+            kind: sum(
+                self.factors.get((layer, kind), self.typical) * getattr(one, kind) for layer, one in turns.items()
             )
-        )
+            for kind in KINDS
+        }
 
     def predict(self, turns: Turns) -> Prediction:
         """The same with its interval."""
         value = self.kl(turns)
         quantile = float(student.ppf((1 + COVERAGE) / 2, max(self.count - 1, 3) if self.count else 30))
-        width = float(np.exp(quantile * self.spread))
+        width = float(np.exp(quantile * self.spread_of(turns)))
         short = rounded(np.array([value, value / width, value * width])).tolist()
         basis = "measured plans" if self.count else "sums"
         return Prediction(kl=short[0], low=short[1], high=short[2], coverage=COVERAGE, basis=basis, plans=self.count)  # type: ignore[arg-type]
@@ -80,15 +95,18 @@ class Calibration:
     def content(self) -> dict[str, Any]:
         """As plain data, for a file."""
         factors = [[layer, kind, value] for (layer, kind), value in sorted(self.factors.items())]
-        return {**{name: getattr(self, name) for name in ("typical", "spread", "count", "tokens")}, "factors": factors}
+        plain = {name: getattr(self, name) for name in ("typical", "spread", "count", "tokens")}
+        return {**plain, "spreads": dict(self.spreads), "factors": factors}
 
     @staticmethod
     def of(content: Mapping[str, Any]) -> Calibration:
         """From plain data."""
         factors = {(int(layer), str(kind)): float(value) for layer, kind, value in content["factors"]}
+        spreads = {str(kind): float(value) for kind, value in content["spreads"].items()}
         return Calibration(
-            factors, float(content["typical"]), float(content["spread"]), int(content["count"]), int(content["tokens"])
-        )
+            factors, float(content["typical"]), float(content["spread"]), spreads, int(content["count"]),
+            int(content["tokens"]),
+        )  # fmt: skip
 
 
 def predict(plan: Plan, task: Task, calibration: Calibration | None = None) -> Prediction | None:
@@ -119,10 +137,31 @@ def calibrate(measured: Sequence[tuple[Turns, float]], *, tokens: int) -> Calibr
     for place in left:
         others = np.arange(len(usable)) != place
         own, _ = _fit(changes[others], logs[others])
-        errors.append(logs[place] - np.log(changes[place] @ own))
-    spread = max(float(np.sqrt(np.mean(np.square(errors)))), _LEAST)
+        errors.append(float(logs[place] - np.log(changes[place] @ own)))
+    spread, spreads = _spreads(errors, [_shares(names, changes[place] * factors) for place in left])
     found = {name: float(value) for name, value in zip(names, rounded(factors), strict=True)}
-    return Calibration(found, float(rounded(np.array(typical))), float(rounded(np.array(spread))), len(left), tokens)
+    return Calibration(found, float(rounded(np.array(typical))), spread, spreads, len(left), tokens)
+
+
+def _shares(names: Sequence[tuple[int, str]], costs: Array) -> dict[str, float]:
+    """Kind -> its part of what a plan costs."""
+    whole = float(costs.sum())
+    return {kind: float(sum(cost for (_, one), cost in zip(names, costs, strict=True) if one == kind)) / whole
+            for kind in KINDS}  # fmt: skip
+
+
+def _spreads(errors: Sequence[float], shares: Sequence[Mapping[str, float]]) -> tuple[float, dict[str, float]]:
+    """The spread of all errors, and by kind: each error counts for a kind by the kind's part of the plan's cost.
+
+    A kind of which little was measured is drawn towards :data:`USUAL`.
+    """
+    squares, by_kind = np.square(errors), {}
+    for kind in KINDS:
+        weights = np.array([one[kind] for one in shares])
+        if weights.sum() > 0.5:
+            mean = (float(weights @ squares) + 2 * USUAL**2) / (float(weights.sum()) + 2)
+            by_kind[kind] = max(float(rounded(np.array(np.sqrt(mean)))), _LEAST)
+    return max(float(rounded(np.array(np.sqrt(squares.mean())))), _LEAST), by_kind
 
 
 def _fit(changes: Array, logs: Array) -> tuple[Array, float]:
