@@ -40,7 +40,7 @@ def test_the_bundled_run_is_of_the_bundled_model() -> None:
         assert run.badge.status == "valid"
         assert run.info.complete
         assert run.info.tokens >= 100_000
-        assert run.info.levels == "routing,activations,similarity,lookahead,attention,predictions"
+        assert run.info.levels == "routing,activations,similarity,errors,lookahead,attention,predictions"
         assert len(run.domains) >= 7
         assert not run.metrics("srp").is_empty()
         load_dtype = run.info.dtype.removeprefix("torch.")

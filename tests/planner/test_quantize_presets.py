@@ -135,7 +135,7 @@ def test_granularities_are_kept(run: store.Run, name: str, granularity: str) -> 
 
 
 @pytest.mark.parametrize("bits", [4.0, 4.5])
-@pytest.mark.parametrize("granularity", ["expert", "layer", "projection"])
+@pytest.mark.parametrize("granularity", ["matrix", "expert", "layer", "projection"])
 def test_error_bits_are_the_optimum_of_highs(run: store.Run, granularity: str, bits: float) -> None:
     widths = (2, 3, 4, 8)
     at = [BITS.index(width) for width in widths]
@@ -144,13 +144,16 @@ def test_error_bits_are_the_optimum_of_highs(run: store.Run, granularity: str, b
         costs, count = (_errors(run)[:, :, at] * weigh).reshape(-1, 4), 1.0
     elif granularity == "layer":
         costs, count = (_errors(run)[:, :, at] * weigh).sum(1), float(EXPERTS)
+    elif granularity == "matrix":
+        parts = [_errors(run, part)[:, :, at] * weigh for part in PARTS]
+        costs, count = np.stack(parts, axis=2).reshape(-1, 4), 1 / 3
     else:
         parts = [_errors(run, part)[:, :, at] * weigh for part in PARTS]
         costs, count = np.stack([one.sum(1) for one in parts], axis=1).reshape(-1, 4), EXPERTS / 3
     sizes = np.tile([round(_size(width) * count) for width in widths], (len(costs), 1))
     best = knapsack.solve_milp(costs=costs, sizes=sizes, capacity=int(ROOM[bits]))
     plan = planner.make(run, preset="error_bits", bits=bits, granularity=granularity, weigh="influence")
-    parts = PARTS if granularity == "projection" else ("up",)
+    parts = PARTS if granularity in ("matrix", "projection") else ("up",)
     chosen = [[_widths(plan, part)[layer, 0 if count > 1 else expert] for part in parts]
               for layer in range(LAYERS) for expert in (range(1) if count > 1 else range(EXPERTS))]  # fmt: skip
     columns = np.array([widths.index(width) for row in chosen for width in row])
@@ -158,11 +161,11 @@ def test_error_bits_are_the_optimum_of_highs(run: store.Run, granularity: str, b
 
 
 def test_error_bits_layer_by_layer(run: store.Run) -> None:
-    plan = planner.make(run, preset="error_bits", bits=4.5, budget="layer")
+    plan = planner.make(run, preset="error_bits", bits=4.5, budget="layer", granularity="expert")
     for layer in range(LAYERS):
         taken = sum(_size(width) for (at, _), width in _widths(plan).items() if at == layer)
         assert taken <= ROOM[4.5] / LAYERS < taken + _size(4) - _size(2)
-    together = planner.make(run, preset="error_bits", bits=4.5)
+    together = planner.make(run, preset="error_bits", bits=4.5, granularity="expert")
     assert Counter(_widths(plan).values()) != Counter(_widths(together).values())
 
 
@@ -328,7 +331,8 @@ def _tightest(run: store.Run, name: str) -> Plan:
     """The plan of the fewest bits that a preset can meet, which its refusal names."""
     with pytest.raises(PlanError, match="cannot be met") as refused:
         planner.make(run, preset=name, bits=1.0)
-    assert "3 experts with super experts at" in str(refused.value)
+    held = "9 matrices" if name == "error_bits" else "3 experts"
+    assert f"{held} with super experts at" in str(refused.value)
     least = float(str(refused.value).split()[-1])
     plan = planner.make(run, preset=name, bits=least)
     assert least - 0.1 < _stored(plan) <= least
@@ -373,7 +377,7 @@ def test_what_a_cut_leaves_is_quantized(run: store.Run, asked: dict[str, Any]) -
 def test_merged_experts_have_their_members_errors(run: store.Run) -> None:
     merged = planner.make(run, preset="m_smoe", share=0.5)
     one = task(run, form="packed", bits=5.5, before=merged.steps)
-    (step,) = error_bits.draft(one, weigh="influence").steps
+    (step,) = error_bits.draft(one, weigh="influence", granularity="expert").steps
     plan = merged.model_copy(update={"steps": (*merged.steps, step)}).checked()
     errors, weigh = _errors(run)[:, :, [BITS.index(one) for one in (2, 3, 4, 8)]], _influence(run)
     units = [(key[0], one) for key, experts in experts_after(plan).items() for one in experts]
@@ -424,7 +428,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "width": ({"widths": [2, 5]}, "width 5 is not known: there are 1, ternary, 2, 3, 4, 8"),
     "truth": ({"widths": [True, 2]}, "width True is not known"),
     "no width": ({"widths": []}, "no width is left: name some of 1, ternary, 2, 3, 4, 8"),
-    "granularity": ({"granularity": "head"}, "granularity 'head' is not known: use expert, layer or projection"),
+    "granularity": (
+        {"granularity": "head"},
+        "granularity 'head' is not known: use matrix, expert, layer or projection",
+    ),
     "parameter": ({"sharedbits": 4}, "has a parameter 'sharedbits': did you mean 'shared_bits'?"),
     "shared": ({"shared_bits": 5}, "width 5 is not known"),
     "group": ({"group_size": 48}, "groups of 48 do not divide rows of 32: use 32"),
