@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 NAME = "plan"
 SUMMARY = "plan what to drop, merge, slim or quantize, from a run; or compare two plans"
 FORMS = ("uniform", "per_layer", "padded", "shared", "masked", "packed", "dense")
+ENGINES = ("any", "transformers", "vllm")
+"""Those of :mod:`planner.engines`, which takes longer to import."""
+
 ROWS = {"layers": 100, "difference": 60}
 """Rows that the terminal gets of long tables; --json prints all."""
 
@@ -50,9 +53,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--form", choices=FORMS, help="how it is stored (default: the preset's first)")
     parser.add_argument("--allocation", metavar="NAME", help="how the cut is spread over the layers")
     parser.add_argument(
-        "--engine", choices=("any", "transformers"),
-        help="any: only what every engine loads; transformers: also forms per_layer and shared, which compressor.load"
-        " loads (default: what the form takes)",
+        "--engine", choices=ENGINES,
+        help="any: only what every engine loads; transformers: also forms per_layer, shared and packed, which"
+        " compressor.load loads; vllm: packed widths that it has kernels for (default: what the form takes)",
     )  # fmt: skip
     parser.add_argument("--no-guard", action="store_true", help="do not protect super experts")
     parser.add_argument("--allow-invalid", action="store_true", help="take a run whose checks failed all the same")

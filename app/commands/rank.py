@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from app.commands.inputs import add_corpus, add_model, open_model, open_text, require_data, require_placement
 from app.commands.options import add_config, add_json, add_store
-from app.commands.plan import add_bits, memory, share
+from app.commands.plan import ENGINES, add_bits, memory, share
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--presets", metavar="LIST", help="comma list (default: all that the run can give; plan RUN --list names them)"
     )
-    parser.add_argument("--engine", choices=("any", "transformers"), help="any: only what every engine loads")
+    parser.add_argument("--engine", choices=ENGINES, help="any: only what every engine loads")
     parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="write the best plan to this file too")
     add_store(parser)
     add_corpus(parser)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from app.commands.inputs import add_corpus, add_model, open_model, open_text, require_placement
 from app.commands.options import add_config, add_json, add_store, positive
-from app.commands.plan import memory
+from app.commands.plan import ENGINES, memory
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -51,7 +51,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="what the model's other weights take of --memory (default: read from MODEL; without it, none)",
     )  # fmt: skip
     parser.add_argument(
-        "--engine", choices=("any", "transformers"), help="any: only what every engine loads (default: what we load)"
+        "--engine",
+        choices=ENGINES,
+        help="any: only what every engine loads; vllm: packed widths that it has kernels for too (default: what"
+        " compressor.load loads)",
     )
     parser.add_argument(
         "--quality", type=_quality, metavar="KL", help="largest KL divergence that is acceptable, nats per token"
@@ -162,6 +165,7 @@ def _refuse(options: argparse.Namespace) -> None:
 def _request(run: store.Run, options: argparse.Namespace) -> tuple[Request, list[str]]:
     """What is asked, and what the reader has to know of it."""
     from app.whole_model import whole_model
+    from planner import engines
     from planner.candidates import Request
 
     notes = []
@@ -177,6 +181,8 @@ def _request(run: store.Run, options: argparse.Namespace) -> tuple[Request, list
         notes.append(f"Of --memory, {other:,} bytes are for weights beside the experts (read from {options.model}).")
     if options.model is not None and not options.data:
         notes.append("Without --data nothing is measured: all figures are priced from the run's sums.")
+    if options.engine is not None and engines.find(options.engine).note:
+        notes.append(engines.find(options.engine).note)
     request = Request(
         run=run, memory=options.memory, other_weights=other or 0, engine=options.engine, domains=_domains(run, options),
         guard=not options.no_guard, allow_invalid=options.allow_invalid,

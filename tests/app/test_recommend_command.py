@@ -17,12 +17,14 @@ from safetensors.numpy import save_file
 import planner.candidates
 import store
 from app.cli import main
+from app.commands.plan import ENGINES
 from app.measuring import measuring, seen_before
 from app.telling import Telling
 from app.whole_model import whole_model
 from compressor.memory import edited
 from compressor.plan import Plan
 from moescope.errors import ModelError
+from planner import engines
 from planner.recommendation import Recommendation
 from profiler import load_model, load_tokenizer
 from profiler.corpus import open_corpus
@@ -178,7 +180,7 @@ def test_text_without_a_model_is_refused(place: Path, capsys: pytest.CaptureFixt
 
 
 @pytest.mark.parametrize(
-    ("option", "value"), [("--engine", "vllm"), ("--quality", "-1"), ("--search", "some"), ("--memory", "much")]
+    ("option", "value"), [("--engine", "vllmm"), ("--quality", "-1"), ("--search", "some"), ("--memory", "much")]
 )
 def test_values_that_cannot_be_are_refused_by_the_parser(
     place: Path, capsys: pytest.CaptureFixture[str], option: str, value: str
@@ -282,6 +284,17 @@ def test_recommendations_are_listed(place: Path, capsys: pytest.CaptureFixture[s
         ("apply", "6 MiB", False),
         ("leave it", "12 MiB", True),
     ]
+
+
+def test_an_engine_gets_what_it_loads(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert set(ENGINES) == set(engines.ENGINES)
+    assert main(ask(place, "--memory", "8MiB", "--engine", "vllm", "--json")) == 0
+    content = answer(capsys)
+    found = Recommendation.of(content)
+    steps = [step for one in found.candidates for step in one.plan.steps if step.step == "quantize"]
+    assert steps and all(step.granularity == "layer" and step.symmetric for step in steps)
+    assert all(one.plan.target.engine == "vllm" for one in found.candidates)
+    assert any("moescope has not run them" in note for note in content["notes"])
 
 
 def test_other_weights_are_read_from_the_headers(place: Path) -> None:
