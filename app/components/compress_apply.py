@@ -31,7 +31,7 @@ _LOOKS = {
     "elsewhere": ("on another machine", "gray", ":material/dns:"),
 }
 
-_OPTIONS = ("preset", "share", "memory", "domains", "form", "guard", "engine", "allow_invalid")
+_OPTIONS = ("preset", "share", "memory", "quantizer", "domains", "form", "guard", "engine", "allow_invalid")
 _DOES = {"apply": "applying", "evaluate": "measuring", "recommend": "pricing and measuring"}
 
 
@@ -70,11 +70,13 @@ def commands(run: Run, asked: dict[str, Any]) -> str:
 
 
 def _planning(target: str, asked: dict[str, Any]) -> str:
-    """The command that makes the plan; of what no command can say, where the plan is to be had."""
-    if not asked or {"share", "memory"} <= set(asked):
+    """The command that makes the plan; for one that a search found, where the plan is to be had."""
+    if not asked:
         return "# plan.json: Download JSON, above"
-    amount = f"--share {asked['share']:g}" if "share" in asked else f"--memory {asked['memory']}"
-    words = [f"--preset {asked['preset']}", amount]
+    words = [f"--preset {asked['preset']}"]
+    words += [f"--share {asked['share']:g}"] if "share" in asked else []
+    words += [f"--memory {asked['memory']}"] if "memory" in asked else []
+    words += [f"--quantizer {asked['quantizer']}"] if asked.get("quantizer") else []
     words += [f"--engine {asked['engine']}"] if asked.get("engine") else []
     if asked.get("domains"):
         words.append(f"--domains {shlex.quote(','.join(asked['domains']))}")

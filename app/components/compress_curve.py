@@ -43,8 +43,9 @@ def section(run: Run, asked: dict[str, Any]) -> Recommendation | None:
     drawn, advised = st.container(), st.container()
     try:
         with st.spinner("Pricing plans from the run's sums"):
-            tried = data.made(frames.first_look, run, **asked)
-            found = _advice(run, kept, source, int(whole * share), asked)
+            priced = {**asked, "calibration": frames.measured_factors(kept)}
+            tried = data.made(frames.first_look, run, **priced)
+            found = _advice(run, kept, source, int(whole * share), priced)
     except PlanError as error:
         st.warning(f"Nothing can be advised: {state.plain(str(error), 400)}", icon=":material/block:")
         return None
@@ -88,12 +89,12 @@ def _measured_words(found: Recommendation) -> str:
 
 
 def _advice(
-    run: Run, kept: list[tuple[str, Recommendation]], source: str, memory: int, asked: dict[str, Any]
+    run: Run, kept: list[tuple[str, Recommendation]], source: str, memory: int, priced: dict[str, Any]
 ) -> Recommendation:
     for name, one in kept:
         if name == source:
             return one
-    found: Recommendation = data.made(frames.advice, run, memory=memory, **asked)
+    found: Recommendation = data.made(frames.advice, run, memory=memory, **priced)
     return found
 
 

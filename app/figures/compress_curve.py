@@ -10,11 +10,13 @@ import polars as pl
 from app.figures.style import Theme, layout, log_ticks, message, palette, safe
 from app.text import size
 
-MIXES = (
-    "quantize", "slim", "slim + quantize", "drop", "drop + quantize", "merge", "merge + quantize", "factor",
-    "factor + quantize",
-)  # fmt: skip
-"""Kinds of plans in the order of their colours; others share the last one."""
+MIXES = {
+    "quantize": 0, "slim": 1, "slim + quantize": 2, "drop": 3, "drop + quantize": 4, "merge": 7, "merge + quantize": 9,
+    "factor": 5, "factor + quantize": 6,
+}  # fmt: skip
+"""Kinds of plans in the order of the legend -> place of their colour; others share one."""
+
+_OTHER = 8
 
 _LEAST = 1e-7
 """What costs less is drawn here: a log axis has no zero."""
@@ -41,7 +43,7 @@ def cost_by_size(
     colours, unit = palette(theme), _unit(frame)
     figure = go.Figure()
     for mix in _ordered(shown):
-        colour = colours.categorical[_place(mix)]
+        colour = colours.categorical[MIXES.get(mix, _OTHER)]
         part = shown.filter(pl.col("mix") == mix)
         figure.add_trace(_predicted(part.filter(pl.col("kl").is_not_null()), mix, colour, unit))
         seen = part.filter(pl.col("measured").is_not_null())
@@ -119,7 +121,7 @@ def _ordered(frame: pl.DataFrame) -> list[str]:
 
 
 def _place(mix: str) -> int:
-    return MIXES.index(mix) if mix in MIXES else len(MIXES)
+    return list(MIXES).index(mix) if mix in MIXES else len(MIXES)
 
 
 def _clipped(values: pl.Series) -> pl.Series:

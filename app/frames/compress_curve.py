@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from compressor.plan.result import neurons_after
 from moescope.errors import PlanError, StoreError
 from planner.candidates import Request
 from planner.curve import QUICK_SIZES, curve, quick
+from planner.estimate.prediction import Calibration
 from planner.estimate.storage import expert_bytes
 from planner.finalists import Measurement
 from planner.recommendation import Candidate, Recommendation, mix_of
@@ -48,27 +50,45 @@ _POINTS = {
 }
 
 
-def first_look(run: store.Run, **asked: Any) -> list[Candidate]:
+def first_look(run: store.Run, *, calibration: str = "", **asked: Any) -> list[Candidate]:
     """Plans of a few presets at a few sizes, by size: what can be priced within seconds.
 
     Args:
         run: a finished run.
+        calibration: what prices rest on, from :func:`measured_factors`.
         asked: domains, guard, allow_invalid and engine, as ``planner.make`` takes them.
 
     Raises:
         PlanError: no plan can be made of the run.
     """
-    found = curve(quick(Request(run=run, memory=0, **asked)), sizes=QUICK_SIZES)
+    request = quick(Request(run=run, memory=0, **asked))
+    found = curve(request, sizes=QUICK_SIZES, calibration=_calibration(calibration))
     return [one for one in found if one.prediction is not None]
 
 
-def advice(run: store.Run, *, memory: int, **asked: Any) -> Recommendation:
+def advice(run: store.Run, *, memory: int, calibration: str = "", **asked: Any) -> Recommendation:
     """The recommendation for a budget of the experts, from a few presets: within seconds, without a model.
+
+    Args:
+        run: a finished run.
+        memory: bytes that the experts may take.
+        calibration: what prices rest on, from :func:`measured_factors`.
+        asked: as for :func:`first_look`.
 
     Raises:
         PlanError: no plan can be made of the run.
     """
-    return planner.recommend(run, memory=memory, quick=True, **asked)
+    return planner.recommend(run, memory=memory, quick=True, calibration=_calibration(calibration), **asked)
+
+
+def measured_factors(kept: Sequence[tuple[str, Recommendation]]) -> str:
+    """What measured plans say of prices, by the newest recommendation that measured some; as JSON, so that it can be a
+    key; empty where none did.
+    """
+    for _, one in kept:
+        if one.calibration.count:
+            return json.dumps(one.calibration.content())
+    return ""
 
 
 def files(run: store.Run, kind: str) -> Files:
@@ -235,6 +255,10 @@ def _words(plan: Plan, step: Step, place: int) -> str:
         masks = [mask.mean() for (*_, role), mask in neurons_after(plan).items() if role == "routed"]
         return f"keep {(sum(masks) + experts - len(masks)) / experts:.0%} of the neurons".replace("%", " %")
     return "keep in factors what experts differ by"
+
+
+def _calibration(text: str) -> Calibration | None:
+    return Calibration.of(json.loads(text)) if text else None
 
 
 def _bytes(run: store.Run, plan: Plan) -> int:

@@ -151,7 +151,7 @@ def _controls(run: Run, known: pl.DataFrame) -> dict[str, Any]:
 def _memory(run: Run) -> int:
     most = frames.expert_bytes(run) / GIB
     value = state.choose_size(
-        "Experts may take, GiB", key="memory", low=1e-6, high=max(most, 1e-3), default=float(f"{0.75 * most:.3g}"),
+        "Experts may take, GiB", key="memory", low=1e-6, high=max(most, 1e-3), default=float(f"{0.75 * most:.4g}"),
         help=f"Weights of all experts, in the type that the run was recorded with; now {most:.3g} GiB. Other weights "
         "of the model come on top.",
     )  # fmt: skip

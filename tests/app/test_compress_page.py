@@ -21,10 +21,11 @@ from app.figures import compress_measured as measured_figures
 from app.figures.room import influence
 from app.figures.room import width as neurons
 from app.frames import compress as frames
+from app.frames import compress_curve, evaluation, room
 from app.frames import compress_measured as measured
 from app.frames import compress_presets as presets
-from app.frames import evaluation, room
 from compressor.plan import Plan
+from planner import curve
 from planner.presets import DEFAULT, PRESETS
 from sample_data import MODEL, RUN
 
@@ -49,6 +50,8 @@ def few_presets(monkeypatch: pytest.MonkeyPatch) -> None:
     """Enough of each kind, so that pages are quick; tests of the command go through all."""
     names = (DEFAULT, "reap", "ean", "frequency", "copies", "camera_p", "heapr")
     monkeypatch.setattr(presets, "PRESETS", tuple(preset for preset in PRESETS if preset.name in names))
+    monkeypatch.setattr(curve, "QUICK_PRESETS", ("error_bits", "budgeted_reap"))
+    monkeypatch.setattr(compress_curve, "QUICK_SIZES", (0.3,))
 
 
 @pytest.fixture
@@ -62,7 +65,7 @@ def clean(directory: Path) -> Path:
 def visit(monkeypatch: pytest.MonkeyPatch, directory: Path, **parameters: str | list[str]) -> AppTest:
     monkeypatch.setenv("MOESCOPE_STORE", str(directory))
     app = AppTest.from_file(str(MAIN), default_timeout=100)
-    for name, value in parameters.items():
+    for name, value in ({"plan": "of a preset"} | parameters).items():
         app.query_params[name] = value
     app.run()
     app.switch_page("views/compress.py").run()
@@ -75,8 +78,15 @@ def words(app: AppTest) -> str:
     return "\n".join(str(element.value) for kind in kinds for element in kind)
 
 
+def charts(app: AppTest) -> list[dict[str, Any]]:
+    """The figures of a plan and of measurements: those of the advice are tested in test_compress_advice."""
+    found = [json.loads(chart.proto.spec) for chart in app.get("plotly_chart")]
+    left_out = ("Size against predicted cost, every plan", "Where the predicted cost comes from")
+    return [one for one in found if one["layout"]["title"]["text"] not in left_out]
+
+
 def titles(app: AppTest) -> list[str]:
-    return [json.loads(chart.proto.spec)["layout"]["title"]["text"] for chart in app.get("plotly_chart")]
+    return [one["layout"]["title"]["text"] for one in charts(app)]
 
 
 def metrics(app: AppTest) -> dict[str, tuple[str, str]]:
@@ -113,9 +123,12 @@ def test_the_plan_stands_there_at_once(monkeypatch: pytest.MonkeyPatch, clean: P
         plan = planner.make(run, share=0.25)
     assert titles(app)[:2] == [f"What becomes of every expert: {DEFAULT}, 25 %, per_layer", "Predicted error by preset"]
     assert metrics(app)["Experts"] == ("72", "-25.0% of 96")
-    assert metrics(app)["Weights of all experts"] == ("13.5 MiB", "-25.0% of 18 MiB")
+    assert metrics(app)["Weights of all experts"] == ("6.75 MiB", "-25.0% of 9 MiB")
     assert metrics(app)["Parameters per token"][1] == "unchanged"
     assert metrics(app)["Predicted error"][0] == f"{plan.estimate.weighed_error:.3g}"
+    price = plan.estimate.prediction
+    assert price is not None
+    assert metrics(app)["Predicted KL"] == (f"{price.kl:.3g}", f"{price.low:.3g} to {price.high:.3g}")
     text = words(app)
     assert plan.digest[:12] in text
     assert "108,000 tokens" in text
@@ -152,7 +165,9 @@ def test_a_link_restores_the_choice(monkeypatch: pytest.MonkeyPatch, clean: Path
     with store.open_run(clean / "sample.duckdb") as run:
         plan = planner.make(run, preset="camera_p", share=0.4, domains=["c", "german"], guard=False)
     assert plan.digest[:12] in words(app)
-    assert metrics(app)["Predicted error"][0] == "unknown"
+    assert "Predicted error" not in metrics(app)  # a plan that slims has a price, and no such error
+    assert plan.estimate.prediction is not None
+    assert metrics(app)["Predicted KL"][0] == f"{plan.estimate.prediction.kl:.3g}"
 
 
 def test_bad_values_in_a_link_fall_back(monkeypatch: pytest.MonkeyPatch, clean: Path) -> None:
@@ -264,7 +279,7 @@ def test_what_was_measured_stands_beside_the_original(monkeypatch: pytest.Monkey
         "KL divergence from the original", "Perplexity beside the original's",
         "Probes, edited model against the original",
     ]  # fmt: skip
-    names = [trace["name"] for trace in json.loads(app.get("plotly_chart")[4].proto.spec)["data"]]
+    names = [trace["name"] for trace in charts(app)[4]["data"]]
     assert sorted(name.split(",")[0] for name in names) == ["frequency", "reap"]
     assert app.selectbox(key="measured").value.startswith("reap, 25 %")
     assert "Perplexity has risen" in words(app)
@@ -296,7 +311,7 @@ def test_a_run_of_one_level_names_the_others(monkeypatch: pytest.MonkeyPatch, tm
     assert "--preset frequency" in text
     assert "without level activations" in text.replace("\\", "")
     assert metrics(app)["Predicted error"][0] == "unknown"
-    assert "cannot predict" in json.loads(app.get("plotly_chart")[1].proto.spec)["layout"]["annotations"][0]["text"]
+    assert "cannot predict" in charts(app)[1]["layout"]["annotations"][0]["text"]
 
 
 def test_counts_without_a_model_say_why(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
