@@ -20,7 +20,7 @@ select layer, expert, sum(tokens) from mine.expert_load where domain = 'code' gr
 
 Beside it lie `NAME.live/` (Parquet shards while the run is collected), `NAME.derived.duckdb` (metric results; may be
 deleted and computed again), `NAME.evaluations/` (what was measured on the model) and `NAME.plans/` (plans made from the
-run, receipts of applying them, and jobs), both as JSON.
+run, receipts of applying them, recommendations, and jobs), both as JSON.
 
 Common columns: **layer** counts the model's decoder layers, dense ones included; **step** is 0 unless a layer calls its
 experts several times; **kind** is routed or shared; **domain** is the label of the text; **phase** is prompt or decode;
