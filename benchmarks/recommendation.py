@@ -23,7 +23,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,12 +39,13 @@ from benchmarks.compression import corpus_of, documents
 from compressor.memory import edited
 from compressor.plan import Plan
 from moescope.errors import PlanError
-from planner.candidates import Request, candidates
+from planner.advice import recommend
+from planner.candidates import Request, candidates, with_elsewhere
 from planner.curve import curve, pareto
 from planner.estimate.parameters import expert_parameters, sizes_before
 from planner.finalists import Damage, Measurement
 from planner.presets import PRESETS
-from planner.recommend import recommend
+from planner.recommendation import Candidate, mix_of
 from profiler import load_model, load_tokenizer
 from profiler.collect import collect
 from profiler.evaluation.distribution import BaseDistribution, Divergence
@@ -178,9 +179,9 @@ def sizes(case: Case, budgets: list[float]) -> list[dict[str, Any]]:
     return rows
 
 
-def varied(case: Case, bits: float) -> dict[str, Plan]:
-    """Plans of one size by as many ways as there are, good and bad."""
-    memory, plans = case.memory(bits), {}
+def varied(case: Case, request: Request) -> dict[str, Candidate]:
+    """Plans of one size by as many ways as there are, good and bad, each measured on calibration text."""
+    found = {}
     cuts: list[dict[str, Any]] = [
         {"preset": "stream_slim", "form": "per_layer", "share": 0.25, "multiple": 32},
         {"preset": "camera_p", "form": "uniform", "share": 0.25, "multiple": 32},
@@ -199,24 +200,28 @@ def varied(case: Case, bits: float) -> dict[str, Plan]:
         *({**cut, "quantizer": "error_bits"} for cut in cuts),
     ]
     for recipe in recipes:
+        recipe = {**recipe, "memory": request.memory}
         try:
-            plan = planner.make(case.run, memory=memory, **recipe)
+            plan = request.plan(recipe)
         except PlanError:
             continue
-        plans[" ".join(str(value) for value in recipe.values())] = plan
-    return plans
+        price = planner.predict(plan, request.task())
+        one = Candidate(plan, mix_of(plan), request.memory, price, recipe=recipe)
+        name = " ".join(str(value) for key, value in recipe.items() if key != "memory")
+        found[name] = replace(with_elsewhere(request, one), measurement=case.choose(plan))
+    return found
 
 
 def predictions(case: Case, budgets: list[float]) -> list[dict[str, Any]]:
     """Predicted against measured divergence, size by size."""
-    request = Request(case.run, case.memory(3.0))
     # The factors come from one recommendation at another size: what the plans below cost is news to them.
     advice = recommend(case.run, memory=case.memory(3.0), measure=case.choose, finalists=1)
     rows = []
     for bits in budgets:
-        plans = varied(case, bits)
+        request = Request(case.run, case.memory(bits))
+        found_plans = varied(case, request)
+        plans = {name: one.plan for name, one in found_plans.items()}
         scored = {name: case.score(plan) for name, plan in plans.items()}
-        chosen = {name: case.choose(plan).kl for name, plan in plans.items()}
         row: dict[str, Any] = {"bits": bits, "plans": len(plans)}
         for basis, calibration in (("sums", None), ("measured plans", advice.calibration)):
             prices = {name: planner.predict(plan, request.task(), calibration) for name, plan in plans.items()}
@@ -231,7 +236,7 @@ def predictions(case: Case, budgets: list[float]) -> list[dict[str, Any]]:
                 "width": float(np.median((price[:, 2] - price[:, 1]) / price[:, 0])),
                 "ratio": [float(value) for value in np.quantile(found / price[:, 0], [0.1, 0.5, 0.9])],
             }
-        pick = min(chosen, key=chosen.__getitem__)
+        pick = min(found_plans, key=lambda name: found_plans[name].score)
         for text in ("seen", "unseen"):
             best = min(getattr(one, text) for one in scored.values())
             row[f"regret_{text}"] = getattr(scored[pick], text) / best - 1

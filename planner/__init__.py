@@ -19,17 +19,17 @@ from typing import TYPE_CHECKING, Any
 from planner.presets import DEFAULT, PRESETS
 
 if TYPE_CHECKING:
+    from planner.advice import recommend
     from planner.entry import make
     from planner.estimate.prediction import predict
     from planner.finalists import Measurement, choose
-    from planner.recommend import recommend
 
 _LAZY = {
     "Measurement": "planner.finalists",
     "choose": "planner.finalists",
     "make": "planner.entry",
     "predict": "planner.estimate.prediction",
-    "recommend": "planner.recommend",
+    "recommend": "planner.advice",
 }
 
 __all__ = ["DEFAULT", "PRESETS", "Measurement", "choose", "make", "predict", "recommend"]

@@ -19,7 +19,7 @@ from planner.guard import Rule, guard_of
 from planner.presets import DEFAULT_QUANTIZER, PRESETS, Preset, find
 from planner.recommendation import Candidate, mix_of
 from planner.source import source_of, value_bytes
-from planner.task import Task
+from planner.task import Task, once
 
 SHARES = (0.125, 0.25, 0.375, 0.5)
 """What mixtures cut before the rest is quantized."""
@@ -69,9 +69,11 @@ class Request:
     def task(self, domains: Sequence[str] | None = None) -> Task:
         """A task for pricing plans over some domains; None = those of the request."""
         names = tuple(sorted(domains or self.domains or self.run.domains))
+        kept = self.kept.setdefault(names, {})
+        guard = once(kept, ("guard", self.guard), lambda: guard_of(self.run, self.guard))
         return Task(
-            run=self.run, source=source_of(self.run), domains=names, share=0.0, form="per_layer",
-            guard=guard_of(self.run, self.guard), kept=self.kept.setdefault(names, {}),
+            run=self.run, source=once(kept, "source", lambda: source_of(self.run)), domains=names, share=0.0,
+            form="per_layer", guard=guard, kept=kept,
         )  # fmt: skip
 
     def plan(self, recipe: Mapping[str, Any], domains: Sequence[str] | None = None) -> Plan:
@@ -146,7 +148,7 @@ def bytes_of(request: Request, plan: Plan) -> int:
 
 def what_it_does(plan: Plan) -> str:
     """The same for plans that do the same, whatever they rest on."""
-    steps = [step.model_dump(mode="json", exclude={"method", "grouping"}) for step in plan.steps]
+    steps = [step.model_dump(mode="json", exclude={"method", "grouping", "granularity"}) for step in plan.steps]
     return json.dumps(steps, sort_keys=True)
 
 

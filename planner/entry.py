@@ -18,7 +18,7 @@ from planner.estimate import estimate
 from planner.guard import Guard, Rule, guard_of
 from planner.importance.statistics import Statistics
 from planner.source import source_of
-from planner.task import Draft, Task
+from planner.task import Draft, Task, once
 
 _GRID = ("symmetric", "shared_bits", "group_size", "scales")
 """Parameters that all presets that quantize take."""
@@ -75,18 +75,19 @@ def make(
     if preset is None and share is None and memory is None and bits is not None:  # nothing is cut
         preset, quantizer = quantizer or presets.DEFAULT_QUANTIZER, None
     chosen = presets.find(presets.default(engine=engine, form=form) if preset is None else preset)
-    _require_usable(run, chosen, allow_invalid)
+    require_usable(run, chosen, allow_invalid)
     settings = _settings(chosen, parameters, engine)
     both = share is not None and memory is not None
     second = _quantizer(run, chosen, quantizer, bits, both, allow_invalid)
-    source = source_of(run)
+    kept = {} if kept is None else kept
+    source: Source = once(kept, "source", lambda: source_of(run))
     if chosen.step == "quantize":
         _only_bits(chosen, share, memory, bits)
     task = Task(
-        run=run, source=source, domains=_domains(run, domains),
+        run=run, source=source, domains=once(kept, "domains", lambda: domains_of(run, domains)),
         share=0.0 if chosen.step == "quantize" else _share(share, None if second else memory),
-        form=_form(chosen, form, engine, source, settings), guard=guard_of(run, guard), bits=_bits(bits),
-        factors=_factors(source, factors), kept={} if kept is None else kept,
+        form=_form(chosen, form, engine, source, settings), bits=_bits(bits),
+        guard=once(kept, ("guard", guard), lambda: guard_of(run, guard)), factors=_factors(source, factors), kept=kept,
     )  # fmt: skip
     if second is not None:
         _form(second, None, engine, source, second.defaults)
@@ -185,7 +186,12 @@ def _within(
     )
 
 
-def _require_usable(run: store.Run, preset: presets.Preset, allow_invalid: bool) -> None:
+def require_usable(run: store.Run, preset: presets.Preset, allow_invalid: bool) -> None:
+    """Refuse a run that a preset cannot plan from.
+
+    Raises:
+        PlanError: it is live, lacks a level, or its checks failed.
+    """
     if run.live:
         raise PlanError(f"run {run.name!r} is still being collected: plan when it is finished")
     missing = preset.lacking(run.info.levels)
@@ -266,11 +272,16 @@ def _quantizer(
     second = presets.find(name or presets.DEFAULT_QUANTIZER)
     if second.step != "quantize":
         raise PlanError(f"preset {second.name!r} does not quantize, so it cannot follow another")
-    _require_usable(run, second, allow_invalid)
+    require_usable(run, second, allow_invalid)
     return second
 
 
-def _domains(run: store.Run, wanted: Sequence[str] | None) -> tuple[str, ...]:
+def domains_of(run: store.Run, wanted: Sequence[str] | None) -> tuple[str, ...]:
+    """Whose text counts, sorted.
+
+    Raises:
+        PlanError: none, or one that the run does not have.
+    """
     known = Statistics(run, level="routing").domains
     if wanted is None:
         return tuple(known)

@@ -21,6 +21,9 @@ CARE, LEAVE = 0.05, 0.5
 asked for: about a change of perplexity by 5 % and by 60 %."""
 
 
+KEPT = 16
+"""Candidates whose plans are kept whole where a recommendation is written; of the others, what they take and cost."""
+
 TOLERATED = 1.5
 """How many times as much a plan may cost on a domain that it was not made from without losing rank: narrower widths
 cost about that; dropped experts can cost many times as much."""
@@ -129,7 +132,10 @@ class Recommendation(Sequence[Plan]):
             **{name: list(getattr(self, name)) for name in ("reasons", "evidence")},
             "refused": dict(self.refused),
             "calibration": self.calibration.content(),
-            "candidates": [_candidate_content(one) for one in self.candidates],
+            "candidates": [_candidate_content(one) for one in self.candidates[:KEPT]],
+            "others": [
+                {"name": one.name, "mix": one.mix, "bytes": one.bytes, "kl": one.kl} for one in self.candidates[KEPT:]
+            ],
         }
 
     @staticmethod

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +14,7 @@ from compressor.plan import LayerKey, LayerShape, Source, Step
 from planner.guard import Guard
 
 Array = NDArray[np.float64]
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,14 @@ class Draft:
     values: Mapping[LayerKey, Array]
     kept_mass: float | None = None
     notes: tuple[str, ...] = ()
+
+
+def once(kept: dict[Any, Any], name: Any, work: Callable[[], Value]) -> Value:
+    """What was worked out before under a name, else what ``work`` gives, remembered."""
+    if name not in kept:
+        kept[name] = work()
+    found: Value = kept[name]
+    return found
 
 
 def rounded(values: Array) -> Array:

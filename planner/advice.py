@@ -15,11 +15,13 @@ from moescope.errors import PlanError
 from planner.budget import memory_of
 from planner.candidates import Request, candidates, with_elsewhere
 from planner.curve import quick as few
+from planner.entry import domains_of, require_usable
 from planner.estimate.parameters import expert_parameters, sizes_before
 from planner.estimate.prediction import Calibration, Turns, calibrate, predict
 from planner.estimate.stream import stream_turns
 from planner.finalists import Measurement
 from planner.guard import Rule
+from planner.presets import find as find_preset
 from planner.probing import probes
 from planner.recommendation import CARE, LEAVE, Candidate, Recommendation, Verdict
 from planner.risks import risks_of
@@ -83,6 +85,9 @@ def recommend(
         allow_invalid=allow_invalid,
     )  # fmt: skip
     request, elsewhere = (few(request), QUICK_ELSEWHERE) if quick else (request, PRICED_ELSEWHERE)
+    require_usable(run, find_preset("error_bits"), allow_invalid)
+    if domains is not None:
+        domains_of(run, domains)
     before = _bytes_before(request)
     if before <= request.memory:
         why = f"The weights take {before:,} bytes and fit into {request.memory:,}: nothing has to be done."
@@ -210,7 +215,10 @@ def _against(best: Candidate, second: Candidate) -> str:
     if one is None or two is None:
         return f"Next is {second.name} ({second.mix}) with {second.kl:.3g}, by prediction."
     apart = "apart" if one.high < two.low or two.high < one.low else "not apart"
-    return f"Next is {second.name} ({second.mix}) with {two.kl:.3g}; their intervals are {apart}."
+    text = f"Next is {second.name} ({second.mix}) with {two.kl:.3g}; their intervals are {apart}"
+    if two.kl < one.kl:
+        text += "; it comes second for what it is predicted to cost on text unlike the run's"
+    return f"{text}."
 
 
 def _priced_by(calibration: Calibration | None) -> str:
