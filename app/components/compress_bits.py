@@ -42,7 +42,7 @@ def maps(plan: Plan) -> None:
 
 def details(run: Run, plan: Plan, calibration: Calibration | None = None) -> None:
     """How many weights have which width, and which layers the predicted cost comes from."""
-    given = json.dumps(calibration.content()) if calibration is not None and calibration.count else ""
+    given = key_of(calibration)
     turned = data.of_plan(frames.turns, run, plan, calibration=given)
     share = frames.histogram(plan)
     if turned.is_empty() and share.is_empty():
@@ -69,6 +69,11 @@ def details(run: Run, plan: Plan, calibration: Calibration | None = None) -> Non
                 alt="Bars: share of weights by width",
             )
     _table(plan)
+
+
+def key_of(calibration: Calibration | None) -> str:
+    """What prices rest on as text, so that it can be a key; empty where no plan was measured."""
+    return json.dumps(calibration.content()) if calibration is not None and calibration.count else ""
 
 
 def _table(plan: Plan) -> None:

@@ -13,6 +13,7 @@ from app.figures import compress as figures_of
 from app.figures.style import safe
 from app.frames import compress as frames
 from app.frames import compress_presets
+from app.frames.compress_bits import price as priced
 from app.text import size
 from compressor.plan import Plan, SlimStep
 from store import Run
@@ -21,13 +22,19 @@ _number = st.column_config.NumberColumn
 _PLAIN: dict[str, Any] = {"delta_color": "off", "delta_arrow": "off"}
 
 
-def figures(run: Run, plan: Plan) -> None:
-    """What the plan saves and is expected to cost, in a row; what it rests on, below."""
+def figures(run: Run, plan: Plan, *, calibration: str = "") -> None:
+    """What the plan saves and is expected to cost, in a row; what it rests on, below.
+
+    Args:
+        run: the plan's run.
+        plan: the plan.
+        calibration: what its price rests on, as JSON; empty = the run's sums alone.
+    """
     estimate, kept, whole = plan.estimate, frames.kept(plan), compress_presets.expert_bytes(run)
     experts = sum(shape.num_experts for shape in plan.source.layers)
     active, was = estimate.active_parameters_after, estimate.active_parameters
     error = estimate.weighed_error
-    price = estimate.prediction
+    price = next(data.of_plan(priced, run, plan, calibration=calibration).iter_rows(named=True), None)
     columns = st.columns(3 + (price is not None) + (price is None or error is not None))
     columns[0].metric("Experts", f"{kept:,}", _change(kept, experts, f"{experts:,}"), **_PLAIN)
     columns[1].metric(
@@ -44,10 +51,11 @@ def figures(run: Run, plan: Plan) -> None:
         _error(columns[3], error)
     if price is not None:
         columns[-1].metric(
-            "Predicted KL", f"{price.kl:.3g}", f"{price.low:.3g} to {price.high:.3g}", **_PLAIN,
-            help="Divergence from the model as it is, nats per token, from the run's sums alone, with an interval that "
-            f"holds {price.coverage:.0%} of measured values; it compares plans of every kind. Only a measurement says "
-            "what the model loses.",
+            "Predicted KL", f"{price['kl']:.3g}", f"{price['low']:.3g} to {price['high']:.3g}", **_PLAIN,
+            help="Divergence from the model as it is, nats per token, from the run's sums"
+            + (f" corrected by {price['plans']} measured plans" if price["plans"] else " alone")
+            + f", with an interval that holds {price['coverage']:.0%} of measured values. It compares plans of every "
+            "kind; only a measurement says what the model loses.",
         )  # fmt: skip
     first, *others = frames.rests_on(plan)
     st.caption(state.plain(first, 600))

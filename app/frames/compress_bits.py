@@ -12,9 +12,10 @@ import store
 from app.frames.axes import layer_label
 from compressor.plan import BITS, PARTS, Plan, QuantizeStep, bits_after, experts_after
 from planner.candidates import Request
-from planner.estimate.prediction import Calibration
+from planner.estimate.prediction import Calibration, predict
 from planner.estimate.storage import stored_parts
 from planner.estimate.stream import KINDS, stream_turns
+from planner.task import Task
 
 AS_IT_IS = "as it is"
 WIDTHS = (*map(str, BITS), AS_IT_IS)
@@ -32,6 +33,9 @@ _MAP = {
 }  # fmt: skip
 _HISTOGRAM = {
     "width": pl.String, "experts": pl.Int64, "projections": pl.Int64, "weights": pl.Int64, "share": pl.Float64,
+}  # fmt: skip
+_PRICE = {
+    **dict.fromkeys(("kl", "low", "high", "coverage"), pl.Float64), "basis": pl.String, "plans": pl.Int64,
 }  # fmt: skip
 _TURNS = {"layer": pl.Int32, "change": pl.String, "turned": pl.Float64, "kl": pl.Float64}
 
@@ -93,13 +97,25 @@ def turns(run: store.Run, plan: Plan, *, calibration: str = "") -> pl.DataFrame:
         calibration: what prices rest on, as JSON; empty = the typical factor.
     """
     factors = Calibration.of(json.loads(calibration)) if calibration else Calibration()
-    task = Request(run=run, memory=0, domains=plan.provenance.domains or None).task()
     rows = []
-    for layer, turned in sorted((stream_turns(plan, task) or {}).items()):
+    for layer, turned in sorted((stream_turns(plan, _task(run, plan)) or {}).items()):
         for kind in KINDS:
             change = getattr(turned, kind)
             rows.append((layer, kind, change, factors.factors.get((layer, kind), factors.typical) * change))
     return pl.DataFrame(rows, schema=_TURNS, orient="row")
+
+
+def price(run: store.Run, plan: Plan, *, calibration: str = "") -> pl.DataFrame:
+    """What a plan is predicted to cost, one row: kl, low and high at ``coverage``, basis, plans; empty where the run
+    cannot price it. Arguments as for :func:`turns`.
+    """
+    factors = Calibration.of(json.loads(calibration)) if calibration else None
+    found = predict(plan, _task(run, plan), factors)
+    return pl.DataFrame([] if found is None else [found.model_dump()], schema=_PRICE)
+
+
+def _task(run: store.Run, plan: Plan) -> Task:
+    return Request(run=run, memory=0, domains=plan.provenance.domains or None).task()
 
 
 def _parts(plan: Plan) -> tuple[str, ...]:

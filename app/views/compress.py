@@ -22,6 +22,7 @@ from app.frames import compress
 from app.frames import compress_presets as frames
 from compressor.plan import Plan
 from moescope.errors import PlanError
+from planner.engines import ENGINES
 from planner.recommendation import Recommendation
 from store import Run
 
@@ -36,7 +37,9 @@ _FORMS = {
     "packed": "packed words",
     "dense": "on grids, type stays",
 }
-_ENGINES = {"ours": "compressor.load too", "any": "every engine"}
+_ENGINES = {"ours": "compressor.load too"} | {
+    name: engine.title for name, engine in ENGINES.items() if name != "transformers"
+}
 ADVISED, PRESET = "advised", "preset"
 
 
@@ -100,11 +103,12 @@ def _made(run: Run, asked: dict[str, Any]) -> Plan | None:
 
 
 def _detail(run: Run, plan: Plan, advised: Recommendation | None) -> None:
-    compress_plan.figures(run, plan)
+    calibration = advised.calibration if advised is not None else None
+    compress_plan.figures(run, plan, calibration=compress_bits.key_of(calibration))
     units = compress.units(plan)
     compress_plan.maps(plan, units)
     compress_bits.maps(plan)
-    compress_bits.details(run, plan, advised.calibration if advised is not None else None)
+    compress_bits.details(run, plan, calibration)
     compress_plan.tables(units)
 
 
