@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from app.frames import expert_tokens, expert_trace
 from profiler.headline import compute_and_store
 from profiler.importers.job import import_run
 from profiler.importers.recording import ImportOptions
+from sample_data import RUN
 
 MAIN = Path(__file__).parents[2] / "app" / "main.py"
 LAYER, EXPERT = "2", 5
@@ -262,3 +264,20 @@ def test_figures_draw_what_the_frames_hold(theme: Any, run: store.Run) -> None:
     assert list(dots.x) == importance["rank"].to_list()[::-1]
     assert "Nothing was counted" in figures.domain_shares(frame.clear(), title="x").layout.annotations[0].text
     assert "no score" in figures.importance_ranks(importance.clear(), title="x").layout.annotations[0].text
+
+
+def test_errors_by_width_and_scores_stand_on_the_page(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    shutil.copyfile(RUN, tmp_path / "sample.duckdb")
+    app = visit(monkeypatch, tmp_path, layer="2", expert="5")
+    titles = [json.loads(chart.proto.spec)["layout"]["title"]["text"] for chart in app.get("plotly_chart")]
+    assert titles[-1] == "Change of its output by width"
+    table = next(one.value for one in app.dataframe if "median" in one.value.columns)
+    assert table["width"].to_list() == ["1", "ternary", "2", "3", "4", "8"]
+    scores = next(one.value for one in app.dataframe if {"title", "rank"} <= set(one.value.columns))
+    assert scores["rank"].between(1, 16).all()
+
+
+def test_a_run_without_errors_says_what_it_takes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    synthetic.finished(tmp_path)
+    text = words(visit(monkeypatch, tmp_path, layer=LAYER, expert=str(EXPERT)))
+    assert "What narrower weights do to each expert needs the level `errors`" in text
