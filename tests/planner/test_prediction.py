@@ -81,6 +81,28 @@ def test_the_spread_is_that_of_the_noise(noise: float) -> None:
     assert noise * 0.85 < np.sqrt(np.mean(np.square(spreads))) < noise * 1.6
 
 
+def test_each_kind_has_the_spread_that_it_was_measured_with() -> None:
+    """Bits measured almost without noise, cuts with much: plans of one kind are missed by their own kind's noise."""
+    draw, noise = np.random.default_rng(6), {"bits": 0.02, "cut": 0.7}
+    plans: list[tuple[Turns, float]] = []
+    for kind, sigma in noise.items():
+        for layers in [*([layer] for layer in range(LAYERS)), *([range(LAYERS)] * 12)]:
+            turns = turned(draw, layers, [kind])
+            plans.append((turns, cost(turns) * float(np.exp(sigma * draw.standard_normal()))))
+    found = calibrate(plans, tokens=1)
+    assert found.spreads["bits"] < 0.15 and 0.4 < found.spreads["cut"] < 1.1
+    bits, cut = ({0: Turned(**{kind: 0.01})} for kind in noise)
+    assert found.spread_of(bits) == found.spreads["bits"] and found.spread_of(cut) == found.spreads["cut"]
+    both = {0: Turned(bits=0.01, cut=0.01)}
+    parts = {kind: found.factors[0, kind] for kind in noise}
+    wanted = sum(part * found.spreads[kind] for kind, part in parts.items()) / sum(parts.values())
+    assert found.spread_of(both) == pytest.approx(wanted)
+    narrow, wide = (price.high / price.low for price in (found.predict(bits), found.predict(cut)))
+    assert narrow < 2 < wide
+    # What no plan changed has the spread of all.
+    assert "slimmed" not in found.spreads and found.spread_of({0: Turned(slimmed=1.0)}) == found.spread
+
+
 def test_intervals_hold_nine_of_ten_new_measurements() -> None:
     inside, draws = 0, 0
     for seed in range(8):
