@@ -31,7 +31,18 @@ _LOOKS = {
     "elsewhere": ("on another machine", "gray", ":material/dns:"),
 }
 
-_OPTIONS = ("preset", "share", "memory", "quantizer", "domains", "form", "guard", "engine", "allow_invalid")
+_OPTIONS = (
+    "preset",
+    "share",
+    "memory",
+    "quantizer",
+    "other_weights",
+    "domains",
+    "form",
+    "guard",
+    "engine",
+    "allow_invalid",
+)
 _DOES = {"apply": "applying", "evaluate": "measuring", "recommend": "pricing and measuring"}
 
 
@@ -76,6 +87,7 @@ def _planning(target: str, asked: dict[str, Any]) -> str:
     words = [f"--preset {asked['preset']}"]
     words += [f"--share {asked['share']:g}"] if "share" in asked else []
     words += [f"--memory {asked['memory']}"] if "memory" in asked else []
+    words += [f"--other-weights {asked['other_weights']}"] if "other_weights" in asked else []
     words += [f"--quantizer {asked['quantizer']}"] if asked.get("quantizer") else []
     words += [f"--engine {asked['engine']}"] if asked.get("engine") else []
     if asked.get("domains"):

@@ -23,7 +23,8 @@ _LOOKS = {
     "with care": ("With care", "orange", ":material/warning:"),
     "leave it": ("Leave it", "red", ":material/block:"),
 }
-QUICK = "first look"
+HERE = "this budget"
+"""The advice for the slider's budget: one that was kept for it, else a first look."""
 
 
 def section(run: Run, asked: dict[str, Any]) -> Recommendation | None:
@@ -39,13 +40,13 @@ def section(run: Run, asked: dict[str, Any]) -> Recommendation | None:
     st.subheader("Size against cost", anchor=False)
     whole = compress_presets.expert_bytes(run)
     kept = data.made(frames.recommended, run, files=frames.files(run, "recommendation"))
-    share, source = _budget(run, whole, kept)
+    asked_for, source = _budget(run, whole, kept)
     drawn, advised = st.container(), st.container()
     try:
         with st.spinner("Pricing plans from the run's sums"):
             priced = {**asked, "calibration": frames.measured_factors(kept)}
             tried = data.made(frames.first_look, run, **priced)
-            found = _advice(run, kept, source, int(whole * share), priced)
+            found = _advice(run, kept, source, asked_for, priced)
     except PlanError as error:
         st.warning(f"Nothing can be advised: {state.plain(str(error), 400)}", icon=":material/block:")
         return None
@@ -63,24 +64,23 @@ def section(run: Run, asked: dict[str, Any]) -> Recommendation | None:
     return found
 
 
-def _budget(run: Run, whole: int, kept: list[tuple[str, Recommendation]]) -> tuple[float, str]:
-    """The budget as a share of what the experts take, and which recommendation is shown for it."""
+def _budget(run: Run, whole: int, kept: list[tuple[str, Recommendation]]) -> tuple[int, str]:
+    """The budget of the experts, bytes, and which advice is shown."""
     with st.container(horizontal=True, gap="medium", vertical_alignment="bottom"):
         percent = state.choose_share(
             "Budget: what the experts may take, of what they take now", key="budget", default=25,
             help=f"All experts take {size(whole)} now, in the type that their weights are kept in. Other weights of "
             "the model come on top.",
         )  # fmt: skip
-        st.metric("Budget", size(whole * percent / 100), width="content")
-        names = [QUICK, *(name for name, _ in kept)]
-        words = {name: f"kept: {size(frames.budget_of(run, one))}, {_measured_words(one)}" for name, one in kept}
-        words[QUICK] = "a first look at this budget"
-        at_budget = [name for name, one in kept if abs(frames.budget_of(run, one) - whole * percent / 100) < 2]
-        default = at_budget[0] if at_budget else QUICK
-        source = (
-            state.choose("Advice", names, key="advice", default=default, words=words.__getitem__) if kept else QUICK
-        )
-    return percent / 100, source
+        shown, source = st.container(width="content"), HERE
+        if kept:
+            words = {name: f"kept: {size(frames.budget_of(run, one))}, {_measured_words(one)}" for name, one in kept}
+            words[HERE] = "for this budget"
+            names = [HERE, *(name for name, _ in kept)]
+            source = state.choose("Advice", names, key="advice", words=words.__getitem__)
+    budget = int(whole * percent / 100)
+    shown.metric("Budget", size(next((frames.budget_of(run, one) for name, one in kept if name == source), budget)))
+    return budget, source
 
 
 def _measured_words(found: Recommendation) -> str:
@@ -92,7 +92,7 @@ def _advice(
     run: Run, kept: list[tuple[str, Recommendation]], source: str, memory: int, priced: dict[str, Any]
 ) -> Recommendation:
     for name, one in kept:
-        if name == source:
+        if name == source or (source == HERE and abs(frames.budget_of(run, one) - memory) < 2):
             return one
     found: Recommendation = data.made(frames.advice, run, memory=memory, **priced)
     return found

@@ -82,8 +82,8 @@ def cost_by_layer(frame: pl.DataFrame, *, title: str, theme: Theme = "light") ->
         return message("The run cannot price this plan.", title=title, theme=theme)
     figure, wheel = go.Figure(), palette(theme).categorical
     for place, (kind, words) in enumerate(CHANGES.items()):
-        part = frame.filter((pl.col("change") == kind) & (pl.col("kl") > 0))
-        if len(part):
+        part = frame.filter(pl.col("change") == kind)
+        if part["kl"].sum() > 0:
             figure.add_bar(
                 x=[str(layer) for layer in part["layer"]], y=part["kl"], name=words, marker={"color": wheel[place]},
                 customdata=part["turned"],

@@ -19,6 +19,7 @@ from app.components import (
 )
 from app.components.page import render
 from app.frames import compress
+from app.frames import compress_curve as curve_frames
 from app.frames import compress_presets as frames
 from compressor.plan import Plan
 from moescope.errors import PlanError
@@ -65,7 +66,7 @@ def page(run: Run) -> None:
     )  # fmt: skip
     asked: dict[str, Any] | None = None
     if shown == ADVISED and advised is not None:
-        plan, made = _advised(advised, common)
+        plan, made = _advised(run, advised, common)
     else:
         made = asked = _controls(run, known) | common
         plan = _made(run, asked)
@@ -83,15 +84,16 @@ def page(run: Run) -> None:
             compress_plan.presets(run, asked)
 
 
-def _advised(found: Recommendation, common: dict[str, Any]) -> tuple[Plan | None, dict[str, Any]]:
+def _advised(run: Run, found: Recommendation, common: dict[str, Any]) -> tuple[Plan | None, dict[str, Any]]:
     """The best plan of a recommendation, and the arguments that give it again, where there are any."""
     if not found.candidates:
         st.info("Nothing reaches this budget: look at plans of a preset, or allow more.", icon=":material/block:")
         return None, {}
     best = found.candidates[0]
-    # A recommendation that counted the other weights too was asked for other bytes than ``moescope plan`` would be.
-    again = best.recipe and best.recipe.get("memory") == best.plan.target.memory
-    return best.plan, {**best.recipe, **common} if again else {}
+    if not best.recipe:
+        return best.plan, {}
+    others = found.memory - curve_frames.budget_of(run, found)
+    return best.plan, {**best.recipe, **common, **({"other_weights": others} if others > 0 else {})}
 
 
 def _made(run: Run, asked: dict[str, Any]) -> Plan | None:

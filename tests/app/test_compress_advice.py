@@ -121,16 +121,18 @@ def test_a_kept_recommendation_stands_with_what_was_measured(monkeypatch: pytest
         found = kept(run, share=0.5, measured=0.0123, verdict="leave it")
     store.write_plan(path, json.dumps(found.content()), kind="recommendation", name="kept")
     app = visit(monkeypatch, directory, budget="50")
-    assert app.selectbox(key="advice").value == "recommendation-kept.json"  # it was made for this budget
     assert metric(app, "Measured KL") == ("0.0123", "0.0111 to 0.0135, 95%; 4,321 tokens")
     assert "\\<b\\>A risk" in "\n".join(one.value for one in app.markdown)
     filled = [trace for trace in chart(app, "Size against")["data"] if trace["name"] == "quantize, measured"]
     assert len(filled) == 1
-    app.selectbox(key="advice").select("first look").run()
-    assert not app.exception
-    assert "corrected by measured plans" in words(app)  # what was measured once holds for other budgets
     other = visit(monkeypatch, directory, budget="30")
     assert metric(other, "Measured KL")[0] == "not measured"
+    assert metric(other, "Budget")[0] == "2.7 MiB"
+    assert "corrected by measured plans" in words(other)  # what was measured once holds for other budgets
+    other.selectbox(key="advice").select("recommendation-kept.json").run()
+    assert not other.exception
+    assert metric(other, "Measured KL")[0] == "0.0123"
+    assert metric(other, "Budget")[0] == "4.5 MiB"
 
 
 def test_all_methods_are_priced_in_the_background(monkeypatch: pytest.MonkeyPatch, directory: Path) -> None:
