@@ -19,7 +19,7 @@ from app import jobs
 from app.frames import compress_curve as frames
 from app.frames import compress_presets as presets
 from moescope.errors import StoreError
-from planner import curve
+from planner import advice, curve
 from planner.estimate.prediction import Calibration
 from planner.finalists import Measurement
 from planner.presets import DEFAULT, PRESETS
@@ -46,6 +46,7 @@ def few(monkeypatch: pytest.MonkeyPatch, directory: Path) -> None:
         presets, "PRESETS", tuple(preset for preset in PRESETS if preset.name in (DEFAULT, "frequency"))
     )
     monkeypatch.setattr(curve, "QUICK_PRESETS", ("error_bits", "budgeted_reap"))
+    monkeypatch.setattr(advice, "QUICK_ELSEWHERE", 1)
     monkeypatch.setattr(frames, "QUICK_SIZES", (0.3,))
     for name in ("sample.plans", "sample.evaluations"):
         shutil.rmtree(directory / name, ignore_errors=True)

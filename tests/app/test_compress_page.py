@@ -25,7 +25,7 @@ from app.frames import compress_curve, evaluation, room
 from app.frames import compress_measured as measured
 from app.frames import compress_presets as presets
 from compressor.plan import Plan
-from planner import curve
+from planner import advice, curve
 from planner.presets import DEFAULT, PRESETS
 from sample_data import MODEL, RUN
 
@@ -51,6 +51,7 @@ def few_presets(monkeypatch: pytest.MonkeyPatch) -> None:
     names = (DEFAULT, "reap", "ean", "frequency", "copies", "camera_p", "heapr")
     monkeypatch.setattr(presets, "PRESETS", tuple(preset for preset in PRESETS if preset.name in names))
     monkeypatch.setattr(curve, "QUICK_PRESETS", ("error_bits", "budgeted_reap"))
+    monkeypatch.setattr(advice, "QUICK_ELSEWHERE", 1)
     monkeypatch.setattr(compress_curve, "QUICK_SIZES", (0.3,))
 
 
