@@ -51,7 +51,9 @@ def typical(tmp_path_factory: pytest.TempPathFactory) -> Task:
 
 def _sums(of: Task, layer: int, kind: str, part: str, column: str) -> dict[int, Any]:
     """Expert -> the column's sum over domains and phases."""
-    rows = of.run.table("expert_error").filter(pl.col("domain").is_in([*of.domains, ""]), layer=layer, kind=kind, part=part)
+    rows = of.run.table("expert_error").filter(
+        pl.col("domain").is_in([*of.domains, ""]), layer=layer, kind=kind, part=part
+    )
     found: dict[int, Any] = {}
     for row in rows.to_dicts():
         found[row["expert"]] = np.array(row[column]) + found.get(row["expert"], 0)
