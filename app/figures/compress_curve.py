@@ -49,16 +49,21 @@ def cost_by_size(
         seen = part.filter(pl.col("measured").is_not_null())
         if len(seen):
             figure.add_trace(_measured(seen, mix, colour, unit))
+    if shown["measured"].null_count() < len(shown):
+        figure.add_scatter(
+            x=[None], y=[None], mode="markers", name="filled: measured", hoverinfo="skip",
+            marker={"symbol": "circle", "size": 10, "color": colours.muted},
+        )  # fmt: skip
     line = shown.filter("pareto").sort("bytes")
     figure.add_scatter(
-        x=line["bytes"] / unit, y=_clipped(line["kl"]), mode="lines", name="nothing smaller costs as little",
+        x=line["bytes"] / unit, y=_clipped(line["kl"]), mode="lines", name="best of its size",
         line={"color": colours.muted, "width": 1.4, "shape": "hv"}, hoverinfo="skip",
     )  # fmt: skip
     own = shown.filter(pl.col("digest") == chosen)
     if len(own):
         figure.add_scatter(
             x=own["bytes"] / unit, y=_clipped(own["measured"].fill_null(own["kl"])), mode="markers",
-            name="the best for the budget", hoverinfo="skip",
+            name="best for the budget", hoverinfo="skip",
             marker={"symbol": "circle-open", "size": 18, "color": colours.alarm, "line": {"width": 2.2}},
         )  # fmt: skip
     if budget is not None:
@@ -66,7 +71,7 @@ def cost_by_size(
     values = [*shown["kl"].drop_nulls(), *shown["measured"].drop_nulls()]
     layout(
         figure, title=title, x=f"weights of all experts, {_UNITS[unit]}", y="KL divergence, nats per token (log scale)",
-        theme=theme, height=520,
+        theme=theme, height=520, wide=False,
     )  # fmt: skip
     figure.update_yaxes(**log_ticks(max(value, _LEAST) for value in values))
     figure.update_xaxes(rangemode="tozero")
@@ -84,7 +89,7 @@ def _predicted(part: pl.DataFrame, mix: str, colour: str, unit: int) -> go.Scatt
         for row in part.iter_rows(named=True)
     ]  # fmt: skip
     return go.Scatter(
-        x=part["bytes"] / unit, y=_clipped(part["kl"]), mode="markers", name=f"{safe(mix)}, predicted",
+        x=part["bytes"] / unit, y=_clipped(part["kl"]), mode="markers", name=safe(mix), legendgroup=mix,
         customdata=words, marker={"symbol": "circle-open", "size": 9, "color": colour, "line": {"width": 1.8}},
         hovertemplate="%{customdata[0]}<br>%{customdata[1]}, %{customdata[2]} of now; %{customdata[3]} bits a weight"
         "<br>predicted %{y:.3g} nats (%{customdata[4]})<br>%{customdata[5]}<br>%{customdata[6]}<extra>"
@@ -102,6 +107,7 @@ def _measured(part: pl.DataFrame, mix: str, colour: str, unit: int) -> go.Scatte
     words = list(zip(map(safe, part["name"]), map(size, part["bytes"]), part["measured_tokens"], strict=True))
     return go.Scatter(
         x=part["bytes"] / unit, y=_clipped(values), mode="markers", name=f"{safe(mix)}, measured", error_y=ends,
+        legendgroup=mix, showlegend=False,
         customdata=words, marker={"symbol": "circle", "size": 10, "color": colour},
         hovertemplate="%{customdata[0]}<br>%{customdata[1]}<br>measured %{y:.3g} nats on %{customdata[2]:,} tokens"
         f"<extra>{safe(mix)}</extra>",

@@ -170,7 +170,7 @@ def test_the_curve_draws_predicted_and_measured(run: store.Run, theme: Any) -> N
     chosen = plans[0].plan.digest
     figure = figures.cost_by_size(found, budget=2**21, chosen=chosen, theme=theme)
     traces = {trace.name: trace for trace in figure.data}
-    hollow, filled = traces["drop, predicted"], traces["drop, measured"]
+    hollow, filled = traces["drop"], traces["drop, measured"]
     assert hollow.marker.symbol == "circle-open"
     assert filled.marker.symbol == "circle"
     assert list(hollow.x) == [1.0, 2.0, 3.0]
@@ -182,10 +182,12 @@ def test_the_curve_draws_predicted_and_measured(run: store.Run, theme: Any) -> N
     assert hollow.customdata[2][0] == "&lt;b&gt;a"
     assert "0.25 to 1, 90% interval" in hollow.customdata[2][4]
     assert [one[6] for one in hollow.customdata] == ["not measured", "not measured", "measured 0.8"]
-    assert list(traces["nothing smaller costs as little"].x) == [1.0, 2.0]
-    assert list(traces["the best for the budget"].x) == [3.0]
+    assert list(traces["best of its size"].x) == [1.0, 2.0]
+    assert list(traces["best for the budget"].x) == [3.0]
     assert figure.layout.yaxis.type == "log"
     assert figure.layout.shapes[0].x0 == 2.0
+    shown = [trace.name for trace in figure.data if trace.showlegend is not False]
+    assert shown == ["drop", "filled: measured", "best of its size", "best for the budget"]
     assert figure.layout.xaxis.title.text == "weights of all experts, MiB"
 
 
