@@ -44,8 +44,7 @@ def few_presets(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(planner.candidates, "MIXTURES", (("camera_p", "uniform"),))
     monkeypatch.setattr("planner.probing.LAYERS", 1)
     monkeypatch.setattr("planner.probing.WHOLE", 3)
-    assert callable(planner.recommend)  # the function, before the module of its name is touched
-    monkeypatch.setattr(import_module("planner.recommend"), "PRICED_ELSEWHERE", 1)
+    monkeypatch.setattr(import_module("planner.advice"), "PRICED_ELSEWHERE", 1)
     monkeypatch.setattr("planner.search.CHILDREN", 4)
     monkeypatch.setattr("planner.search.MEASURED", 1)
 
