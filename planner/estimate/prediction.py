@@ -102,7 +102,7 @@ class Calibration:
     def of(content: Mapping[str, Any]) -> Calibration:
         """From plain data."""
         factors = {(int(layer), str(kind)): float(value) for layer, kind, value in content["factors"]}
-        spreads = {str(kind): float(value) for kind, value in content["spreads"].items()}
+        spreads = {str(kind): float(value) for kind, value in content.get("spreads", {}).items()}
         return Calibration(
             factors, float(content["typical"]), float(content["spread"]), spreads, int(content["count"]),
             int(content["tokens"]),
