@@ -237,7 +237,7 @@ def predictions(case: Case, budgets: list[float]) -> list[dict[str, Any]]:
                 "ratio": [float(value) for value in np.quantile(found / price[:, 0], [0.1, 0.5, 0.9])],
             }
         pick = min(found_plans, key=lambda name: found_plans[name].score)
-        for text in ("seen", "unseen"):
+        for text in ("kl", "seen", "unseen"):
             best = min(getattr(one, text) for one in scored.values())
             row[f"regret_{text}"] = getattr(scored[pick], text) / best - 1
         rows.append(row)
@@ -256,7 +256,10 @@ def _print(row: dict[str, Any], scored: dict[str, Scored], pick: str) -> None:
             f" {one['covered']} of {one['of']}, median width {one['width']:.2f} of the value; measured / predicted"
             f" {low:.2f} {middle:.2f} {high:.2f}"
         )
-    print(f"  chosen on calibration text: {pick}; regret {row['regret_seen']:+.1%}, unseen {row['regret_unseen']:+.1%}")
+    print(
+        f"  chosen on calibration text: {pick}; regret {row['regret_kl']:+.1%} over all"
+        f" text, {row['regret_seen']:+.1%} on seen domains, {row['regret_unseen']:+.1%} on the unseen one"
+    )
 
 
 def whole_curve(case: Case) -> None:

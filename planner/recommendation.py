@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, overload
 
-from compressor.plan import Plan, Prediction
+from compressor.plan import Plan, Prediction, SlimStep
 from moescope.errors import PlanError
 from planner.estimate.prediction import Calibration
 from planner.finalists import Damage, Measurement
@@ -20,6 +20,10 @@ CARE, LEAVE = 0.05, 0.5
 """KL divergence in nats per token from which a plan is to be applied with care, or not at all, where no quality was
 asked for: about a change of perplexity by 5 % and by 60 %."""
 
+
+CAUTION = 1.1
+"""By how much dearer plans count that slim, where runs keep neurons pooled over domains: on other text they lose a
+little more than narrower widths do."""
 
 KEPT = 16
 """Candidates whose plans are kept whole where a recommendation is written; of the others, what they take and cost."""
@@ -75,12 +79,14 @@ class Candidate:
         """What candidates are ranked by: their cost, dearer where text unlike the run's is predicted to cost far more.
 
         All plans cost more on text that they were not made from; above :data:`TOLERATED` times as much, the cost rises
-        in proportion. Infinity where nothing is known.
+        in proportion. Plans that slim, of which that is not known, count :data:`CAUTION` times. Infinity where nothing
+        is known.
         """
         if self.kl is None:
             return float("inf")
         if self.elsewhere is None or self.prediction is None or self.prediction.kl <= 0:
-            return self.kl
+            slims = any(isinstance(step, SlimStep) for step in self.plan.steps)
+            return self.kl * CAUTION if slims else self.kl
         return self.kl * max(1.0, self.elsewhere / self.prediction.kl / TOLERATED)
 
 
