@@ -110,7 +110,7 @@ class Case:
 
 
 @contextmanager
-def case_of(seed: int, tokens: int) -> Iterator[Case]:
+def case_of(seed: int, tokens: int, by_domain: bool) -> Iterator[Case]:
     """While entered, there is a run of this draw."""
     model, tokenizer = load_model(MODEL, dtype="float32", device="cpu"), load_tokenizer(MODEL)
     unseen, draw, halves = UNSEEN[seed % len(UNSEEN)], random.Random(seed), documents()
@@ -127,7 +127,7 @@ def case_of(seed: int, tokens: int) -> Iterator[Case]:
         texts = {part: corpus_of(lines, folder / part, tokenizer, amounts[part]) for part, lines in parts.items()}
         path = collect(
             model, corpus=texts["run"], name=f"seed-{seed}", tokenizer=tokenizer, store=folder, level=LEVEL,
-            similarity_every=4, errors_every=8, headline=False,
+            similarity_every=4, errors_every=8, headline=False, vectors_per_domain=by_domain,
         )  # fmt: skip
         with store.open_run(path) as run:
             bases = [BaseDistribution.of(model, texts[part].batches()) for part in ("choosing", "scoring")]
@@ -278,10 +278,11 @@ def main() -> None:
     parser.add_argument("--bits", nargs="+", type=float)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--tokens", type=int, default=24_000, help="of calibration text (default 24,000)")
+    parser.add_argument("--vectors-per-domain", action="store_true", help="neurons of the run are kept by domain")
     options = parser.parse_args()
     began, rows = time.monotonic(), []
     for seed in options.seeds:
-        with case_of(seed, options.tokens) as case:
+        with case_of(seed, options.tokens, options.vectors_per_domain) as case:
             print(f"\nseed {seed}")
             if options.what == "sizes":
                 rows += sizes(case, options.bits or [2.5, 3.0, 8.0])

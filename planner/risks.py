@@ -31,6 +31,12 @@ def risks_of(candidate: Candidate, run: store.Run) -> tuple[str, ...]:
             f"Text unlike the run's: predicted to cost {elsewhere / price.kl:.1f} times as much on a domain that the"
             " plan was not made from."
         )
+    if elsewhere is None and any(isinstance(step, SlimStep) for step in candidate.plan.steps):
+        found.append(
+            "Text unlike the run's: the run keeps neurons pooled over domains, so nobody knows what slimming costs on it."
+            " On the bundled model it cost a domain that the run had not seen up to five times as much as narrower"
+            " widths did (benchmarks/README.md): record every kind of text that matters, with --vectors-per-domain."
+        )
     found += _thin(candidate, run)
     found += _loading(candidate)
     return tuple(found)
