@@ -31,10 +31,11 @@ def risks_of(candidate: Candidate, run: store.Run) -> tuple[str, ...]:
             f"Text unlike the run's: predicted to cost {elsewhere / price.kl:.1f} times as much on a domain that the"
             " plan was not made from."
         )
-    if elsewhere is None and any(isinstance(step, SlimStep) for step in candidate.plan.steps):
+    slims = any(isinstance(step, SlimStep) for step in candidate.plan.steps)
+    if slims and set(run.table("neuron_activation")["domain"].unique()) <= {""} and len(run.domains) > 1:
         found.append(
-            "Text unlike the run's: the run keeps neurons pooled over domains, so nobody knows what slimming costs on it."
-            " On the bundled model it cost a domain that the run had not seen up to five times as much as narrower"
+            "Text unlike the run's: the run keeps neurons pooled over domains, so nobody knows what slimming costs"
+            " there. On the bundled model it cost a domain that the run had not seen up to five times as much as narrower"
             " widths did (benchmarks/README.md): record every kind of text that matters, with --vectors-per-domain."
         )
     found += _thin(candidate, run)
