@@ -35,8 +35,9 @@ def risks_of(candidate: Candidate, run: store.Run) -> tuple[str, ...]:
     if slims and set(run.table("neuron_activation")["domain"].unique()) <= {""} and len(run.domains) > 1:
         found.append(
             "Text unlike the run's: the run keeps neurons pooled over domains, so nobody knows what slimming costs"
-            " there. On the bundled model it cost a domain that the run had not seen up to five times as much as narrower"
-            " widths did (benchmarks/README.md): record every kind of text that matters, with --vectors-per-domain."
+            " there. On the bundled model it cost a domain that the run had not seen up to five times as much as"
+            " narrower widths did (benchmarks/README.md): record every kind of text that matters, with"
+            " --vectors-per-domain."
         )
     found += _thin(candidate, run)
     found += _loading(candidate)

@@ -286,7 +286,10 @@ def test_risks_are_told(run: store.Run, priced: Recommendation) -> None:
     load = run.table("expert_load").group_by("layer", "expert").agg(pl.col("tokens").sum())
     thin = 16 - int((load["tokens"] >= 128).sum())
     assert thin > 0 and f"{thin} of 16 experts" in told["Coverage"][0]
-    assert not told["Domain"] and not told["Text"] and "packed weights" in told["Loading"][0]
+    assert not told["Domain"] and "packed weights" in told["Loading"][0]
+    assert "--vectors-per-domain" in told["Text"][0]  # it slims, and neurons are pooled
+    plain = next(one for one in priced.candidates if one.mix == "quantize")
+    assert not [text for text in risks_of(replace(plain, elsewhere=None), run) if text.startswith("Text")]
     for one in planner.recommend(run, memory=34_000).candidates:
         bits = one.plan.estimate.bits
         warned = any(text.startswith(f"Reasoning: at {bits or 0:.3g} bits") for text in risks_of(one, run))
