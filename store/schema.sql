@@ -271,7 +271,7 @@ create table expert_error (
     expert                   integer,  -- [key]
     kind                     varchar,  -- [key]
     part                     varchar,  -- [key] whose weights are narrower: all | gate | up | down
-    domain                   varchar,  -- [key] empty for single projections, which are pooled over domains
+    domain                   varchar,  -- [key] empty for single projections that are pooled over domains
     phase                    varchar,  -- [key]
     tokens                   bigint,   -- [sum] sampled tokens that went through the expert
     gated_output_square_sum  double,   -- [sum] squared L2 norm of gate weight x output, weights as they are

@@ -86,13 +86,14 @@ class ExpertErrorRecorder(Staged):
 
     Args:
         every: one token of so many is in the sample.
+        by_domain: keep errors of single projections apart by domain, too.
     """
 
     needs_rows = False
 
-    def __init__(self, every: int = 16) -> None:
+    def __init__(self, every: int = 16, by_domain: bool = False) -> None:
         super().__init__()
-        self._every = every
+        self._every, self._by_domain = every, by_domain
         self._observer: Observer | None = None
         self._chosen: tuple[Tokens, Tensor] | None = None
         self._groups: list[Group] = []
@@ -224,14 +225,14 @@ class ExpertErrorRecorder(Staged):
                 yield "expert_grid", keys | {"part": part} | _grid_row(weight, grids_of(weights).group_size, grid[part])
 
     def _error_rows(self, changes: Changes, gate: Tensor, groups: Tensor) -> Iterator[dict[str, Any]]:
-        """One row per domain and phase for all projections together, one per phase for each of them."""
+        """Rows by domain and phase; those of single projections by phase alone, where they are not kept apart."""
         squares, entries = gate.double().square().numpy(), groups.numpy()
         present = np.unique(entries).tolist()
         phases = {self._groups[entry][1] for entry in present}
         pooled = {("", phase): [entry for entry in present if self._groups[entry][1] == phase] for phase in phases}
         single = {self._groups[entry]: [entry] for entry in present}
         for part, values in changes.parts.items():
-            for (domain, phase), chosen in (single if part == WHOLE else pooled).items():
+            for (domain, phase), chosen in (single if part == WHOLE or self._by_domain else pooled).items():
                 mine = np.isin(entries, chosen)
                 of = mine * squares
                 yield {

@@ -22,7 +22,7 @@ PROBES: dict[str, Callable[[RecordingOptions], Probe]] = {
     "attention": lambda options: AttentionRecorder(),
     "similarity": lambda options: SimilarityRecorder(options.similarity_every, options.vectors_per_domain),
     "moments": lambda options: MomentRecorder(options.vectors_per_domain),
-    "errors": lambda options: ExpertErrorRecorder(options.errors_every),
+    "errors": lambda options: ExpertErrorRecorder(options.errors_every, options.vectors_per_domain),
     "lookahead": lambda options: LookaheadRecorder(),
     "predictions": lambda options: PredictionRecorder(),
     "gradients": lambda options: GradientRecorder(options.vectors_per_domain),

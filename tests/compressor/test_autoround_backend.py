@@ -226,6 +226,7 @@ def test_ctrl_c_ends_the_process_too(
     started = tmp_path / "started"
     monkeypatch.setenv("STAND_IN", "waits")
     monkeypatch.setenv("STARTED", str(started))
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 
     def interrupt() -> None:
         end = time.monotonic() + 60
