@@ -6,13 +6,14 @@ are measured to correct these prices, then the finalists, and a search goes on f
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import store
 from compressor.plan import Plan
 from moescope.errors import PlanError
-from planner.budget import memory_of
+from planner.budget import memory_of, value_bytes_of
 from planner.candidates import Request, candidates, with_elsewhere
 from planner.curve import quick as few
 from planner.entry import domains_of, require_usable
@@ -26,7 +27,6 @@ from planner.probing import probes
 from planner.recommendation import CARE, LEAVE, Candidate, Recommendation, Verdict
 from planner.risks import risks_of
 from planner.search import search
-from planner.source import source_of, value_bytes
 
 FINALISTS = 6
 """Plans that are measured, the best of each mix among them."""
@@ -117,9 +117,7 @@ def recommend(
 
 
 def _bytes_before(request: Request) -> int:
-    source, size = source_of(request.run), value_bytes(request.run)
-    if size is None:
-        raise PlanError(f"run {request.run.name!r} does not say in which type its weights are: bytes cannot be counted")
+    source, size = request.task().source, value_bytes_of(request.task())
     if request.other_weights >= request.memory:
         raise PlanError(
             f"the other weights alone take {request.other_weights:,} of {request.memory:,} bytes: nothing is left for"
@@ -173,7 +171,7 @@ def _measured(found: list[Candidate], measure: Measure, count: int, say: Callabl
 
 
 def _finalists(found: Sequence[Candidate], count: int) -> list[Candidate]:
-    """The best by price, and the best of each mix; plans that nobody can price are not among them."""
+    """The best by price, and the best of each mix; plans that nobody can price only where all are such."""
     priced = [one for one in found if one.kl is not None] or list(found)
     best_of_mix: dict[str, Candidate] = {}
     for one in priced:
@@ -232,5 +230,5 @@ def _corrected_by(calibration: Calibration) -> str:
         return "Too few measured plans could be priced to correct the prices."
     return (
         f"Prices were corrected by measured plans, on {calibration.tokens:,} tokens; {calibration.count} of them, left"
-        f" out in turn, were missed by a factor of {2.718281828**calibration.spread:.2f} (one standard deviation)."
+        f" out in turn, were missed by a factor of {math.exp(calibration.spread):.2f} (one standard deviation)."
     )

@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import store
 from compressor.plan import Plan, SlimStep
 from moescope.errors import PlanError
+from planner.budget import bytes_after
 from planner.domains import pooled
 from planner.engines import loads
 from planner.entry import make
 from planner.estimate.prediction import Calibration, predict
-from planner.estimate.storage import expert_bytes
 from planner.guard import Rule, guard_of
 from planner.presets import DEFAULT_QUANTIZER, PRESETS, Preset, find
 from planner.recommendation import Candidate, mix_of
-from planner.source import source_of, value_bytes
+from planner.source import source_of
 from planner.task import Task, once
 
 SHARES = (0.125, 0.25, 0.375, 0.5)
@@ -126,7 +126,7 @@ def recipes(request: Request) -> Iterator[tuple[str, dict[str, Any]]]:
             for share in request.shares if _tried(request, name) else ():
                 recipe = {"preset": name, "form": form, "share": share, "memory": request.memory}
                 if find(name).step == "slim":
-                    recipe["multiple"] = _multiple(request)
+                    recipe["multiple"] = multiple_of(request)
                 yield f"{name}+{DEFAULT_QUANTIZER}", {**recipe, "quantizer": DEFAULT_QUANTIZER}
 
 
@@ -140,10 +140,7 @@ def saving_forms(preset: Preset, engine: str | None) -> list[str]:
 
 def bytes_of(request: Request, plan: Plan) -> int:
     """Bytes of all weights that a plan leaves."""
-    size = value_bytes(request.run)
-    if size is None:
-        raise PlanError(f"run {request.run.name!r} does not say in which type its weights are: bytes cannot be counted")
-    return request.other_weights + expert_bytes(plan, source_bits=8.0 * size)
+    return request.other_weights + bytes_after(request.task(), plan)
 
 
 def what_it_does(plan: Plan) -> str:
@@ -178,7 +175,7 @@ def _tried(request: Request, name: str) -> bool:
     return request.presets is None or name in request.presets
 
 
-def _multiple(request: Request) -> int:
+def multiple_of(request: Request) -> int:
     """Widths that keep groups of scales large: a quarter of the width, at most 64, at least 8."""
     width = min(shape.width for shape in source_of(request.run).layers)
     size = 64
@@ -187,5 +184,5 @@ def _multiple(request: Request) -> int:
     return size
 
 
-def _given(name: str, found: Iterator[Candidate] | Any) -> bool:
+def _given(name: str, found: Iterable[Candidate]) -> bool:
     return any(candidate.plan.target.preset == name for candidate in found)

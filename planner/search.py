@@ -18,7 +18,7 @@ import numpy as np
 
 from compressor.plan import Plan
 from moescope.errors import PlanError
-from planner.candidates import Request, bytes_of, what_it_does, with_elsewhere
+from planner.candidates import Request, bytes_of, multiple_of, what_it_does, with_elsewhere
 from planner.engines import loads
 from planner.estimate.prediction import Calibration, predict
 from planner.finalists import Measurement
@@ -108,8 +108,7 @@ class _Search:
         self.rng = np.random.default_rng(_SEED)
         self.layers = len(source_of(request.run).layers)
         self.seen: dict[str, Genome] = {}
-        width = min(shape.width for shape in source_of(request.run).layers)
-        self.multiple = next((size for size in (64, 32, 16) if size <= width // 4), 8)
+        self.multiple = multiple_of(request)
 
     def seeds(self, found: list[Candidate]) -> list[tuple[Genome, Candidate]]:
         """The measured candidates that a genome stands for, and the plainest genomes."""

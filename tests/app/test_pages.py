@@ -25,7 +25,7 @@ CHARTS = {
     "local_consistency": 8,
     "similarity": 2,
     "compare": 0,
-    "compress": 4,  # the synthetic run lacks what prices and rooms take
+    "compress": 4,  # the synthetic run lacks the stream, by which plans are priced
 }
 Opener = Callable[..., AppTest]
 
