@@ -20,7 +20,7 @@ from compressor.checkpoint.widths import WidthReport, check_widths
 from compressor.checkpoint.writing import write_file
 from compressor.plan import LayerKey, MergeStep, Plan, QuantizeStep
 from compressor.plan.smooth_rules import require_stored
-from moescope.errors import ModelError, RunError
+from moescope.errors import ModelError, PlanError, RunError
 
 if TYPE_CHECKING:
     from compressor.edits.moments import LayerMoments
@@ -93,6 +93,7 @@ def apply(
     began = time.monotonic()
     plan = plan.checked()
     require_stored(plan)
+    _require_edits(plan)
     checkpoint = Checkpoint.open(source)
     target = check_destination(checkpoint.folder, destination)
     blueprint = draw(plan, checkpoint, moments)
@@ -121,6 +122,12 @@ def apply(
         seconds=time.monotonic() - began,
         dry_run=dry_run,
     )
+
+
+def _require_edits(plan: Plan) -> None:
+    if not plan.for_checkpoint:
+        words = " and ".join(step.step for step in plan.steps)
+        raise PlanError(f"the plan's steps ({words}) change no checkpoint: write them for an engine, moescope export")
 
 
 def _job(plan: Plan, checkpoint: Checkpoint, moments: Mapping[LayerKey, LayerMoments] | None) -> dict[str, str]:

@@ -84,7 +84,7 @@ def _front_matter(plan: Plan, source: Path) -> str:
     lines = _carried(source / CARD)
     if (known := hub_id(source)) is not None:
         lines.append(f"base_model: {known}")
-    kinds = sorted({step.step for step in plan.steps})
+    kinds = sorted({step.step for step in plan.for_checkpoint})
     lines += ["library_name: transformers", "tags:", "- mixture-of-experts", *(f"- expert-{kind}" for kind in kinds)]
     return "\n".join(["---", *lines, "---\n"])
 
@@ -112,7 +112,7 @@ def _gib(size: int) -> str:
 def _steps(plan: Plan) -> str:
     run = plan.provenance
     text = ["## What was done\n"]
-    for step in plan.steps:
+    for step in plan.for_checkpoint:
         method = step.grouping if isinstance(step, MergeStep) else step.method
         how = f", merged by `{step.method}`" if isinstance(step, MergeStep) else ""
         text.append(f"- **{step.step}** by `{method}`{how}; stored in form `{step.form}`.")
@@ -199,7 +199,7 @@ def _unmeasured(plan: Plan, notes: tuple[str, ...]) -> str:
 
 
 def _loading(loads_with: str, plan: Plan) -> str:
-    forms = {step.form for step in plan.steps}
+    forms = {step.form for step in plan.for_checkpoint}
     if loads_with == "transformers":
         lines = "from transformers import AutoModelForCausalLM\n\nmodel = AutoModelForCausalLM.from_pretrained(FOLDER)"
         return f"## How to load it\n\nLike the model that it comes from.\n\n```python\n{lines}\n```\n"

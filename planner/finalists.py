@@ -108,4 +108,4 @@ def _taken(plan: Plan) -> str:
 
 
 def _named(plan: Plan) -> str:
-    return f"{plan.target.preset}, {' and '.join(step.form for step in plan.steps)}"
+    return f"{plan.target.preset}, {' and '.join(step.form for step in plan.for_checkpoint)}"

@@ -232,7 +232,7 @@ def title(plan: Plan) -> str:
     asked = [f"{target.share:.0%}".replace("%", " %")] if target.share is not None else []
     asked += [size(target.memory)] if target.memory is not None else []
     asked += [f"{target.bits:g} bits"] if target.bits is not None else []
-    return ", ".join([target.preset, *asked, *dict.fromkeys(step.form for step in plan.steps)])
+    return ", ".join([target.preset, *asked, *dict.fromkeys(step.form for step in plan.for_checkpoint)])
 
 
 def evidence_of(plan: Plan) -> Evidence | None:

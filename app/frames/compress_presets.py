@@ -103,7 +103,7 @@ def expert_bytes(run: store.Run) -> int:
 def _figures(plan: Plan) -> dict[str, Any]:
     estimate, evidence = plan.estimate, compress.evidence_of(plan)
     return {
-        "form": ", ".join(dict.fromkeys(step.form for step in plan.steps)),
+        "form": ", ".join(dict.fromkeys(step.form for step in plan.for_checkpoint)),
         "score": evidence.score if evidence is not None else "",
         "experts_after": compress.kept(plan),
         "parameters_after": estimate.expert_parameters_after,

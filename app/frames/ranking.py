@@ -27,7 +27,7 @@ def ranking(ranked: Sequence[Ranked]) -> pl.DataFrame:
         found, estimate = one.measurement, one.plan.estimate
         worst = max(found.domains.items(), key=lambda item: (item[1].kl, item[0]), default=(None, None))
         rows.append(
-            (one.plan.target.preset, ", ".join(dict.fromkeys(step.form for step in one.plan.steps)),
+            (one.plan.target.preset, ", ".join(dict.fromkeys(step.form for step in one.plan.for_checkpoint)),
              size(estimate.bytes_saved), found.kl, number_or_none(found.low), number_or_none(found.high), worst[0],
              worst[1].kl if worst[1] is not None else None, estimate.weighed_error, one.plan.digest)
         )  # fmt: skip

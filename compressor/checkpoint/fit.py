@@ -36,7 +36,7 @@ def check_model(plan: Plan, config: dict[str, Any], text: TextConfig) -> None:
     if text.content.get(EXPERT_MAP):
         raise PlanError("the checkpoint was merged in form shared already (moescope_expert_map): plan for its source")
     unpadded = source.model_copy(update={"model_type": text.model_type}).unpadded
-    if unpadded and any(step.form == "padded" and step.layers for step in plan.steps):
+    if unpadded and any(step.form == "padded" and step.layers for step in plan.for_checkpoint):
         raise PlanError(f"{unpadded}: use form per_layer")
     if source.num_layers != text.layers:
         raise PlanError(
@@ -114,7 +114,7 @@ def check_quantized(plan: Plan, checkpoint: Checkpoint, decoder: Decoder) -> boo
         return False
     if not all(layer.separate for layer in decoder.layers.values()):
         raise PlanError(f"the experts are quantized and stored together, {packed}: {_ADVICE}")
-    for step in plan.steps:
+    for step in plan.for_checkpoint:
         if not isinstance(step, DropStep) or step.blocks or step.form == "padded":
             kind = "a dropped block" if isinstance(step, DropStep) and step.blocks else f"a {step.step} step"
             raise PlanError(f"the experts are quantized, {packed}, and the plan has {kind}: {_ADVICE}")

@@ -20,10 +20,12 @@ from compressor.plan.bits import (
     group_size_for,
     stored_bits,
 )
+from compressor.plan.caching import CacheLayer, CachePolicy, CacheStep, Prefetch
 from compressor.plan.difference import differences
-from compressor.plan.document import VERSION, Plan, Step, json_schema
-from compressor.plan.evidence import Estimate, Evidence, LayerValues, Prediction, Protected, Provenance, Target
+from compressor.plan.document import VERSION, CheckpointStep, Plan, ServingStep, Step, json_schema
+from compressor.plan.evidence import Estimate, Evidence, LayerValues, Prediction, Protected, Provenance, Speed, Target
 from compressor.plan.factors import FactorGroup, FactorLayer, FactorStep
+from compressor.plan.placement import PlaceLayer, PlaceStep
 from compressor.plan.result import NewExpert, bits_after, experts_after, kept_layers, widths_after
 from compressor.plan.source import LayerKey, LayerShape, Source
 from compressor.plan.steps import (
@@ -44,6 +46,10 @@ __all__ = [
     "PARTS",
     "VERSION",
     "Bits",
+    "CacheLayer",
+    "CachePolicy",
+    "CacheStep",
+    "CheckpointStep",
     "DropLayer",
     "DropStep",
     "Estimate",
@@ -60,18 +66,23 @@ __all__ = [
     "MergeLayer",
     "MergeStep",
     "NewExpert",
+    "PlaceLayer",
+    "PlaceStep",
     "Plan",
     "Prediction",
+    "Prefetch",
     "Protected",
     "Provenance",
     "QuantizeLayer",
     "QuantizeStep",
     "Role",
+    "ServingStep",
     "SlimExpert",
     "SlimLayer",
     "SlimStep",
     "SmoothLayer",
     "Source",
+    "Speed",
     "Step",
     "Target",
     "bits_after",

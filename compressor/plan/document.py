@@ -11,16 +11,25 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationError
 
 from compressor.plan.bits import QuantizeStep
+from compressor.plan.caching import CacheStep
 from compressor.plan.evidence import Estimate, Evidence, Provenance, Target
 from compressor.plan.factors import FactorStep
+from compressor.plan.placement import PlaceStep
 from compressor.plan.source import Source
 from compressor.plan.steps import DropStep, MergeStep, Record, SlimStep
 from moescope.errors import PlanError
 
 VERSION = 1
 
-Step = Annotated[DropStep | MergeStep | SlimStep | FactorStep | QuantizeStep, Field(discriminator="step")]
-"""One step of a plan. Cuts come first, then factors, then bits: what is left is what is put on grids."""
+CheckpointStep = DropStep | MergeStep | SlimStep | FactorStep | QuantizeStep
+"""A step that changes a checkpoint."""
+
+ServingStep = CacheStep | PlaceStep
+"""A step that changes none: exporters write it for the engine that serves the checkpoint."""
+
+Step = Annotated[CheckpointStep | ServingStep, Field(discriminator="step")]
+"""One step of a plan. Cuts come first, then factors, then bits: what is left is what is put on grids. Last come steps
+for the engine."""
 
 
 class Plan(Record):
@@ -47,6 +56,11 @@ class Plan(Record):
     def text(self) -> str:
         """The document, the same for the same plan."""
         return json.dumps(self.model_dump(mode="json"), indent=1, sort_keys=True, ensure_ascii=False) + "\n"
+
+    @property
+    def for_checkpoint(self) -> tuple[CheckpointStep, ...]:
+        """The steps that change a checkpoint."""
+        return tuple(step for step in self.steps if not isinstance(step, ServingStep))
 
     @property
     def digest(self) -> str:

@@ -38,6 +38,10 @@ class Target(Record):
         memory: bytes that the weights may take; null where a share or bits were asked for.
         bits: effective bits that a weight of the experts that stay may take, scales and zero points counted; null where
             nothing is quantized, or memory was asked for.
+        machine: name of the machine it is for; null where none was named.
+        vram: bytes of the device that experts, keys, values and activations may take; null where none were named.
+        ram: bytes of host memory for experts; null where none were named.
+        devices: of an expert-parallel group; null where nothing is placed.
         engine: ``any`` = what every engine loads; ``transformers`` = through compressor.load.
         preset: named preset whose defaults were taken.
     """
@@ -45,6 +49,10 @@ class Target(Record):
     share: float | None = Field(default=None, gt=0, lt=1)
     memory: int | None = Field(default=None, ge=1)
     bits: float | None = Field(default=None, gt=0)
+    machine: str | None = None
+    vram: int | None = Field(default=None, ge=1)
+    ram: int | None = Field(default=None, ge=0)
+    devices: int | None = Field(default=None, ge=1)
     engine: str = "any"
     preset: str
 
@@ -117,6 +125,42 @@ class Prediction(Record):
     plans: int = Field(default=0, ge=0)
 
 
+class Speed(Record):
+    """How fast a plan is expected to run on a machine, from replaying a run's trace.
+
+    Attributes:
+        machine: its name.
+        batch: sequences that are decoded together.
+        context: tokens whose keys and values are kept per sequence.
+        hit_rate: part of the expert uses that find their expert on the device.
+        low: lower end of its interval over sequences.
+        high: upper end.
+        coverage: of that interval.
+        loads_per_token: bytes over the link per token.
+        ms_per_token: mean time of a forward pass, divided by the tokens that it decodes.
+        p95_ms: 95th percentile of the time of a forward pass.
+        stalled: part of the layers' steps that wait for an expert.
+        bound_ms: what no policy can beat with as many slots.
+        resident_ms: what it would be with all experts on the device.
+        peak_bytes: of the device: weights, cache slots, keys and values, activations.
+    """
+
+    machine: str
+    batch: int = Field(default=1, ge=1)
+    context: int = Field(default=0, ge=0)
+    hit_rate: float = Field(ge=0, le=1)
+    low: float = Field(ge=0, le=1)
+    high: float = Field(ge=0, le=1)
+    coverage: float = Field(gt=0, lt=1)
+    loads_per_token: float = Field(ge=0)
+    ms_per_token: float = Field(ge=0)
+    p95_ms: float = Field(ge=0)
+    stalled: float = Field(ge=0, le=1)
+    bound_ms: float = Field(ge=0)
+    resident_ms: float = Field(ge=0)
+    peak_bytes: int = Field(ge=0)
+
+
 class Estimate(Record):
     """What the plan is expected to save and to cost; measured figures stand in receipts beside a plan, never in it.
 
@@ -134,6 +178,9 @@ class Estimate(Record):
         weighed_error: the same, layers weighed by how far their experts turn the residual stream; it compares plans
             that cut layers differently.
         prediction: predicted KL divergence, from the run's sums alone; null where the run cannot price the plan.
+        speed: how fast it runs on the machine that was asked for; null where none was.
+        balancedness: mean over largest load of a device, mean over layers and windows of the trace that the placement
+            was not made from, 0..1; null where nothing is placed.
     """
 
     expert_parameters: int = Field(ge=0)
@@ -146,3 +193,5 @@ class Estimate(Record):
     layer_error: float | None = None
     weighed_error: float | None = None
     prediction: Prediction | None = None
+    speed: Speed | None = None
+    balancedness: float | None = None

@@ -6,10 +6,12 @@ from collections import Counter
 from collections.abc import Iterator
 
 from compressor.plan.bits_rules import check_bits
+from compressor.plan.caching import CacheLayer
 from compressor.plan.document import Plan
 from compressor.plan.factor_rules import check_factors
 from compressor.plan.factors import FactorLayer
 from compressor.plan.result import experts_after, kept_layers, neurons_after, router_stays
+from compressor.plan.serving_rules import check_serving
 from compressor.plan.smooth_rules import check_smoothing
 from compressor.plan.source import LayerShape
 from compressor.plan.steps import DropStep, MergeLayer, MergeStep, SlimStep
@@ -36,6 +38,7 @@ def check(plan: Plan) -> None:
     check_bits(plan)
     check_factors(plan)
     check_smoothing(plan)
+    check_serving(plan)
 
 
 def _known_units(plan: Plan) -> None:
@@ -64,7 +67,9 @@ def _known_units(plan: Plan) -> None:
 
 
 def _numbers(layer: object) -> Iterator[int]:
-    if isinstance(layer, (MergeLayer, FactorLayer)):
+    if isinstance(layer, CacheLayer):
+        yield from (*layer.pinned, *layer.disk)
+    elif isinstance(layer, (MergeLayer, FactorLayer)):
         for group in layer.groups:
             yield from (*group.members, group.lead)
         yield from (entry.expert for entry in getattr(layer, "given_up", ()))

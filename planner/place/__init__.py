@@ -1,0 +1,1 @@
+"""Which device of an expert-parallel group holds which experts, one file per method."""
