@@ -6,6 +6,8 @@ import shutil
 
 import polars as pl
 
+from moescope.sizes import size as size
+
 
 def table(frame: pl.DataFrame, *, rows: int | None = 60) -> str:
     """The frame as an aligned table; ``rows`` None prints all of them.
@@ -39,15 +41,6 @@ def duration(seconds: float | None) -> str:
     if whole < 3600:
         return f"{whole // 60} min {whole % 60:02d} s"
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
-
-
-def size(count: float) -> str:
-    """Bytes as ``512 B``, ``3.4 MiB`` or ``1.25 GiB``."""
-    for unit in ("B", "KiB", "MiB"):
-        if abs(count) < (1024 if unit == "B" else 999.5):
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.3g} {unit}"
-        count /= 1024
-    return f"{count:,.0f} GiB" if abs(count) >= 1000 else f"{count:.3g} GiB"
 
 
 def _line(cells: list[str], widths: list[int], right: list[bool]) -> str:
