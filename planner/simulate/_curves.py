@@ -1,7 +1,8 @@
 """Stack kernels beside :mod:`profiler.metrics._stack`: one walk per step instead of one per expert.
 
 Both write depths in the format of ``request_depths``: d for an object found at depth d, num_objects + d for one used
-for the first time when d others had been, -1 where there is no request. A cache of C slots holds the top C of the stack.
+for the first time when d others had been, -1 where there is no request. A cache of C slots holds the top C of its
+stack.
 
 This module imports numba; import it inside the function that needs it.
 """

@@ -1,7 +1,7 @@
 """What no policy can beat, at every cache size: three offline bounds, for three ways in which engines work.
 
-``min_set``: all experts of a step are resident together, as fused kernels need. On a step evict, of what it does not need,
-    what is needed again last.
+``min_set``: all experts of a step are resident together, as fused kernels need. On a step evict, of what it does not
+    need, what is needed again last.
 ``min_flat``: one expert at a time, which may replace another of the same step, as engines with one buffer do: Belady's
     rule on single uses, in the order in which the step lists them.
 ``min_bypass``: a miss need not be admitted, where the processor computes missing experts or they are streamed. Keep,
@@ -42,8 +42,8 @@ def bounds(
         names: which of them.
         shared: one cache for all layers, served layer after layer; sizes are then 1..L * E.
         warm: the cache goes on from request to request; False: it starts empty at each.
-        overflow: ``min_set`` also at sizes below the largest step: a larger step leaves those with the nearest next use,
-            and the others pass through. False: NaN there.
+        overflow: ``min_set`` also at sizes below the largest step: a larger step leaves those with the nearest next
+            use, and the others pass through. False: NaN there.
 
     Raises:
         PlanError: an unknown bound, or more than 2^31 requests.

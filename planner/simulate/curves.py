@@ -1,8 +1,8 @@
 """Hits of every cache size at once: policies that are stack algorithms, and the best fixed sets.
 
 A policy is a stack algorithm (Mattson et al., 1970) if its cache of C slots always holds the top C of one stack; then
-the depth at which each use finds its expert tells for all sizes whether it hits. LRU, LFU that never forgets a count, and
-SCH (arXiv 2505.16056) are; LFU that counts while an expert is resident is not and has to be replayed size by size.
+the depth at which each use finds its expert tells for all sizes whether it hits. LRU, LFU that never forgets a count,
+and SCH (arXiv 2505.16056) are; LFU that counts while an expert is resident is not and has to be replayed size by size.
 
 Sets: the experts of a step are looked up together, and none is evicted before the step is over. Of experts last used in
 the same step, those that the step lists later count as used later. A first use is a miss.
@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from moescope.errors import PlanError
 from planner.simulate.outcome import Counts, Curve
 from planner.simulate.workload import Workload
-from profiler.metrics._arrays import FloatArray, IntArray
+from profiler.metrics._arrays import IntArray
 from profiler.metrics._trace import available_cores
 
 StackPolicy = Literal["lru", "lfu", "sch"]
@@ -148,8 +148,8 @@ def popularity(train: Workload, workload: Workload, *, shared: bool = False) -> 
     """Hits of fixed sets: at every size the experts that most steps of ``train`` need. Ties: the lower id stays.
 
     Per layer the top C of each; ``shared`` = the top N over all layers, which of all fixed sets hits most on ``train``
-    (KTransformers' "frequency"). The set is there from the start, so that no first use has to be a miss, and misses pass
-    through: a step may need more experts than there are slots.
+    (KTransformers' "frequency"). The set is there from the start, so that no first use has to be a miss, and misses
+    pass through: a step may need more experts than there are slots.
 
     Raises:
         PlanError: the two have different layers or numbers of experts.

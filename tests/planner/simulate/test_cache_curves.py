@@ -129,7 +129,7 @@ def test_equals_the_metrics(shared: bool) -> None:
 
 
 def test_bounds_part_near_k_and_meet_at_many_slots() -> None:
-    # The published picture: at k slots min_set is LRU, and flat and bypassing bounds are far below; from 4 k on all agree.
+    # At k slots min_set is LRU, and the flat and the bypassing bound are far below; from 4 k on the bounds agree.
     generator = np.random.default_rng(0)
     experts, k, tokens = 64, 6, 1500
     logits, ids = generator.normal(size=experts), []
