@@ -1,4 +1,4 @@
-"""``moescope export``: the widths of a plan in the words of an engine that quantizes by itself."""
+"""``moescope export``: a plan in the words of an engine: widths, where experts lie, and on which device."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from compressor.exporters import Exported
 
 NAME = "export"
-SUMMARY = "write a plan's widths for another engine"
+SUMMARY = "write a plan's widths, caches or placements for another engine"
 
 SHOWN = 10
 """Sentences about what is left out that are printed."""
@@ -21,10 +21,24 @@ SHOWN = 10
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the command."""
-    parser.add_argument("plan", metavar="PLAN", type=Path, nargs="?", help="a plan that quantizes experts")
+    parser.add_argument(
+        "plan",
+        metavar="PLAN",
+        type=Path,
+        nargs="?",
+        help="a plan with a step that the engine knows: quantize, cache or place",
+    )
     parser.add_argument("--to", metavar="ENGINE", help="the engine; --list names all")
-    parser.add_argument("-o", "--output", metavar="PATH", type=Path, help="file to write (default: standard output)")
-    parser.add_argument("--list", action="store_true", help="list the engines")
+    parser.add_argument(
+        "-o",
+        "--output",
+        metavar="PATH",
+        type=Path,
+        help="file to write (default: standard output; a must for binary files)",
+    )
+    parser.add_argument(
+        "--list", action="store_true", help="list the engines, and the step of a plan that each file speaks of"
+    )
     add_config(parser)
     add_json(parser)
 
@@ -42,10 +56,12 @@ def run(options: argparse.Namespace) -> int:
         raise InputError("what, and for whom? give PLAN and --to ENGINE; --list names the engines")
     engine = exporter(options.to)
     exported = engine.export(Plan.load(options.plan))
-    if options.output is None:
+    if options.output is not None:
+        _write(options.output, exported.content)
+    elif exported.binary is None:
         print(exported.text, end="")
     else:
-        _write(options.output, exported.text)
+        raise InputError(f"the file for {engine.name} is binary: say where to write it, -o NAME{engine.suffix}")
     _tell(options, exported)
     return 0
 
@@ -56,18 +72,19 @@ def _list(as_json: bool) -> None:
     from compressor.exporters import EXPORTERS
 
     if as_json:
-        print(json.dumps([{"name": one.name, "title": one.title, "suffix": one.suffix} for one in EXPORTERS]))
+        fields = ("name", "title", "suffix", "step")
+        print(json.dumps([{field: getattr(one, field) for field in fields} for one in EXPORTERS]))
         return
     width = max(len(one.name) for one in EXPORTERS)
     for one in EXPORTERS:
-        print(f"{one.name:{width}}  {one.title} ({one.suffix})")
+        print(f"{one.name:{width}}  {one.step:8}  {one.title} ({one.suffix})")
 
 
-def _write(path: Path, text: str) -> None:
+def _write(path: Path, content: bytes) -> None:
     from moescope.errors import InputError
 
     try:
-        path.write_text(text, encoding="utf-8")
+        path.write_bytes(content)
     except OSError as error:
         raise InputError(f"{path} cannot be written: {error.strerror or error}") from error
 

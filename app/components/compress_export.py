@@ -21,6 +21,8 @@ def section(plan: Plan) -> None:
     with st.expander("Files for other engines, which quantize by themselves", icon=":material/upload_file:"):
         st.caption("Widths alone: scales are chosen by the engine, so its result is another model than ours.")
         for engine in EXPORTERS:
+            if engine.step != "quantize":
+                continue
             try:
                 exported = engine.export(plan)
             except MoescopeError as error:

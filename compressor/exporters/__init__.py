@@ -12,8 +12,27 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
-from compressor.exporters import autoround, gguf, gptqmodel, llm_compressor, torchao
+from compressor.exporters import (
+    autoround,
+    eplb,
+    gguf,
+    gptqmodel,
+    hot_experts,
+    ktransformers,
+    llama_cpp,
+    llama_cpp_cache,
+    llm_compressor,
+    moe_infinity,
+    sglang,
+    sglang_counts,
+    sglang_kt,
+    tensorrt_llm,
+    torchao,
+    vllm,
+    vllm_ascend,
+)
 from compressor.exporters.exported import Exported
 from compressor.plan import Plan
 from moescope.errors import InputError
@@ -29,13 +48,15 @@ class Exporter:
         name: on the command line.
         title: what is written, for whom.
         suffix: of the file.
-        export: plan -> text and what is left out.
+        export: plan -> content and what is left out.
+        step: the step of a plan that it speaks of: quantize, cache or place.
     """
 
     name: str
     title: str
     suffix: str
     export: Callable[[Plan], Exported]
+    step: Literal["quantize", "cache", "place"] = "quantize"
 
 
 EXPORTERS: tuple[Exporter, ...] = (
@@ -44,6 +65,18 @@ EXPORTERS: tuple[Exporter, ...] = (
     Exporter("gptqmodel", "GPTQModel 7.3 or later: dynamic", ".json", gptqmodel.export),
     Exporter("gguf", "llama.cpp: types by layer and projection, for --tensor-type-file", ".txt", gguf.export),
     Exporter("torchao", "torchao: FqnToConfig, layers of 8 bits alone", ".json", torchao.export),
+    Exporter("llama.cpp", "llama.cpp: arguments, whole layers", ".txt", llama_cpp.export, "cache"),
+    Exporter("llama.cpp-cache", "a fork of llama.cpp: --moe-cache-profile", ".csv", llama_cpp_cache.export, "cache"),
+    Exporter("hot-experts", "tools around llama.cpp: layer,expert,count", ".csv", hot_experts.export, "cache"),
+    Exporter("sglang-kt", "KTransformers in SGLang: --init-expert-location", ".pt", sglang_kt.export, "cache"),
+    Exporter("ktransformers", "KTransformers as it was: rules, whole layers", ".yaml", ktransformers.export, "cache"),
+    Exporter("moe-infinity", "MoE-Infinity: configuration, shares of memory", ".json", moe_infinity.export, "cache"),
+    Exporter("sglang", "SGLang: --init-expert-location, experts per slot", ".json", sglang.export, "place"),
+    Exporter("sglang-counts", "SGLang: --init-expert-location, counts", ".json", sglang_counts.export, "place"),
+    Exporter("tensorrt-llm", "TensorRT-LLM: moe_load_balancer, slots", ".yaml", tensorrt_llm.export, "place"),
+    Exporter("vllm", "vLLM: arguments; it takes no map", ".txt", vllm.export, "place"),
+    Exporter("vllm-ascend", "vLLM on Ascend, model runner V1: map", ".json", vllm_ascend.export, "place"),
+    Exporter("eplb", "EPLB: arrays phy2log, log2phy, logcnt", ".npz", eplb.export, "place"),
 )
 
 

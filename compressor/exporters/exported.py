@@ -15,6 +15,7 @@ from compressor.plan import (
     Plan,
     QuantizeStep,
     Role,
+    ServingStep,
     bits_after,
     experts_after,
     kept_layers,
@@ -23,20 +24,30 @@ from compressor.plan import (
 from compressor.plan.result import NewExpert, neurons_after
 from moescope.errors import PlanError
 
+BY_ITSELF = "for the engine that serves the result: export it by itself, moescope export --list names the formats"
+"""Of a cache or place step, in a file that is about another step."""
+
 
 @dataclass(frozen=True)
 class Exported:
     """A plan in the words of an engine.
 
     Attributes:
-        text: content of the engine's file; ends with a line break.
+        text: content of the engine's file; ends with a line break. Empty where the file is no text.
         left_out: every unit and step that the format cannot say, with the reason; numbers are those of the source.
         notes: what the reader of the file has to know.
+        binary: content of a file that is no text; None where it is.
     """
 
     text: str
     left_out: tuple[str, ...]
     notes: tuple[str, ...] = ()
+    binary: bytes | None = None
+
+    @property
+    def content(self) -> bytes:
+        """The bytes of the file."""
+        return self.text.encode() if self.binary is None else self.binary
 
 
 @dataclass(frozen=True)
@@ -89,14 +100,14 @@ def units(plan: Plan) -> list[Unit]:
     """Every projection of every expert that is left, in the order of the layers; also those that stay as they are."""
     found, after, widths = bits_after(plan), experts_after(plan), widths_after(plan)
     numbers = {layer: number for number, layer in enumerate(kept_layers(plan))}
-    shapes, places = plan.source.by_key, _places(plan, after)
+    shapes, numbers_of = plan.source.by_key, places(plan, after)
     masks = neurons_after(plan)
     parts = [part for part in PARTS if part != "gate" or plan.source.gated]
     result = []
     for key, experts in after.items():
         shape = shapes[key]
         ones: list[tuple[Role, int, int, int, int]] = [
-            ("routed", places[key][one.lead], one.lead, widths[key], plan.source.expert_size) for one in experts
+            ("routed", numbers_of[key][one.lead], one.lead, widths[key], plan.source.expert_size) for one in experts
         ]
         if shape.shared_width:
             kept = masks.get((*key, 0, "shared"))
@@ -113,9 +124,13 @@ def units(plan: Plan) -> list[Unit]:
 
 
 def unsaid_steps(plan: Plan) -> list[str]:
-    """What no engine's file says: every step that is to be applied first, and what a quantize step is beside widths."""
+    """What no file of widths says: every step to be applied first, steps for engines that serve, and what a quantize
+    step is beside widths."""
     result = []
     for place, step in enumerate(plan.steps, start=1):
+        if isinstance(step, ServingStep):
+            result.append(f"step {place}, {step.step}: {BY_ITSELF}")
+            continue
         if not isinstance(step, QuantizeStep):
             result.append(f"step {place}, {step.step}: apply it first; the names in the file are those of the result")
             continue
@@ -158,7 +173,7 @@ def _width(bits: Bits | None) -> str:
     return "as it is" if bits is None else "ternary" if bits == "ternary" else f"{bits} bit"
 
 
-def _places(plan: Plan, after: dict[LayerKey, list[NewExpert]]) -> dict[LayerKey, dict[int, int]]:
+def places(plan: Plan, after: dict[LayerKey, list[NewExpert]]) -> dict[LayerKey, dict[int, int]]:
     """(layer, step) -> lead of the source -> its place in the result; fillers stand behind those of their group."""
     forms = {step.form for step in plan.steps if isinstance(step, (DropStep, MergeStep))}
     largest = max(map(len, after.values()), default=0) if "padded" in forms else 0
