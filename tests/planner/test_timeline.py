@@ -126,8 +126,8 @@ def test_steps_on_demand_equal_events(seed: int, fallback: Any, overlap: bool) -
         }[fallback]  # fmt: skip
         ends = [
             step_by_events(
-                ready=int(work.needed[layer, at] - missing[layer, at]), waiting=waiting, on_link=one, expert=unit, cpu=cpu,
-                overlap=overlap,
+                ready=int(work.needed[layer, at] - missing[layer, at]), waiting=waiting, on_link=one, expert=unit,
+                cpu=cpu, overlap=overlap,
             )
             for one in choices
         ]  # fmt: skip
