@@ -34,7 +34,7 @@ def export(plan: Plan) -> Exported:
     ]
     options = {"eplb_config": {"expert_map_path": "FILE", "num_redundant_experts": step.slots - known.num_experts}}
     notes = (
-        f"serve with --enable-expert-parallel --additional-config '{json.dumps(options)}', the file's path for FILE",
+        f"serve with --enable-expert-parallel --additional-config '{json.dumps(options)}' with the path for FILE",
         "for its model runner V1 alone; V2 refuses a map",
     )
     left_out = (*unsaid_others(plan, PlaceStep), *unsaid_place(step, where))
