@@ -9,9 +9,12 @@ import pytest
 
 from app.cli import main
 from compressor.exporters import EXPORTERS, exporter
+from tests.compressor import edit_plans
 from tests.compressor.bit_plans import mixed, quantizing
+from tests.compressor.serving_plans import cache, deep, place
 
 PLAN = quantizing("olmoe", mixed)
+SERVED = edit_plans.plan(deep(3), cache({1: (0,), 2: (1, 2)}), place({1: range(4), 2: (3, 0, 2, 1)}))
 
 
 @pytest.fixture
@@ -43,11 +46,51 @@ def test_what_is_left_out_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert len(json.loads(capsys.readouterr().out)["left_out"]) == 4
 
 
-def test_engines_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+def test_engines_are_listed_with_the_step_that_they_speak_of(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["export", "--list"]) == 0
-    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == [one.name for one in EXPORTERS]
+    listed = [line.split()[:2] for line in capsys.readouterr().out.splitlines()]
+    assert listed == [[one.name, one.step] for one in EXPORTERS]
+    assert {step for _, step in listed} == {"quantize", "cache", "place"}
     assert main(["export", "--list", "--json"]) == 0
-    assert len(json.loads(capsys.readouterr().out)) == len(EXPORTERS)
+    content = json.loads(capsys.readouterr().out)
+    assert [(one["name"], one["step"], one["suffix"]) for one in content] == [
+        (one.name, one.step, one.suffix) for one in EXPORTERS
+    ]
+
+
+@pytest.mark.parametrize("engine", [one.name for one in EXPORTERS if one.step != "quantize"])
+def test_every_engine_that_serves_gets_its_file(
+    engine: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    SERVED.save(tmp_path / "plan.json")
+    target = tmp_path / "file"
+    code = main(["export", str(tmp_path / "plan.json"), "--to", engine, "-o", str(target), "--json"])
+    if engine == "sglang-counts":
+        assert code == 2 and "holds no counts" in capsys.readouterr().err
+        return
+    if engine == "ktransformers":
+        assert code == 2 and "the experts of none" in capsys.readouterr().err
+        return
+    assert code == 0
+    exported = exporter(engine).export(SERVED)
+    assert target.read_bytes() == exported.content != b""
+    told = json.loads(capsys.readouterr().out)
+    assert told == {"path": str(target), "left_out": list(exported.left_out), "notes": list(exported.notes)}
+
+
+@pytest.mark.parametrize(("engine", "suffix"), [("sglang-kt", ".pt"), ("eplb", ".npz")])
+def test_binary_files_go_to_files_alone(
+    engine: str, suffix: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    SERVED.save(tmp_path / "plan.json")
+    assert main(["export", str(tmp_path / "plan.json"), "--to", engine]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert f"the file for {engine} is binary: say where to write it, -o NAME{suffix}" in captured.err
+    assert captured.err.count("\n") == 1
+    target = tmp_path / f"file{suffix}"
+    assert main(["export", str(tmp_path / "plan.json"), "--to", engine, "-o", str(target)]) == 0
+    assert target.read_bytes()[:2] == b"PK"
 
 
 @pytest.mark.parametrize(
@@ -59,6 +102,8 @@ def test_engines_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
         (["nothing.json", "--to", "gguf"], "nothing.json cannot be read"),
         (["PLAN", "--to", "torchao"], "nothing of the plan can be said in the words of torchao"),
         (["PLAN", "--to", "autoround", "-o", "nowhere/file"], "nowhere/file cannot be written"),
+        (["PLAN", "--to", "llama.cpp"], "the plan has no cache step"),
+        (["PLAN", "--to", "sglang"], "the plan has no place step"),
     ],
 )
 def test_mistakes_end_in_one_line_and_code_2(
