@@ -1,0 +1,53 @@
+"""Pairs of experts that one token uses, in a layer and in adjacent ones: what placements by affinity go by."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from moescope.errors import PlanError
+from planner.simulate.workload import Workload
+from profiler.metrics._arrays import IntArray
+
+
+def transitions(work: Workload) -> IntArray:
+    """R of MoETuner: (layers - 1, E, E) tokens that use expert i of a layer and j of the next; all k x k pairs count.
+
+    Raises:
+        PlanError: passes hold several tokens, so that pairs are not known.
+    """
+    from profiler.metrics._pairs import count_pairs
+
+    require_tokens(work)
+    counts = np.zeros((max(work.num_layers - 1, 0), 1, work.num_experts, work.num_experts), np.int64)
+    part = np.zeros(work.num_requests, np.int64)
+    for first, second, table in zip(work.ids[:-1], work.ids[1:], counts, strict=True):
+        count_pairs(np.ascontiguousarray(first), np.ascontiguousarray(second), work.offsets, part, table)
+    return counts[:, 0]
+
+
+def coactivations(work: Workload) -> IntArray:
+    """(layers, E, E) tokens that use both experts of a layer; symmetric, 0 on the diagonal.
+
+    Raises:
+        PlanError: as :func:`transitions`.
+    """
+    from profiler.metrics._pairs import count_own_pairs
+
+    require_tokens(work)
+    counts = np.zeros((work.num_layers, 1, work.num_experts, work.num_experts), np.int64)
+    part = np.zeros(work.num_requests, np.int64)
+    for ids, table in zip(work.ids, counts, strict=True):
+        count_own_pairs(np.ascontiguousarray(ids), work.offsets, part, table)
+    both: IntArray = counts[:, 0] + counts[:, 0].transpose(0, 2, 1)
+    both[:, np.arange(work.num_experts), np.arange(work.num_experts)] = 0
+    return both
+
+
+def require_tokens(work: Workload) -> None:
+    """Refuse passes of several tokens.
+
+    Raises:
+        PlanError: which token used which expert is no longer known.
+    """
+    if (work.pass_tokens > 1).any():
+        raise PlanError("passes of several tokens do not say which token used which expert: start from single tokens")
