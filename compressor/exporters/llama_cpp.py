@@ -36,7 +36,7 @@ def export(plan: Plan) -> Exported:
     if not exact:
         left_out += _partly(step, where, known, kept)
     arguments = _arguments([known.layers[key] for key in kept], list(known.layers.values()))
-    return Exported(f"{arguments}\n", tuple(left_out), _notes(step, arguments))
+    return Exported(f"{arguments}\n", tuple(left_out), _notes(step, arguments, exact))
 
 
 def _arguments(kept: list[int], layers: list[int]) -> str:
@@ -64,11 +64,13 @@ def _partly(step: CacheStep, where: str, known: Served, kept: list[LayerKey]) ->
     return result
 
 
-def _notes(step: CacheStep, arguments: str) -> tuple[str, ...]:
-    result = [
-        "llama.cpp moves whole layers; a token reads its experts in every layer, so the trace does not pick which: the"
-        " plan's bytes say how many, and the last ones are taken",
-    ]
+def _notes(step: CacheStep, arguments: str, exact: bool) -> tuple[str, ...]:
+    result = []
+    if not exact:
+        result.append(
+            "a token reads its experts in every layer, so the trace does not pick layers: the plan's bytes say how many,"
+            " and the last ones are taken"
+        )
     if arguments != "-ngl 999":
         result.append("tensor overrides, which -ncmoe and -ot both are, turn pipeline parallelism of several GPUs off")
         if not any(layer.disk for layer in step.layers):

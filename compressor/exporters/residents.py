@@ -29,9 +29,7 @@ def counts(plan: Plan) -> Counts | None:
         row = values.get(key, ())
         if len(row) != size or any(value is not None and value < 0 for value in row):
             raise PlanError(f"the plan's counts of layer {key[0]} are not one number per expert, of {size}: plan again")
-        result[key] = {
-            one.lead: round(sum(row[member] or 0 for member in one.members)) for one in experts
-        }  # fmt: skip
+        result[key] = {one.lead: round(sum(row[member] or 0 for member in one.members)) for one in experts}
     return result
 
 

@@ -152,7 +152,7 @@ def unsaid_cache(
     if step.misses not in misses:
         result.append(f"{where}: {_MISSES[step.misses]}; in {engine} they {_DONE[next(iter(misses))]}")
     if step.scope not in scopes:
-        one, other = ("one cache for all layers", "one for each layer") if step.scope == "shared" else _APART
+        one, other = _SCOPES if step.scope == "shared" else _SCOPES[::-1]
         result.append(f"{where}: {one}; {engine} has {other}")
     if step.prefetch != "none":
         layers = f"{step.ahead} MoE layer{'s' if step.ahead > 1 else ''} ahead"
@@ -180,7 +180,7 @@ def unsaid_slots(step: CacheStep, where: str, reason: str) -> list[str]:
     return result
 
 
-_APART = ("a cache for each layer", "one for all layers")
+_SCOPES = ("one cache for all layers", "a cache for each layer")
 _MISSES = {"load": "missing experts are loaded over the link", "cpu": "missing experts run on the CPU"}
 _DONE = {"load": "are loaded", "cpu": "run on the CPU"}
 

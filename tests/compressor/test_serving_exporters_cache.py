@@ -137,7 +137,7 @@ def test_llama_cpp_says_what_it_does_not_do() -> None:
     assert any("pipeline parallelism" in note for note in exported.notes)
     assert not any("--no-mmap" in note for note in exported.notes)  # what lies on disk is read through mmap
     shared = exporter("llama.cpp").export(plan(deep(3), cache({1: (), 2: ()}, scope="shared", slots=5)))
-    assert "step 1, cache: one cache for all layers; llama.cpp has one for each layer" in shared.left_out
+    assert "step 1, cache: one cache for all layers; llama.cpp has a cache for each layer" in shared.left_out
     assert layers_on_device(shared.text, 3) - {0} == {2}
     assert any("--no-mmap" in note for note in shared.notes)
 
@@ -162,9 +162,9 @@ def test_the_fork_of_llama_cpp_holds_the_pinned_experts() -> None:
     assert "--moe-cache-slots 2 " in exported.notes[0] and exported.notes[0].endswith("-ncmoe 4")
     assert fork(exported.text, 2, 4) == {layer: set(experts) for layer, experts in pins.items()}
     assert exported.left_out == ()
-    many = deep(2, num_experts=1200, top_k=1)
-    exported = exporter("llama.cpp-cache").export(plan(many, cache({1: range(0, 1200, 2)})))
-    assert fork(exported.text, 600, 1200) == {1: set(range(0, 1200, 2))}
+    many = deep(2, num_experts=2400, top_k=1)
+    exported = exporter("llama.cpp-cache").export(plan(many, cache({1: range(0, 2400, 2)})))
+    assert fork(exported.text, 1200, 2400) == {1: set(range(0, 2400, 2))}
 
 
 def test_the_fork_of_llama_cpp_holds_no_more_than_the_plan() -> None:
@@ -285,7 +285,7 @@ def test_moe_infinity_is_told_a_share_of_memory() -> None:
     )
     assert any("trace_path" in note for note in exported.notes)
     apart = exporter("moe-infinity").export(plan(known, cache({1: (0, 1), 2: (2, 3)})))
-    assert "step 1, cache: a cache for each layer; MoE-Infinity has one for all layers" in apart.left_out
+    assert "step 1, cache: a cache for each layer; MoE-Infinity has one cache for all layers" in apart.left_out
     assert any(line.startswith("layer 2 (slots for 2 experts, 2, 3 pinned)") for line in apart.left_out)
 
 
