@@ -68,7 +68,7 @@ def _notes(step: CacheStep, arguments: str, exact: bool) -> tuple[str, ...]:
     result = []
     if not exact:
         result.append(
-            "a token reads its experts in every layer, so the trace does not pick layers: the plan's bytes say how many,"
+            "a token reads its experts in every layer, so no trace picks layers: the plan's bytes say how many,"
             " and the last ones are taken"
         )
     if arguments != "-ngl 999":
