@@ -19,6 +19,7 @@ from app.commands import (
     export,
     import_,
     inspect,
+    measure_device,
     plan,
     rank,
     recommend,
@@ -41,5 +42,6 @@ COMMANDS: tuple[ModuleType, ...] = (
     apply,
     export,
     evaluate,
+    measure_device,
     dashboard,
 )
