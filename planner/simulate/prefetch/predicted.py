@@ -32,8 +32,7 @@ class Predicted:
     @property
     def layers(self) -> NDArray[np.bool_]:
         """(layers,) which layers anything was foreseen for."""
-        known: NDArray[np.bool_] = (self.ids >= 0).any(axis=(1, 2))
-        return known
+        return np.asarray((self.ids >= 0).any(axis=(1, 2)))
 
     def first(self, width: int) -> Predicted:
         """Only the ``width`` most confident experts of each step."""

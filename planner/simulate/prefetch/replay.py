@@ -50,8 +50,9 @@ def replay_prefetch(
     workload: Workload,
     predicted: Predicted,
     *,
-    slots: int | Sequence[int],
+    slots: int | None = None,
     shared: bool = False,
+    layer_slots: Sequence[int] | None = None,
     limit: int | None = None,
     demote: bool = False,
 ) -> Prefetched:
@@ -66,16 +67,17 @@ def replay_prefetch(
     Args:
         workload: what is needed.
         predicted: what is foreseen for it. Its first steps, fewer than it looks ahead, are not fetched for.
-        slots: of each layer's cache: one number, or one per layer; with ``shared``, of the one cache in all.
-        shared: one cache for all layers.
+        slots: experts that the device holds: per layer, or in all if ``shared``. More than there are count as all.
+        shared: one cache for all layers instead of one for each.
+        layer_slots: (layers,) slots of each, instead of ``slots``.
         limit: fetches per step at most, the most confident first; None = all; 0 = plain LRU.
         demote: experts fetched in vain become the next to go once their step is over, instead of staying as recent as
             used ones. Ours.
 
     Raises:
-        PlanError: no slot, slots of another number of layers, a limit below 0, or predictions for another workload.
+        PlanError: sizes that cannot be, a limit below 0, or predictions for another workload.
     """
-    sizes = _sizes(workload, slots, shared)
+    sizes = sizes_of(workload, slots=slots, shared=shared, layer_slots=layer_slots)
     if limit is not None and limit < 0:
         raise PlanError(f"limit {limit} is no number of fetches: give at least 0, or none at all")
     counted = run_lru(workload, predicted, sizes=sizes, limit=predicted.ids.shape[2] if limit is None else limit,
@@ -141,10 +143,17 @@ def outcome_of(workload: Workload, absent: NDArray[np.bool_], policy: str, slots
     )  # fmt: skip
 
 
-def _sizes(workload: Workload, slots: int | Sequence[int], shared: bool) -> NDArray[np.int64]:
-    given = np.atleast_1d(np.asarray(slots, np.int64))
-    if (given < 1).any():
-        raise PlanError(f"a cache of {int(given.min())} slots holds no expert: give at least 1")
-    if shared and len(given) != 1 or len(given) not in (1, workload.num_layers):
-        raise PlanError(f"{len(given)} cache sizes for {workload.num_layers} layers: give one for all, or one for each")
-    return given if shared else np.broadcast_to(given, workload.num_layers).copy()
+def sizes_of(
+    workload: Workload, *, slots: int | None, shared: bool = False, layer_slots: Sequence[int] | None = None
+) -> NDArray[np.int64]:
+    """Slots of every cache: (layers,), or (1,) of the one that all share; arguments as of :func:`replay_prefetch`."""
+    if (slots is None) == (layer_slots is None) or (shared and layer_slots is not None):
+        raise PlanError("a cache takes slots, per layer or of one shared cache, or layer_slots, one number for each")
+    given = np.asarray([slots] if layer_slots is None else layer_slots, np.int64)
+    if given.min(initial=0) < 0:
+        raise PlanError(f"a cache of {given.min()} slots cannot be: give 0 or more")
+    if layer_slots is not None and len(given) != workload.num_layers:
+        raise PlanError(f"layer_slots has {len(given)} entries; the workload has {workload.num_layers} MoE layers")
+    caches = 1 if shared else workload.num_layers
+    most = workload.num_experts * (workload.num_layers if shared else 1)
+    return np.minimum(np.broadcast_to(given, caches), most)

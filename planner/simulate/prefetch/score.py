@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from planner.simulate.outcome import Counts
 from planner.simulate.prefetch.predicted import Predicted
-from planner.simulate.prefetch.replay import _sizes, by_request, check_same, run_lru
+from planner.simulate.prefetch.replay import by_request, check_same, run_lru, sizes_of
 from planner.simulate.workload import Workload
 from profiler.metrics._arrays import FloatArray, ratio
 
@@ -98,13 +98,13 @@ def score(predicted: Predicted, workload: Workload, *, slots: int | None = None,
         shared: one cache for all layers.
 
     Raises:
-        PlanError: predictions for another workload, or no slot.
+        PlanError: predictions for another workload, or a size that cannot be.
     """
     check_same(workload, predicted)
     hit = _found(workload.ids, predicted.ids)
     absent, unfetched = workload.ids >= 0, predicted.ids >= 0
     if slots is not None:
-        replayed = run_lru(workload, predicted, sizes=_sizes(workload, slots, shared), limit=0)
+        replayed = run_lru(workload, predicted, sizes=sizes_of(workload, slots=slots, shared=shared), limit=0)
         absent, unfetched = replayed.absent, replayed.unfetched
     known = predicted.layers[:, None]
     needed, foreseen = workload.needed * known, (predicted.ids >= 0).sum(axis=2)

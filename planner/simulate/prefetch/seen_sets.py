@@ -1,4 +1,4 @@
-"""Tables keyed by what was seen, such as sets of experts: which experts followed, and how often. Only seen keys cost."""
+"""Tables keyed by what was seen, such as sets of experts: which experts followed, how often. Only seen keys cost."""
 
 from __future__ import annotations
 

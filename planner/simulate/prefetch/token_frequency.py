@@ -43,9 +43,7 @@ def predict(
     width = checked_width(workload, train, ahead=ahead, width=width, across_passes=across_passes)
     for work, given in ((workload, tokens), (train, train_tokens)):
         if len(given) != work.num_passes:
-            raise PlanError(
-                f"{len(given)} token ids for {work.num_passes} passes: every pass needs the id of its token"
-            )
+            raise PlanError(f"{len(given)} token ids for {work.num_passes} passes: give one for every pass")
     asked, seen = ((np.asarray(given, np.int64) + 1).astype(np.uint64) for given in (tokens, train_tokens))
     one = np.zeros((1, workload.num_passes, 1), np.int16)  # a single source that always says: popularity
     always = np.ones((1, workload.num_passes, 1), np.uint16)
