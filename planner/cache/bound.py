@@ -1,0 +1,71 @@
+"""What no way to serve can beat, whatever it caches, foresees, loads or leaves to the CPU."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from planner.cache.setting import Setting
+from planner.simulate.bounds import bounds
+from profiler.metrics._arrays import FloatArray
+
+
+@dataclass(frozen=True)
+class Bound:
+    """The least time per token, for every number of slots.
+
+    Three things take their time: what is dense, one layer after another, during which the CPU has nothing to run (no
+    router has answered); experts, on the device or on the CPU; and copies, which may run all the time. So with U uses,
+    of which m miss even under the offline optimum with one cache for all layers (``min_bypass``), e and c seconds of an
+    expert on the device and on the CPU and tau of a copy, the time T of all passes is at least::
+
+        dense + U / (1 / e + 1 / c)                            all experts run somewhere
+        (m + dense / c) / (1 / tau + 1 / c)                    each miss is copied, T / tau at most, or run by the CPU
+
+    with the fastest layer's e, c and tau. Ours.
+
+    Attributes:
+        misses: (sizes + 1,) m by number of slots.
+        uses: U.
+        dense: seconds of all passes.
+        run: e; 0 where experts have no size.
+        cpu: c; infinite where the CPU runs none.
+        copy: tau.
+        tokens: of all passes.
+    """
+
+    misses: FloatArray
+    uses: int
+    dense: float
+    run: float
+    cpu: float
+    copy: float
+    tokens: int
+
+    @staticmethod
+    def of(setting: Setting) -> Bound:
+        """From the requests for judging."""
+        work, costs = setting.test, setting.test_costs
+        hits = bounds(work, names=["min_bypass"], shared=True)["min_bypass"].hits[:, 0].sum(axis=0)
+        uses, ran = int(work.needed.sum()), work.needed > 0
+        smallest = np.where(work.counts() > 0, costs.size, np.inf).min()
+        return Bound(
+            misses=uses - np.concatenate([[0.0], hits]),
+            uses=uses,
+            dense=float(costs.dense.sum() + costs.tail.sum()),
+            run=float(np.broadcast_to(costs.expert, ran.shape)[ran].min()),
+            cpu=float("inf") if costs.cpu is None else float(np.broadcast_to(costs.cpu, ran.shape)[ran].min()),
+            copy=setting.machine.link.seconds(float(smallest)),
+            tokens=max(int(work.pass_tokens.sum()), 1),
+        )
+
+    def ms(self, slots: int) -> float:
+        """Milliseconds per token with so many slots."""
+        least = float(self.misses[min(slots, len(self.misses) - 1)])
+        speeds = 1 / self.run + 1 / self.cpu
+        all_run = self.dense + self.uses / speeds
+        if self.copy <= 0:
+            return 1e3 * all_run / self.tokens
+        all_come = (least + self.dense / self.cpu) / (1 / self.copy + 1 / self.cpu)
+        return 1e3 * max(all_run, all_come) / self.tokens

@@ -1,0 +1,90 @@
+"""Why caching pays or not, beside times: where hits come from, consistency, the link, prefetching, the cliff."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from moescope.sizes import size
+from planner.cache.setting import Setting
+from planner.cache.study import WayFigures
+from planner.simulate.cliff import cliff
+from planner.simulate.curves import curve
+
+HARDLY = 0.97
+"""Part of the time without prefetching from which on prefetching is said not to pay; ours."""
+
+
+def reasons(
+    setting: Setting,
+    *,
+    slots: int,
+    parts: Mapping[str, float],
+    srp: tuple[float, int, int] | None,
+    segment: int,
+    ways: Sequence[WayFigures],
+) -> list[str]:
+    """Sentences, the most telling first.
+
+    Args:
+        setting: model, machine and requests.
+        slots: experts that the device holds.
+        parts: what the hit rate of LRU is made of.
+        srp: (SRP, place among published models, how many these are); None = not known.
+        segment: tokens of its segments.
+        ways: what was timed.
+    """
+    told = [_where_from(parts)]
+    if srp is not None:
+        told.append(
+            f"SRP over {segment} tokens is {srp[0]:.1%}: it would be number {srp[1]} among {srp[2]} published models,"
+            " the most consistent first."
+        )
+    return [*told, _link(setting), *_prefetching(ways), *_cliff(setting, slots)]
+
+
+def _where_from(parts: Mapping[str, float]) -> str:
+    words = ", ".join(f"{100 * parts[name]:.0f} {name}" for name in ("popularity", "topic", "locality"))
+    return (
+        f"LRU hits {sum(parts.values()):.0%}: {100 * parts['random']:.0f} points are what random experts would give;"
+        f" the routing adds {words}."
+    )
+
+
+def _link(setting: Setting) -> str:
+    machine, costs = setting.machine, setting.test_costs
+    load, run = 1e3 * machine.link.seconds(setting.slot_bytes), 1e3 * float(np.mean(costs.expert))
+    cpu = "" if costs.cpu is None else f" and {1e3 * float(np.mean(costs.cpu)):.3g} on the CPU"
+    return (
+        f"An expert of {size(setting.slot_bytes)} takes {load:.3g} ms over {machine.link.name}, {run:.3g} ms to run on"
+        f" the device{cpu}."
+    )
+
+
+def _prefetching(ways: Sequence[WayFigures]) -> list[str]:
+    plain = next((one for one in ways if one.name == "lru"), None)
+    foreseen = [one for one in ways if one.name.startswith("lru+")]
+    if plain is None or not foreseen:
+        return []
+    best = min(foreseen, key=lambda one: one.ms)
+    word = "gains a little"
+    if best.ms > HARDLY * plain.ms:
+        word = "does not pay"
+    elif best.high < plain.low:
+        word = "pays"
+    return [f"Prefetching {word}: {best.title}, {best.ms:.3g} ms per token against {plain.ms:.3g} without."]
+
+
+def _cliff(setting: Setting, slots: int) -> list[str]:
+    work = setting.test
+    found = cliff(
+        work, shared=curve(work, policy="lru", shared=True, overflow=True),
+        per_layer=curve(work, policy="lru", overflow=True),
+    )  # fmt: skip
+    if slots >= found.cycle:
+        return []
+    return [
+        f"One pass uses {found.cycle} experts over all layers and the device holds {slots}: a cache that all layers"
+        f" share forgets each before it is needed again ({found.before:.0%} hits)."
+    ]

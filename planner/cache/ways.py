@@ -1,0 +1,280 @@
+"""Ways to serve experts that do not all fit on the device, each replayed and timed on requests it was not fitted on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from compressor.plan import CachePolicy, Prefetch
+from moescope.errors import PlanError
+from planner.cache.setting import Setting
+from planner.simulate.curves import curve
+from planner.simulate.outcome import Outcome
+from planner.simulate.split import equal_split, split
+from planner.simulate.timeline import Timeline, prefetching, timeline
+from planner.simulate.workload import Workload
+from profiler.metrics._arrays import FloatArray, ratio
+
+Flags = NDArray[np.bool_]
+Slots = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to serve.
+
+    Attributes:
+        name: how it is asked for.
+        title: in words, as part of a sentence.
+        policy: which expert makes room.
+        misses: loaded over the link, or run by the CPU where they lie.
+        scope: a cache per layer, or one for all.
+        split: how slots are shared out over layers: ``equal``, ``fitted`` to the training requests, or ``prefix`` =
+            whole layers, the first ones.
+        pinned: part of the slots that hold the most used experts for good.
+        prefetch: what is loaded before it is asked for; takes policy ``lru``.
+        needs_trace: it goes by what was recorded; others are what engines do without.
+    """
+
+    name: str
+    title: str
+    policy: CachePolicy
+    misses: str = "load"
+    scope: str = "layer"
+    split: str = "equal"
+    pinned: float = 0.0
+    prefetch: Prefetch = "none"
+    needs_trace: bool = True
+
+
+WAYS: tuple[Way, ...] = (
+    Way("layers_cpu", "whole layers on the device, the CPU runs the others", "static", "cpu", split="prefix",
+        needs_trace=False),
+    Way("layers_load", "whole layers on the device, experts of the others streamed", "static", split="prefix",
+        needs_trace=False),
+    Way("static_cpu", "the most used experts on the device, the CPU runs the others", "static", "cpu", split="fitted"),
+    Way("lru", "LRU caches", "lru"),
+    Way("lru_split", "LRU caches, sizes fitted per layer", "lru", split="fitted"),
+    Way("lfu", "LFU caches", "lfu"),
+    Way("half_pinned", "half of the slots pinned to the most used experts, LRU for the others", "lru", pinned=0.5),
+    Way("lru_shared", "one LRU cache for all layers", "lru", scope="shared"),
+)  # fmt: skip
+"""In the order in which charts list them; of equally fast ones, the first is advised."""
+
+SWEPT = ("layers_cpu", "layers_load", "static_cpu", "lru", "half_pinned")
+"""Those that are tried at every size."""
+
+
+def way_of(name: str) -> Way:
+    """The way of that name.
+
+    Raises:
+        PlanError: there is none.
+    """
+    for one in WAYS:
+        if one.name == name:
+            return one
+    raise PlanError(f"no way to serve {name!r}; there are {', '.join(one.name for one in WAYS)}")
+
+
+@dataclass(frozen=True)
+class Served:
+    """What a way comes to.
+
+    Attributes:
+        way: which.
+        slots: experts that the device holds, over all layers.
+        layer_slots: (layers,) of each; of a shared cache, its pinned ones.
+        pinned: (layers, E) experts that never leave.
+        outcome: hits and loads.
+        clock: times.
+        offsets: (requests + 1,) first pass of each request.
+        domains: (requests,) of each.
+    """
+
+    way: Way
+    slots: int
+    layer_slots: Slots
+    pinned: Flags
+    outcome: Outcome
+    clock: Timeline
+    offsets: NDArray[np.int64]
+    domains: tuple[str, ...]
+
+    @property
+    def ms(self) -> float:
+        """Milliseconds per token."""
+        return self.clock.ms_per_token
+
+    @cached_property
+    def request_seconds(self) -> FloatArray:
+        """(requests,) of each."""
+        seconds: FloatArray = np.add.reduceat(self.clock.pass_seconds, self.offsets[:-1])
+        return seconds
+
+    @cached_property
+    def request_tokens(self) -> FloatArray:
+        """(requests,) tokens of each."""
+        return np.add.reduceat(self.clock.pass_tokens, self.offsets[:-1]).astype(np.float64)
+
+    def interval(self, *, seed: int = 0, resamples: int = 1000, coverage: float = 0.95) -> tuple[float, float]:
+        """Of the milliseconds per token, over whole requests drawn anew within their domains."""
+        draws = _draws(self.domains, resamples, seed)
+        found = 1e3 * (draws @ self.request_seconds) / (draws @ self.request_tokens)
+        low, high = np.quantile(found, [(1 - coverage) / 2, (1 + coverage) / 2])
+        return float(low), float(high)
+
+    def by_domain(self) -> dict[str, tuple[float, float]]:
+        """Domain -> (hit rate, milliseconds per token)."""
+        result = {}
+        for name in sorted(set(self.domains)):
+            mine = np.array([domain == name for domain in self.domains])
+            rate = float(ratio(self.outcome.hits[mine].sum(), self.outcome.uses[mine].sum()))
+            result[name] = rate, 1e3 * float(self.request_seconds[mine].sum() / self.request_tokens[mine].sum())
+        return result
+
+
+def serve(setting: Setting, way: Way, *, slots: int, disk: Flags | None = None) -> Served:
+    """Replay a way on the requests for judging, and time it.
+
+    Args:
+        setting: model, machine and requests.
+        way: how to serve.
+        slots: experts that the device holds, over all layers.
+        disk: (layers, E) experts that lie on disk; None = none.
+
+    Raises:
+        PlanError: slots below what one step of every layer needs at once, for ways that load into caches per layer.
+    """
+    work = setting.test
+    layer_slots, pinned = _allotted(setting, way, slots)
+    outcome, there = _replayed(setting, way, slots, layer_slots, pinned)
+    missing_on_disk = None
+    if disk is not None and way.misses == "load":
+        lies = disk[np.arange(work.num_layers)[:, None, None], np.maximum(work.ids, 0)]
+        missing_on_disk = ((work.ids >= 0) & ~there & lies).sum(axis=2)
+    if way.prefetch != "none":
+        clock = _prefetched(setting, way, layer_slots)
+    else:
+        clock = timeline(
+            work, outcome, setting.test_costs, link=setting.machine.link, disk=setting.machine.disk,
+            from_disk=missing_on_disk, fallback="cpu" if way.misses == "cpu" else "link",
+        )  # fmt: skip
+    return Served(way, slots, layer_slots, pinned, outcome, clock, work.offsets, work.domains)
+
+
+def _allotted(setting: Setting, way: Way, slots: int) -> tuple[Slots, Flags]:
+    """Slots per layer, and which experts are pinned."""
+    work, layers = setting.train, setting.train.num_layers
+    pinned = np.zeros((layers, work.num_experts), np.bool_)
+    sizes = (setting.sizes.bytes > 0).sum(axis=1)
+    if way.split == "prefix":
+        given = np.minimum(np.maximum(slots - np.concatenate([[0], np.cumsum(sizes)[:-1]]), 0), sizes)
+        given = np.where(given < sizes, 0, given)  # a layer is there as a whole or not at all
+        pinned |= np.arange(work.num_experts) < given[:, None]
+        return given, pinned
+    if way.policy == "static":
+        pinned = most_used(setting, slots)
+        return pinned.sum(axis=1), pinned
+    if way.scope == "shared":
+        return np.zeros(layers, np.int64), pinned
+    if way.pinned > 0:
+        floors = np.maximum(work.needed.max(axis=1), setting.test.needed.max(axis=1))
+        pins = max(min(round(way.pinned * slots), slots - int(floors.sum())), 0)
+        pinned = most_used(setting, pins)
+    free = slots - int(pinned.sum())
+    if way.split == "fitted":
+        # batches for judging may need more experts at once than any that was fitted on
+        given = split(curve(work, policy="lru", overflow=True), slots=free, floors=_floors(setting, sizes).tolist())
+    else:
+        given = _even(free, sizes - pinned.sum(axis=1))
+    return given + pinned.sum(axis=1), pinned
+
+
+def _floors(setting: Setting, sizes: Slots) -> Slots:
+    most = np.maximum(setting.train.needed.max(axis=1), setting.test.needed.max(axis=1))
+    return np.minimum(most, sizes)
+
+
+def _even(slots: int, most: Slots) -> Slots:
+    """Shared out evenly, no layer more than ``most``; what one cannot take goes to the others."""
+    given = np.zeros(len(most), np.int64)
+    while slots > 0 and (given < most).any():
+        open_ = np.flatnonzero(given < most)
+        part = equal_split(num_layers=len(open_), slots=slots)
+        added = np.minimum(part, (most - given)[open_])
+        given[open_] += added
+        slots -= int(added.sum())
+    return given
+
+
+def most_used(setting: Setting, slots: int) -> Flags:
+    """(layers, E) the experts that most steps of the training requests need, over all layers; ties: lower ids."""
+    work = setting.train
+    counts = np.stack([np.bincount(layer[layer >= 0], minlength=work.num_experts) for layer in work.ids])
+    exists = (setting.sizes.bytes > 0).ravel()
+    order = np.lexsort((np.arange(counts.size), -counts.ravel(), ~exists))
+    chosen = np.zeros(counts.size, np.bool_)
+    chosen[order[: min(slots, int(exists.sum()))]] = True
+    return chosen.reshape(counts.shape)
+
+
+def _replayed(setting: Setting, way: Way, slots: int, layer_slots: Slots, pinned: Flags) -> tuple[Outcome, Flags]:
+    """The outcome, and which experts of every step were there: (layers, passes, width)."""
+    from planner.simulate.replay import residency
+
+    work = setting.test
+    fixed = pinned[np.arange(work.num_layers)[:, None, None], np.maximum(work.ids, 0)] & (work.ids >= 0)
+    if way.policy == "static":
+        return _combined(work, way, slots, fixed), fixed
+    rest = replace(work, ids=np.where(fixed, np.int16(-1), work.ids))
+    shared, free = way.scope == "shared", layer_slots - pinned.sum(axis=1)
+    there = residency(
+        rest, policy=way.policy, passes=range(work.num_passes), slots=slots if shared else None, shared=shared,
+        layer_slots=None if shared else free.tolist(), train=setting.train,
+    )  # fmt: skip
+    overflow = int(np.count_nonzero(rest.needed > (slots if shared else free[:, None])))
+    return _combined(work, way, slots, there | fixed, overflow=overflow), there | fixed
+
+
+def _combined(work: Workload, way: Way, slots: int, there: Flags, overflow: int = 0) -> Outcome:
+    """The outcome of knowing which experts of every step were there."""
+    used = work.ids >= 0
+    missing = (used & ~there).sum(axis=2)
+    hit = (used & there).sum(axis=2)
+    firsts = work.offsets[:-1]
+
+    def per_request(values: NDArray[np.int64]) -> NDArray[np.int64]:
+        return np.add.reduceat(values, firsts, axis=1).T.astype(np.int64)
+
+    needed = used.sum(axis=2)
+    return Outcome(
+        policy=way.name, slots=slots, uses=per_request(needed), hits=per_request(hit),
+        stalled=per_request((missing > 0).astype(np.int64)), steps=per_request((needed > 0).astype(np.int64)),
+        overflow=overflow, missing=missing.astype(np.uint16),
+    )  # fmt: skip
+
+
+def _prefetched(setting: Setting, way: Way, layer_slots: Slots) -> Timeline:
+    from planner.simulate.prefetch import find
+
+    work = setting.test
+    given = {"recorded": setting.recorded} if way.prefetch == "cross_layer_gate" else {}
+    width = int(work.needed.max())
+    foreseen = find(way.prefetch).predict(work, train=setting.train, ahead=1, width=width, **given)
+    return prefetching(
+        work, setting.test_costs, predicted=foreseen.ids, slots=layer_slots, link=setting.machine.link, ahead=1
+    )
+
+
+def _draws(domains: tuple[str, ...], resamples: int, seed: int) -> FloatArray:
+    """(resamples, requests) how often each request is drawn: as many of each domain as there are."""
+    generator = np.random.default_rng(seed)
+    result = np.zeros((resamples, len(domains)))
+    for name in sorted(set(domains)):
+        mine = np.array([at for at, domain in enumerate(domains) if domain == name])
+        result[:, mine] = generator.multinomial(len(mine), np.full(len(mine), 1 / len(mine)), size=resamples)
+    return result

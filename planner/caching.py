@@ -1,0 +1,207 @@
+"""The entry to "will caching pay?": a run and a machine in, a verdict with everything that it rests on out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+import store
+from compressor.plan import Plan
+from planner.cache.bound import Bound
+from planner.cache.reasons import reasons
+from planner.cache.setting import Setting, setting_of
+from planner.cache.study import CurvePoint, DomainFigures, Study, WayFigures
+from planner.cache.verdict import SizePoint, judge
+from planner.cache.ways import SWEPT, WAYS, Served, Way, serve, way_of
+from planner.machine import Machine
+from planner.simulate.bounds import bounds
+from planner.simulate.controls import UNIFORM, decompose
+from planner.simulate.curves import curve, popularity
+from planner.simulate.forecast import hit_rate_interval
+from planner.simulate.outcome import Curve
+from profiler.metrics.published import published_srp
+
+COVERAGE = 0.95
+PREFETCHES = ("popularity", "transitions", "cross_layer_gate")
+"""Ways to foresee experts that are tried with LRU caches; the last where the run recorded it."""
+
+RATIOS = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)
+"""Sizes that are tried, as multiples of what a pass needs at once; and the whole model."""
+
+SEGMENT = 16
+"""Tokens of the segments of the SRP that stands beside published models."""
+
+
+def study(
+    run: store.Run,
+    machine: Machine,
+    *,
+    plan: Plan | None = None,
+    seed: int = 0,
+    tell: Callable[[str], None] = lambda _: None,
+    **asked: Any,
+) -> Study:
+    """Whether caching experts pays for a run's model on a machine, with all figures.
+
+    Half of the requests are for fitting whatever is fitted; every figure is of the other half, and stands beside what
+    the same cache does on shuffled tokens and on random experts.
+
+    Args:
+        run: with a trace.
+        machine: on which.
+        plan: what is done to the checkpoint first.
+        seed: of controls and resampling.
+        tell: told what is being worked out.
+        asked: context, batch, other_weights, domains, phase, steps: as :func:`planner.cache.setting.setting_of`.
+
+    Raises:
+        PlanError: as there.
+    """
+    tell("reading the trace")
+    setting = setting_of(run, machine, plan=plan, **asked)
+    slots = min(setting.slots, setting.all_slots)
+    shuffled = setting.controls(seed=seed)
+    tell("replaying caches of all sizes")
+    curves = {"observed": _curves(setting)} | {name: _curves(one, few=True) for name, one in shuffled.items()}
+    tell("timing ways to serve")
+    served = [serve(setting, way, slots=slots) for way in _ways(setting, slots)]
+    chance = {one.way.name: serve(shuffled[UNIFORM], one.way, slots=slots).ms
+              for one in served if one.way.prefetch == "none"}  # fmt: skip
+    figures = tuple(sorted((_figures(one, chance.get(one.way.name)) for one in served), key=lambda one: one.ms))
+    tell("timing other sizes")
+    bound = Bound.of(setting)
+    points = _points(setting, shuffled[UNIFORM], slots, bound)
+    each = max(slots // setting.test.num_layers, 1)
+    parts = {name: _parts({kind: found[name] for kind, found in curves.items()}, each) for name in ("lru", "static")}
+    traced = min((one for one in served if one.way.needs_trace), key=lambda one: one.ms)
+    srp = _among_published(run)
+    why = reasons(setting, slots=slots, parts=parts["lru"], srp=srp, segment=SEGMENT, ways=figures)
+    whole = round(setting.all_slots * setting.slot_bytes)
+    return Study(
+        run=run.name, machine=(machine.name, machine.title), tokens=int(setting.test.pass_tokens.sum()),
+        requests=setting.test.num_requests, layers=setting.test.num_layers, experts=setting.test.num_experts,
+        slots=slots, all_slots=setting.all_slots, memory=_memory(setting), notes=_notes(setting, machine),
+        curves=tuple(_curve_points(curves, setting, seed)), parts=parts, points=tuple(points), ways=figures,
+        domains=_domains(setting, traced), bound_ms=bound.ms(slots), resident_ms=served[0].clock.resident_ms, srp=srp,
+        verdict=judge(points, asked=round(slots * setting.slot_bytes), whole=whole, told=why),
+        asked={name: value for name, value in asked.items() if value is not None},
+    )  # fmt: skip
+
+
+def _curves(setting: Setting, few: bool = False) -> dict[str, Curve]:
+    """Curves of policies on the requests for judging; of controls, those that are decomposed."""
+    found = {
+        "lru": curve(setting.test, policy="lru", overflow=True), "static": popularity(setting.train, setting.test)
+    }  # fmt: skip
+    if few:
+        return found
+    return found | {"lfu": curve(setting.test, policy="lfu", overflow=True), **bounds(setting.test, overflow=True)}
+
+
+def _curve_points(curves: Mapping[str, Mapping[str, Curve]], setting: Setting, seed: int) -> list[CurvePoint]:
+    points = []
+    for control, found in curves.items():
+        for name, one in found.items():
+            rates, ends = one.rates(), None
+            if control == "observed" and name in ("lru", "static"):
+                ends = hit_rate_interval(one, domains=setting.test.domains, seed=seed, num_resamples=400)
+            for at in np.flatnonzero(np.isfinite(rates)).tolist():
+                low, high = (None, None) if ends is None else (float(ends.lower[at]), float(ends.upper[at]))
+                points.append(CurvePoint(name, control, at + 1, float(rates[at]), low, high))
+    return points
+
+
+def _parts(by_control: Mapping[str, Curve], each: int) -> dict[str, float]:
+    """What the hit rate with ``each`` slots per layer is made of."""
+    rates = {name: one.rates()[each - 1] for name, one in by_control.items()}
+    found = decompose(rates.pop("observed"), rates)
+    return {name: float(getattr(found, name)) for name in ("random", "popularity", "topic", "locality")}
+
+
+def _ways(setting: Setting, slots: int) -> list[Way]:
+    """Those that the size allows, and LRU with each way to foresee that the run allows."""
+    roomy = slots >= setting.least_slots
+    found = [way for way in WAYS if roomy or way.policy == "static" or way.scope == "shared"]
+    if not roomy or setting.test.num_layers < 2:
+        return found
+    for name in PREFETCHES:
+        if name != "cross_layer_gate" or setting.recorded is not None:
+            title = f"LRU caches, prefetching by {name.replace('_', ' ')}"
+            found.append(replace(way_of("lru"), name=f"lru+{name}", title=title, prefetch=name))  # type: ignore[arg-type]
+    return found
+
+
+def _figures(one: Served, chance: float | None) -> WayFigures:
+    low, high = one.interval(coverage=COVERAGE)
+    tokens = float(one.request_tokens.sum())
+    return WayFigures(
+        name=one.way.name, title=one.way.title, policy=one.way.policy, misses=one.way.misses,
+        needs_trace=one.way.needs_trace, hit_rate=one.clock.hit_rate, ms=one.ms, low=low, high=high,
+        p95_ms=one.clock.p95_ms, stalled=one.clock.stalled_share, loads_per_token=one.clock.bytes / tokens,
+        wasted_per_token=one.clock.wasted_bytes / tokens, chance_ms=chance,
+        layer_slots=tuple(int(slots) for slots in one.layer_slots),
+    )  # fmt: skip
+
+
+def _points(setting: Setting, chance: Setting, asked: int, bound: Bound) -> list[SizePoint]:
+    """Times of several sizes, ascending; the one asked for is among them."""
+    least, whole = setting.least_slots, setting.all_slots
+    sizes = sorted({*(min(round(least * ratio), whole) for ratio in RATIOS), asked, whole})
+    return [_point(setting, chance, slots, bound) for slots in sizes if slots >= min(least, asked)]
+
+
+def _point(setting: Setting, chance: Setting, slots: int, bound: Bound) -> SizePoint:
+    ways = [way_of(name) for name in SWEPT]
+    if slots < setting.least_slots:
+        ways = [way for way in ways if way.policy == "static"]
+    served = [serve(setting, way, slots=slots) for way in ways]
+    best = min((one for one in served if one.way.needs_trace), key=lambda one: one.ms)
+    low, high = best.interval(coverage=COVERAGE)
+    return SizePoint(
+        bytes=round(slots * setting.slot_bytes), slots=slots, way=best.way.title, ms=best.ms, low=low, high=high,
+        plain=min(one.ms for one in served if not one.way.needs_trace),
+        chance=serve(chance, best.way, slots=slots).ms, bound=bound.ms(slots),
+    )  # fmt: skip
+
+
+def _domains(setting: Setting, best: Served) -> tuple[DomainFigures, ...]:
+    """Of the best way, the slowest domain first."""
+    rows = []
+    for name, (rate, ms) in best.by_domain().items():
+        own = setting.test.of_domain(name)
+        alone = rate
+        if best.way.policy != "static":  # what lies still does not mind what was served before
+            alone = serve(setting.on(setting.train, own), best.way, slots=best.slots).outcome.hit_rate
+        rows.append(DomainFigures(name, int(own.pass_tokens.sum()), rate, ms, alone))
+    return tuple(sorted(rows, key=lambda row: -row.ms))
+
+
+def _among_published(run: store.Run) -> tuple[float, int, int] | None:
+    """SRP of the run, its place among published models, and how many these are; None where it was not computed."""
+    rows = run.metrics("srp")
+    rows = rows.filter(
+        (rows["control"] == "observed") & rows["layer"].is_null() & rows["domain"].is_null() & (rows["at"] == SEGMENT)
+    )
+    if rows.is_empty():
+        return None
+    value = float(rows["value"][0])
+    others = [one.value for one in published_srp() if one.segment_length == SEGMENT]
+    return value, 1 + sum(other > value for other in others), len(others)
+
+
+def _memory(setting: Setting) -> dict[str, float]:
+    budget = setting.budget
+    return {
+        "total": float(budget.total), "other": budget.other, "kv": budget.kv, "activations": budget.activations,
+        "experts": budget.left, "slot": setting.slot_bytes,
+    }  # fmt: skip
+
+
+def _notes(setting: Setting, machine: Machine) -> tuple[str, ...]:
+    notes = [f"{machine.title}: {machine.note}."] if machine.note else []
+    if setting.budget.estimated:
+        notes.append("What lies on the device beside experts is estimated from the model's configuration.")
+    return (*notes, *(f"{one[0].upper()}{one[1:].rstrip('.')}." for one in setting.budget.assumed))
