@@ -119,7 +119,7 @@ class Study:
             rows: dict[str, Callable[..., Any]] = {
                 "curves": CurvePoint, "points": SizePoint, "ways": WayFigures, "domains": DomainFigures
             }  # fmt: skip
-            made = {name: tuple(kind(**row) for row in given.pop(name)) for name, kind in rows.items()}
+            made: dict[str, Any] = {name: tuple(kind(**row) for row in given.pop(name)) for name, kind in rows.items()}
             made["ways"] = tuple(replace(way, layer_slots=tuple(way.layer_slots)) for way in made["ways"])
             word = given.pop("verdict")
             srp = given.pop("srp")

@@ -196,7 +196,8 @@ def _allotted(setting: Setting, way: Way, slots: int) -> tuple[Slots, Flags]:
 
 def _floors(setting: Setting, sizes: Slots) -> Slots:
     most = np.maximum(setting.train.needed.max(axis=1), setting.test.needed.max(axis=1))
-    return np.minimum(most, sizes)
+    floors: Slots = np.minimum(most, sizes)
+    return floors
 
 
 def _even(slots: int, most: Slots) -> Slots:
