@@ -109,6 +109,7 @@ def setting_of(
     domains: Sequence[str] | None = None,
     phase: str = "any",
     steps: int = STEPS,
+    narrow: bool = False,
 ) -> Setting:
     """The setting of a run's model on a machine; half of the requests of each domain are for judging.
 
@@ -122,6 +123,7 @@ def setting_of(
         domains: whose requests count; None = all.
         phase: ``any``, ``prompt`` or ``decode``: which tokens are replayed, one after another, as in decoding.
         steps: layer-steps that are replayed at most.
+        narrow: experts may become narrower, so that a device too small for what one token needs is not refused yet.
 
     Raises:
         PlanError: no trace, fewer than two requests, a plan that changes what tokens choose, a type that is not known,
@@ -136,7 +138,7 @@ def setting_of(
     sizes = expert_sizes(plan or source, source_bits=8.0 * weight)
     rest = _rest(run, source, other_weights)
     budget = _budget(machine, rest, source, context, batch, 8.0 * weight, other_weights)
-    if budget.left < float(sizes.largest.max()) * max(shape.top_k for shape in source.layers):
+    if not narrow and budget.left < float(sizes.largest.max()) * max(shape.top_k for shape in source.layers):
         raise PlanError(
             f"the device has {size(budget.left)} for experts, and one token needs"
             f" {max(shape.top_k for shape in source.layers)} of {size(float(sizes.largest.max()))} at once: give"
