@@ -91,3 +91,38 @@ def add_replicas(load: FloatArray, holds: IntArray, free: IntArray) -> None:
         total[target] += load[chosen] / count[chosen]
         holds[target, chosen] = 1
         free[target] -= 1
+
+
+@compiled
+def spread_replicas(load: FloatArray, holds: IntArray, free: IntArray) -> None:
+    """As many replicas as there is room for: one more for the expert whose replicas carry most each, as EPLB chooses;
+    then, those that carry most first, each to the device with least to do that has room and does not hold the expert.
+
+    What fits nowhere is left out. Arguments as of :func:`add_replicas`.
+    """
+    devices, experts = holds.shape
+    count = np.ones(experts, np.int64)
+    for _ in range(free.sum()):
+        chosen = -1
+        for expert in range(experts):
+            if count[expert] < devices and (chosen < 0 or load[expert] * count[chosen] > load[chosen] * count[expert]):
+                chosen = expert
+        if chosen < 0:
+            break
+        count[chosen] += 1
+    each = load / count
+    total = np.zeros(devices)
+    for device in range(devices):
+        for expert in range(experts):
+            if holds[device, expert]:
+                total[device] += each[expert]
+    for expert in np.argsort(-each, kind="mergesort"):
+        for _ in range(count[expert] - 1):
+            target = -1
+            for device in range(devices):
+                if free[device] > 0 and not holds[device, expert] and (target < 0 or total[device] < total[target]):
+                    target = device
+            if target >= 0 and load[expert] > 0:
+                holds[target, expert] = 1
+                total[target] += each[expert]
+                free[target] -= 1

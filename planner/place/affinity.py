@@ -9,7 +9,8 @@ Two aims contradict each other inside a layer, so both are offered:
 
 From layer to layer a token's next expert is wanted on the device of its last, as ExFlow has it (arXiv 2401.08383, one
 integer program over all layers and first choices alone; read second-hand, not verified). Here all k x k pairs count,
-and a search by swaps starts from LPT with swaps, sweeping over layers until nothing improves. No device gets more load
+and a search by swaps starts from LPT with swaps, sweeping over layers until nothing improves, and again after random
+swaps (with a fixed seed). No device gets more load
 than ``slack`` beyond what LPT with swaps needs.
 """
 
@@ -30,6 +31,9 @@ Objective = Literal["fanout", "balance", "none"]
 
 SWEEPS = 20
 """Times over all layers at most; the search ends by itself after a few."""
+
+KICKS = 20
+"""Times that the best found is shaken by random swaps and searched from again."""
 
 
 def affinity(
@@ -68,7 +72,15 @@ def affinity(
     device = packed(weight, devices)
     if transitions is not None:
         device = _aligned(device, follow, devices)
-    _search(device, weight, pair, follow, devices, slack)
+    limits = _largest(device, weight, devices) * (1 + slack)
+    _search(device, weight, pair, follow, devices, limits)
+    rng, best = np.random.default_rng(0), together(device, pair) + followed(device, follow)
+    for _ in range(KICKS if best or pair.any() or follow.any() else 0):
+        tried = _kicked(device, weight, devices, limits, rng)
+        _search(tried, weight, pair, follow, devices, limits)
+        reached = together(tried, pair) + followed(tried, follow)
+        if reached > best:
+            device, best = tried, reached
     return by_device(device, devices=devices, nodes=nodes)
 
 
@@ -84,16 +96,32 @@ def followed(device: IntArray, table: ArrayLike) -> float:
     return float((np.asarray(table, np.float64) * same).sum())
 
 
+def _largest(device: IntArray, weight: FloatArray, devices: int) -> FloatArray:
+    """(layers,) load of the fullest device."""
+    totals = [np.bincount(row, weights=load, minlength=devices) for row, load in zip(device, weight, strict=True)]
+    return np.max(totals, axis=1)
+
+
+def _kicked(
+    device: IntArray, weight: FloatArray, devices: int, limits: FloatArray, rng: np.random.Generator
+) -> IntArray:
+    """A copy in which some pairs of experts of every layer, drawn at random, are swapped where the limit allows it."""
+    copy = device.copy()
+    layers, experts = copy.shape
+    for layer, (one, other) in enumerate(rng.integers(0, experts, (layers, 2, max(experts // 4, 2)))):
+        for a, b in zip(one, other, strict=True):
+            copy[layer, [a, b]] = copy[layer, [b, a]]
+            if np.bincount(copy[layer], weights=weight[layer], minlength=devices).max() > limits[layer]:
+                copy[layer, [a, b]] = copy[layer, [b, a]]
+    return copy
+
+
 def _search(
-    device: IntArray, weight: FloatArray, pair: FloatArray, follow: FloatArray, devices: int, slack: float
+    device: IntArray, weight: FloatArray, pair: FloatArray, follow: FloatArray, devices: int, limits: FloatArray
 ) -> None:
-    """Improve device (layers, E) in place, layer by layer, until a sweep over all changes nothing."""
+    """Improve device (layers, E) in place, layer by layer, until a sweep over all changes nothing; limits (layers,)."""
     from planner.place._loops import swap_experts
 
-    limits = [
-        np.bincount(row, weights=load, minlength=devices).max() * (1 + slack)
-        for row, load in zip(device, weight, strict=True)
-    ]
     for _ in range(SWEEPS):
         grown = 0.0
         for layer, row in enumerate(device):

@@ -124,24 +124,31 @@ def hecate(
 def materialised(*, load: FloatArray, home: IntArray, devices: int, limit: int) -> IntArray:
     """(D, E) 1 where a device holds an expert for one pass: its own, and up to ``limit`` replicas.
 
-    A replica goes where it relieves the busiest device most, until none helps. EPLB's rule (one more for the expert
-    whose replicas carry most each) would make it worse at times: it reckons that all replicas may be moved, and here
-    every device keeps its own experts.
+    Two ways are tried, and the one taken whose busiest device has less to do: EPLB's choice of replicas, each placed
+    where there is least to do; and one replica after another, each the best relief of the busiest device. EPLB's alone
+    would make it worse at times: it reckons that all replicas may be moved, and here every device keeps its own.
 
     load, home (E,).
     """
-    from planner.place._loops import add_replicas
+    from planner.place._loops import add_replicas, spread_replicas
 
-    holds = np.zeros((devices, len(load)), np.int64)
-    holds[home, np.arange(len(load))] = 1
-    add_replicas(np.ascontiguousarray(load, np.float64), holds, np.full(devices, limit, np.int64))
-    return holds
+    weight = np.ascontiguousarray(load, np.float64)
+    best, least = np.zeros((devices, len(load)), np.int64), np.inf
+    for way in (add_replicas, spread_replicas):
+        holds = np.zeros((devices, len(load)), np.int64)
+        holds[home, np.arange(len(load))] = 1
+        way(weight, holds, np.full(devices, limit, np.int64))
+        most = float((holds @ (weight / holds.sum(axis=0))).max())
+        if most < least * (1 - 1e-12):
+            best, least = holds, most
+    return best
 
 
 def lasting(*, load: FloatArray, devices: int, limit: int) -> Placement:
     """Replicas that stay, for engines that cannot change them from pass to pass: those that the whole load asks for.
 
-    Every device keeps its contiguous experts and gets ``limit`` others; where fewer are wanted, those of smallest id.
+    Every device keeps its contiguous experts and has ``limit`` slots beside them. A slot that no replica helps in holds
+    an expert once more that only this device has, so that it takes no load from others.
 
     load (layers, E).
 
@@ -151,16 +158,18 @@ def lasting(*, load: FloatArray, devices: int, limit: int) -> Placement:
     experts = load.shape[1]
     check_slots(experts, experts, devices)
     own = experts // devices
-    if limit > experts - own:
+    if not 0 <= limit <= experts - own:
         raise PlanError(f"a device that keeps {own} of {experts} experts cannot take {limit} others")
     home, rows = np.arange(experts) // own, []
     for weight in load:
         holds = materialised(load=weight, home=home, devices=devices, limit=limit)
-        # Wanted ones first, then by id: own experts count as taken.
-        ranked = np.argsort(np.where(home == np.arange(devices)[:, None], 2, 1 - holds), axis=1, kind="stable")
-        added = np.sort(ranked[:, :limit], axis=1)
-        rows.append(np.concatenate([np.arange(experts).reshape(devices, own), added], axis=1).reshape(-1))
-    return Placement(np.array(rows), experts, devices)
+        for device in range(devices):
+            mine = np.arange(device * own, (device + 1) * own)
+            added = np.flatnonzero((holds[device] > 0) & (home != device))
+            alone = mine[holds[:, mine].sum(axis=0) == 1]
+            spare = np.resize(alone if len(alone) else mine, limit - len(added))
+            rows.append(np.concatenate([mine, added, spare]))
+    return Placement(np.array(rows).reshape(len(load), -1), experts, devices)
 
 
 def _by_device(load: FloatArray, home: IntArray, devices: int) -> FloatArray:

@@ -198,12 +198,8 @@ def _what_binds(choices: Choices) -> str:
                     f" {kind}, and with {need:g} there would be a solution"
                 )
         if _solved(replace(choices, **{f"{kind}_limit": np.full_like(limits, np.inf)})) is not None:  # type: ignore[arg-type]
-            return (
-                f"nothing meets all limits: the {kind} of several devices is too small: give more than one of them more"
-            )
-    return (
-        "nothing meets all limits: neither memory nor energy alone stands in the way; allow more of both, or more time"
-    )
+            return f"nothing meets all limits: the {kind} of several devices is too small; give several of them more"
+    return "nothing meets all limits: memory and energy stand in the way together; allow more of both, or more time"
 
 
 def _scale(limit: float) -> float:

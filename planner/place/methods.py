@@ -16,8 +16,8 @@ from planner.place.affinity import Objective, affinity
 from planner.place.dispatch import passes_of
 from planner.place.hecate import WINDOW, hecate, hidden_replicas, lasting
 from planner.place.lpt import lpt
+from planner.place.moetuner import SOLVER_EXPERTS, moetuner
 from planner.place.moetuner import Objective as Cost
-from planner.place.moetuner import moetuner
 from planner.place.pairs import coactivations, transitions
 from planner.place.rebalance import eplb
 from planner.place.slots import Placement, contiguous
@@ -146,12 +146,13 @@ def _contiguous(problem: Problem) -> Found:
 
 
 def _moetuner(
-    problem: Problem, *, bandwidth: ArrayLike | None = None, objective: Cost = "sum", seconds: float = 15.0
-) -> Found:
+    problem: Problem, *, bandwidth: ArrayLike | None = None, objective: Cost = "sum", seconds: float = 15.0,
+    solver_experts: int = SOLVER_EXPERTS,
+) -> Found:  # fmt: skip
     assert problem.work is not None
     tuned = moetuner(
         load=problem.load, transitions=transitions(problem.work), devices=problem.devices, nodes=problem.nodes,
-        bandwidth=bandwidth, objective=objective, seconds=seconds,
+        bandwidth=bandwidth, objective=objective, seconds=seconds, solver_experts=solver_experts,
     )  # fmt: skip
     gap = float(tuned.clusters.gap.max())
     proven = "the best for these clusters" if tuned.exact else "found by a search, not proven the best"

@@ -29,11 +29,15 @@ from profiler.metrics._arrays import FloatArray, IntArray
 
 Objective = Literal["sum", "max"]
 
-SOLVER_EXPERTS = 64
-"""Experts of a layer up to which the solver is tried: beyond, LPT with swaps is closer after any bearable time."""
+SOLVER_EXPERTS = 16
+"""Experts of a layer up to which the solver is asked unless more are named. With 32 and more it takes a second or more
+per layer to improve LPT with swaps by less than a percent; beyond 64 it is worse after any bearable time."""
 
 SEARCHED_DEVICES = 5
 """Devices up to which all orders are tried where links are unequal: 120 orders."""
+
+STARTS = 8
+"""Random assignments that the search by swaps starts from, beside that of equal links."""
 
 CLOSE = 1e-3
 """A relative gap to the least possible maximum below which no solver is asked: chance unbalances later text by more."""
@@ -76,7 +80,7 @@ class Tuned:
 
 def moetuner(
     *, load: ArrayLike, transitions: ArrayLike, devices: int, nodes: int = 1, bandwidth: ArrayLike | None = None,
-    objective: Objective = "sum", seconds: float = 15.0,
+    objective: Objective = "sum", seconds: float = 15.0, solver_experts: int = SOLVER_EXPERTS,
 ) -> Tuned:  # fmt: skip
     """Balanced clusters, on the devices that suit the layers before.
 
@@ -88,6 +92,7 @@ def moetuner(
         bandwidth: (D, D) of the link between two devices, any unit; None = all equal.
         objective: ``sum`` of all transfers, or the ``max`` of each pair of layers (the paper's).
         seconds: for the solver of stage 1, over all layers.
+        solver_experts: experts of a layer up to which it is asked; 0 = never.
 
     Raises:
         PlanError: what does not fit together.
@@ -97,7 +102,7 @@ def moetuner(
     check_slots(experts, experts, devices, nodes)
     if table.shape != (layers - 1, experts, experts):
         raise PlanError(f"transitions of shape {table.shape} are not those of {layers} layers of {experts} experts")
-    clusters = balanced_clusters(load=weight, clusters=devices, seconds=seconds)
+    clusters = balanced_clusters(load=weight, clusters=devices, seconds=seconds, solver_experts=solver_experts)
     flows = np.stack([
         _flow(one, first, second, devices)
         for one, first, second in zip(table, clusters.cluster[:-1], clusters.cluster[1:], strict=True)
@@ -107,7 +112,9 @@ def moetuner(
     return Tuned(by_device(device, devices=devices, nodes=nodes), clusters, cost, exact)
 
 
-def balanced_clusters(*, load: FloatArray, clusters: int, seconds: float = 15.0) -> Clusters:
+def balanced_clusters(
+    *, load: FloatArray, clusters: int, seconds: float = 15.0, solver_experts: int = SOLVER_EXPERTS
+) -> Clusters:
     """Stage 1: (layers, E) into clusters of equal size whose largest load is small.
 
     The solver is asked, layer by layer, until its seconds are spent. It ends by its nodes as a rule; where its seconds
@@ -119,7 +126,7 @@ def balanced_clusters(*, load: FloatArray, clusters: int, seconds: float = 15.0)
     for layer, weight in enumerate(load):
         most = float(np.bincount(found[layer], weights=weight, minlength=clusters).max())
         least = least_maximum(weight, clusters)
-        if most > least * (1 + CLOSE) and len(weight) <= SOLVER_EXPERTS and left > 0:
+        if most > least * (1 + CLOSE) and len(weight) <= solver_experts and left > 0:
             began = time.perf_counter()
             better, least = solve_clusters(weight, clusters, seconds=left)
             left -= time.perf_counter() - began
@@ -187,8 +194,12 @@ def assign_clusters(
     if devices <= SEARCHED_DEVICES:
         order = _every_order(flows, slowness, objective)
         return order, _cost(flows, order, slowness, objective), True
-    order = _swap_search(flows, chained, slowness, objective)
-    return order, _cost(flows, order, slowness, objective), False
+    rng = np.random.default_rng(0)
+    starts = [chained, *(np.array([rng.permutation(devices) for _ in chained]) for _ in range(STARTS))]
+    found = [_swap_search(flows, start, slowness, objective) for start in starts]
+    costs = [_cost(flows, order, slowness, objective) for order in found]
+    best = int(np.argmin(costs))
+    return found[best], costs[best], False
 
 
 def _chain(flows: FloatArray) -> IntArray:

@@ -136,7 +136,7 @@ def check_slots(slots: int, num_experts: int, devices: int, nodes: int = 1) -> N
         )
     if devices % nodes:
         raise PlanError(
-            f"{devices} devices cannot be divided among {nodes} nodes: {_divisors(devices, nodes)} would do"
+            f"{devices} devices cannot be divided among {nodes} nodes: {_divisors(devices, nodes)} nodes would do"
         )
 
 
