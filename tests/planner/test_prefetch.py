@@ -131,7 +131,8 @@ def test_a_matrix_is_matched_as_plain_python_does() -> None:
 def test_priorities_follow_the_published_formula() -> None:
     stored = np.array([[[4, 0], [1, 3], [2, 2]], [[0, 4], [4, 0], [0, 4]]])
     order = priorities(current=np.array([[2, 0], [1, 2], [0, 0]]), stored=stored, layer=1)
-    np.testing.assert_allclose(order, [[0, 0], [0.25 + 1e-8, 0.75 + 1e-8], [0.375 + 1e-8, 0.375 + 1e-8]])
+    expected = np.array([[0, 0], [0.25, 0.75], [0.375, 0.375]]) + np.array([[0], [1e-8], [1e-8]])
+    np.testing.assert_allclose(order, expected, rtol=1e-12)
 
 
 def test_kinds_of_text_are_told_apart_by_their_matrices() -> None:
@@ -265,7 +266,7 @@ def test_what_cannot_be_foreseen_is_refused() -> None:
         ({"train": drawn_workload(0, experts=8)}, "same model"),
     ):
         with pytest.raises(PlanError, match=message):
-            by_transitions(work, **({"train": work} | given))  # type: ignore[arg-type]
+            by_transitions(work, **({"train": work} | given))
     with pytest.raises(PlanError, match="did you mean 'transitions'"):
         find("transition")
     with pytest.raises(PlanError, match="one for every pass"):

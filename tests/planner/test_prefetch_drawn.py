@@ -16,7 +16,7 @@ from planner.simulate.prefetch.cross_layer_gate import Recorded, growth, recall_
 from planner.simulate.prefetch.cross_layer_gate import predict as by_gate
 from planner.simulate.prefetch.predicted import together
 from planner.simulate.prefetch.score import score
-from planner.simulate.workload import Workload, batched, workload_of
+from planner.simulate.workload import Workload, batched, decode, workload_of
 from tests.planner.workloads import drawn_workload, sets_of
 
 SAMPLE = Path(__file__).parents[2] / "sample_data" / "runs" / "sample.duckdb"
@@ -136,6 +136,21 @@ def test_domains_have_their_own_recall(sample: tuple[Workload, dict[tuple[int, s
         assert found == pytest.approx(expected, abs=4 * np.sqrt(0.25 / recorded.selections[at, 1:].sum()))
 
 
+def test_layers_that_choose_fewer_experts_have_their_own_figures() -> None:
+    selections = np.argsort(np.random.default_rng(0).random((3, 10, 300, 9)), axis=-1)[..., :3]
+    selections[1, ..., 2] = -1
+    work = decode(selections=selections, num_experts=9, top_k=[3, 2, 3])
+    tokens = np.array([[0, 1000, 1000]])
+    curves = [np.stack([np.zeros(3), one, other])[None].astype(np.int64) for one, other in (
+        ([1000, 1200, 1300], [2000, 2300, 2500]), ([300, 400, 450], [400, 550, 700]))]  # fmt: skip
+    recorded = Recorded(1, ("all",), tokens, tokens * [3, 2, 3], *curves)
+    for width, recall in ((3, [1200 / 2000, 2000 / 3000]), (4, [1300 / 2000, 2300 / 3000])):
+        found = score(by_gate(work, train=work, recorded=recorded, width=width), work)
+        np.testing.assert_allclose(found.per_layer()[1:], recall, atol=0.03)
+    with pytest.raises(PlanError, match="recorded 3 to 4"):
+        by_gate(work, train=work, recorded=recorded, width=5)
+
+
 def test_batches_put_predictions_together() -> None:
     work = drawn_workload(4, experts=12, k=3, requests=6, length=30)
     foreseen = corrupted(work, train=work, accuracy=0.7)
@@ -164,7 +179,7 @@ def test_gates_that_nobody_recorded_are_refused(
         ({"across_passes": True}, "across passes"),
     ):
         with pytest.raises(PlanError, match=message):
-            by_gate(work, train=work, recorded=recorded, **given)  # type: ignore[arg-type]
+            by_gate(work, train=work, recorded=recorded, **given)
     pairs = batched(work, size=2)
     with pytest.raises(PlanError, match="single tokens"):
         find("cross_layer_gate").predict(pairs, train=work, recorded=recorded)

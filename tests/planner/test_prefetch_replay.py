@@ -212,4 +212,4 @@ def test_caches_that_cannot_be_are_refused() -> None:
         ({"slots": 4, "limit": -1}, "limit -1"),
     ):
         with pytest.raises(PlanError, match=message):
-            replay_prefetch(work, foreseen, **given)  # type: ignore[arg-type]
+            replay_prefetch(work, foreseen, **given)

@@ -8,16 +8,8 @@ import numpy as np
 import pytest
 
 from moescope.errors import PlanError
-from planner.simulate.scheduling import (
-    expert_sets,
-    grouped_requests,
-    queue_schedule,
-    route_bits,
-    set_loads,
-    token_schedule,
-    two_batches,
-    unique_experts,
-)
+from planner.simulate.grouping import expert_sets, grouped_requests, set_loads
+from planner.simulate.scheduling import queue_schedule, route_bits, token_schedule, two_batches, unique_experts
 from planner.simulate.workload import Ids, Workload, batched
 from tests.planner.workloads import drawn_workload, of_selections, sets_of
 

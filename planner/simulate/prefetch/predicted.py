@@ -104,6 +104,9 @@ def foreseeable(workload: Workload, ids: Ids, *, ahead: int, across_passes: bool
 def together(predicted: Predicted, single: Workload, unite: Callable[[Workload], Workload]) -> Predicted:
     """Predictions for single tokens as predictions for passes of several: what most of a pass's tokens foresee first.
 
+    As wide as all that any token foresees; :meth:`Predicted.first` cuts it. Better than to foresee from the union of
+    the tokens' experts, which has lost who used what together.
+
     Args:
         predicted: for every pass of ``single``.
         single: a workload of one token per pass.

@@ -89,7 +89,7 @@ def replay_prefetch(
 
 @dataclass(frozen=True)
 class Counted:
-    """What the replay wrote down, in the terms of :func:`planner.simulate._prefetch.replay_lru`."""
+    """What the replay wrote down, in the terms of :func:`planner.simulate._fetching.replay_lru`."""
 
     absent: NDArray[np.bool_]
     unfetched: NDArray[np.bool_]
@@ -102,7 +102,7 @@ def run_lru(
     workload: Workload, predicted: Predicted, *, sizes: NDArray[np.int64], limit: int, demote: bool = False
 ) -> Counted:
     """The replay itself; sizes (layers,), or (1,) of a shared cache."""
-    from planner.simulate._prefetch import empty_caches, replay_lru
+    from planner.simulate._fetching import empty_caches, replay_lru
 
     check_same(workload, predicted)
     absent, unfetched = np.zeros(workload.ids.shape, np.bool_), np.zeros(predicted.ids.shape, np.bool_)

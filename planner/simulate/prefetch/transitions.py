@@ -10,7 +10,7 @@ choices, as :func:`profiler.metrics.transitions.prediction_table` lends one:
 4. popularity, inside those tables.
 
 Levels 1 and 2 hold the sets that were seen, no others, and one layer's tables at a time: for L = 48, E = 128, k = 8 and
-20,000 passes about 5 MB, beside 0.4 MB for level 3.
+20,000 passes about 5 MB, beside 0.3 MB for level 3.
 """
 
 from __future__ import annotations
