@@ -50,7 +50,7 @@ def grouped_requests(
 
 
 def expert_sets(workload: Workload, *, experts: int | None = None, first: int | None = None) -> Bools:
-    """(requests, layers, E) the most used experts of each request, ``experts`` per layer (None = k), smaller ids first."""
+    """(requests, layers, E) most used experts of each request, ``experts`` per layer (None = k), smaller ids first."""
     count = max(workload.top_k) if experts is None else experts
     if not 1 <= count <= workload.num_experts:
         raise PlanError(f"sets of {count} experts per layer: 1 to {workload.num_experts} are possible")
