@@ -12,7 +12,7 @@ import store
 from compressor.plan import Plan
 from planner.cache.bound import Bound
 from planner.cache.reasons import reasons
-from planner.cache.setting import Setting, setting_of
+from planner.cache.setting import Setting, notes_of, setting_of
 from planner.cache.study import CurvePoint, DomainFigures, Study, WayFigures
 from planner.cache.verdict import SizePoint, judge
 from planner.cache.ways import SWEPT, WAYS, Served, Way, serve, way_of
@@ -83,7 +83,7 @@ def study(
     return Study(
         run=run.name, machine=(machine.name, machine.title), tokens=int(setting.test.pass_tokens.sum()),
         requests=setting.test.num_requests, layers=setting.test.num_layers, experts=setting.test.num_experts,
-        slots=slots, all_slots=setting.all_slots, memory=_memory(setting), notes=_notes(setting, machine),
+        slots=slots, all_slots=setting.all_slots, memory=_memory(setting), notes=notes_of(setting),
         curves=tuple(_curve_points(curves, setting, seed)), parts=parts, points=tuple(points), ways=figures,
         domains=_domains(setting, traced), bound_ms=bound.ms(slots), resident_ms=served[0].clock.resident_ms, srp=srp,
         verdict=judge(points, asked=round(slots * setting.slot_bytes), whole=whole, told=why),
@@ -137,12 +137,13 @@ def _ways(setting: Setting, slots: int) -> list[Way]:
 def _figures(one: Served, chance: float | None) -> WayFigures:
     low, high = one.interval(coverage=COVERAGE)
     tokens = float(one.request_tokens.sum())
+    hit_low, hit_high = one.hit_interval(coverage=COVERAGE) if one.way.prefetch == "none" else (None, None)
     return WayFigures(
         name=one.way.name, title=one.way.title, policy=one.way.policy, misses=one.way.misses,
         needs_trace=one.way.needs_trace, hit_rate=one.clock.hit_rate, ms=one.ms, low=low, high=high,
         p95_ms=one.clock.p95_ms, stalled=one.clock.stalled_share, loads_per_token=one.clock.bytes / tokens,
         wasted_per_token=one.clock.wasted_bytes / tokens, chance_ms=chance,
-        layer_slots=tuple(int(slots) for slots in one.layer_slots),
+        layer_slots=tuple(int(slots) for slots in one.layer_slots), hit_low=hit_low, hit_high=hit_high,
     )  # fmt: skip
 
 
@@ -198,10 +199,3 @@ def _memory(setting: Setting) -> dict[str, float]:
         "total": float(budget.total), "other": budget.other, "kv": budget.kv, "activations": budget.activations,
         "experts": budget.left, "slot": setting.slot_bytes,
     }  # fmt: skip
-
-
-def _notes(setting: Setting, machine: Machine) -> tuple[str, ...]:
-    notes = [f"{machine.title}: {machine.note}."] if machine.note else []
-    if setting.budget.estimated:
-        notes.append("What lies on the device beside experts is estimated from the model's configuration.")
-    return (*notes, *(f"{one[0].upper()}{one[1:].rstrip('.')}." for one in setting.budget.assumed))

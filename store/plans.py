@@ -17,9 +17,10 @@ from moescope.errors import StoreError
 
 SUFFIX = ".plans"
 
-KINDS = ("plan", "receipt", "check", "job", "progress", "recommendation", "curve")
+KINDS = ("plan", "receipt", "check", "job", "progress", "recommendation", "curve", "caching", "serving")
 """What lies in the folder: plans; what applying one gave, and whether the result is what the plan says; commands
-started in the background, and how far they are; recommendations for a budget; sizes against their prices."""
+started in the background, and how far they are; recommendations for a budget; sizes against their prices; whether
+caching experts pays on a machine; how a model is best served on one."""
 
 _NAME = re.compile(r"[0-9a-z-]{1,64}")
 

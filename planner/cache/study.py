@@ -24,7 +24,8 @@ class CurvePoint:
 
 @dataclass(frozen=True)
 class WayFigures:
-    """A way at the size asked for. bound_ms: what no policy can beat; seconds are of forward passes."""
+    """A way at the size asked for; low and high are of ``ms``, hit_low and hit_high of the hit rate, where there is no
+    prefetching."""
 
     name: str
     title: str
@@ -41,6 +42,8 @@ class WayFigures:
     wasted_per_token: float
     chance_ms: float | None
     layer_slots: tuple[int, ...]
+    hit_low: float | None = None
+    hit_high: float | None = None
 
 
 @dataclass(frozen=True)

@@ -93,6 +93,8 @@ class Served:
         clock: times.
         offsets: (requests + 1,) first pass of each request.
         domains: (requests,) of each.
+        there: (layers, passes, width) which experts of each step were on the device when it began; None with
+            prefetching, where that depends on the clock.
     """
 
     way: Way
@@ -103,6 +105,7 @@ class Served:
     clock: Timeline
     offsets: NDArray[np.int64]
     domains: tuple[str, ...]
+    there: Flags | None = None
 
     @property
     def ms(self) -> float:
@@ -124,6 +127,13 @@ class Served:
         """Of the milliseconds per token, over whole requests drawn anew within their domains."""
         draws = _draws(self.domains, resamples, seed)
         found = 1e3 * (draws @ self.request_seconds) / (draws @ self.request_tokens)
+        low, high = np.quantile(found, [(1 - coverage) / 2, (1 + coverage) / 2])
+        return float(low), float(high)
+
+    def hit_interval(self, *, seed: int = 0, resamples: int = 1000, coverage: float = 0.95) -> tuple[float, float]:
+        """Of the hit rate without prefetching, over the same draws."""
+        draws = _draws(self.domains, resamples, seed)
+        found = (draws @ self.outcome.hits.sum(axis=1)) / (draws @ self.outcome.uses.sum(axis=1))
         low, high = np.quantile(found, [(1 - coverage) / 2, (1 + coverage) / 2])
         return float(low), float(high)
 
@@ -150,7 +160,7 @@ def serve(setting: Setting, way: Way, *, slots: int, disk: Flags | None = None) 
         PlanError: slots below what one step of every layer needs at once, for ways that load into caches per layer.
     """
     work = setting.test
-    layer_slots, pinned = _allotted(setting, way, slots)
+    layer_slots, pinned = allotted(setting, way, slots)
     outcome, there = _replayed(setting, way, slots, layer_slots, pinned)
     missing_on_disk = None
     if disk is not None and way.misses == "load":
@@ -163,10 +173,13 @@ def serve(setting: Setting, way: Way, *, slots: int, disk: Flags | None = None) 
             work, outcome, setting.test_costs, link=setting.machine.link, disk=setting.machine.disk,
             from_disk=missing_on_disk, fallback="cpu" if way.misses == "cpu" else "link",
         )  # fmt: skip
-    return Served(way, slots, layer_slots, pinned, outcome, clock, work.offsets, work.domains)
+    return Served(
+        way, slots, layer_slots, pinned, outcome, clock, work.offsets, work.domains,
+        there if way.prefetch == "none" else None,
+    )  # fmt: skip
 
 
-def _allotted(setting: Setting, way: Way, slots: int) -> tuple[Slots, Flags]:
+def allotted(setting: Setting, way: Way, slots: int) -> tuple[Slots, Flags]:
     """Slots per layer, and which experts are pinned."""
     work, layers = setting.train, setting.train.num_layers
     pinned = np.zeros((layers, work.num_experts), np.bool_)
