@@ -5,8 +5,10 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from planner.simulate._replay import Flags, Ids, Times
+from planner.simulate._cache import Flags, Ids, Times
 from profiler.metrics._stack import compiled
+
+_EQUAL = 1e-9  # likenesses that differ by less are equal: the order of additions must not choose
 
 
 @compiled
@@ -33,7 +35,10 @@ def most_alike(ids: Ids, tokens: NDArray[np.uint16], starts: Flags, unit: NDArra
                     length = np.sqrt(squares[layer])
                     for one in range(matrices):
                         likeness[one] += products[layer, one] / length
-            result[at] = np.argmax(likeness)
+            result[at] = 0
+            for one in range(1, matrices):
+                if likeness[one] > likeness[result[at]] + _EQUAL:
+                    result[at] = one
         for layer in range(layers):
             for rank in range(width):
                 expert = ids[layer, at, rank]

@@ -10,9 +10,22 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from planner.simulate._replay import (
-    NOBODY, UNKNOWN, Cache, Flags, Ids, Missing, Times, Worths, admit, clear, empty_cache, evict, least_of_all, least_worth,
-)  # fmt: skip
+from planner.simulate._cache import (
+    NOBODY,
+    UNKNOWN,
+    Cache,
+    Flags,
+    Ids,
+    Missing,
+    Times,
+    Worths,
+    admit,
+    clear,
+    empty_cache,
+    evict,
+    least_of_all,
+    least_worth,
+)
 from profiler.metrics._stack import compiled
 
 Forms = NDArray[np.int8]
@@ -23,7 +36,7 @@ FULL, NARROW, SKIPPED = 0, 1, 2
 class Priority(NamedTuple):
     """Weights of the last use, of the uses and of the uses in full, and what each layer ahead adds.
 
-    shift: (2 * layers,) see :func:`_replay.least_of_all`; of no effect in caches per layer.
+    shift: (2 * layers,) see :func:`_cache.least_of_all`; of no effect in caches per layer.
     """
 
     recency: float
@@ -34,7 +47,7 @@ class Priority(NamedTuple):
 
 @compiled
 def forms_of(weights: NDArray[np.float32], ids: Ids, first: float, second: float) -> Forms:
-    """Version in which a missing expert is loaded, by the share of gate weight ranked before it: (layers, passes, width)."""
+    """(layers, passes, width) the version in which a missing expert is loaded, by the gate weight ranked before it."""
     layers, passes, width = ids.shape
     forms = np.zeros((layers, passes, width), np.int8)
     for layer in range(layers):
@@ -68,7 +81,7 @@ def replay(
     second = Cache(second.place, second.residents, second.held, cache.worth, cache.used, second.least)  # one record
     frequency, full = np.zeros(layers * experts), np.zeros(layers * experts)
     token = np.zeros(layers, np.int64)
-    scale, mixed = np.ones(2 * layers), forms.size > 0
+    gap, mixed = np.ones(2 * layers), forms.size > 0
     asks = np.zeros(width, np.int8)
     for outer in range(passes if shared else layers):
         for inner in range(layers if shared else passes):
@@ -108,14 +121,14 @@ def replay(
             cache.least[layer] = UNKNOWN
             second.least[layer] = UNKNOWN
             if missing[layer, at] > skipped[layer, at]:
-                pace = 1.0 / token[layer]
+                pace = float(token[layer])
                 for rank in range(width):
                     if asks[rank] == FULL:
-                        _load(cache, layer, experts, base + ids[layer, at, rank], rooms, shared, now, pace, scale,
+                        _load(cache, layer, experts, base + ids[layer, at, rank], rooms, shared, now, pace, gap,
                               priority.shift)  # fmt: skip
                     elif asks[rank] == NARROW:
                         _load(second, layer, experts, base + ids[layer, at, rank], narrow_rooms, shared, now, pace,
-                              scale, priority.shift)  # fmt: skip
+                              gap, priority.shift)  # fmt: skip
                 cache.least[layer] = UNKNOWN
                 second.least[layer] = UNKNOWN
 
@@ -123,7 +136,7 @@ def replay(
 @compiled
 def _load(
     cache: Cache, layer: int, experts: int, item: int, rooms: Times, shared: bool, now: int, pace: float,
-    scale: Worths, shift: Worths,
+    gap: Worths, shift: Worths,
 ) -> None:  # fmt: skip
     """Bring an expert onto the device; the one of least priority makes room, of those that the step does not need."""
     room = rooms[0 if shared else layer]
@@ -131,7 +144,7 @@ def _load(
     if held >= room:
         origin, place = layer, NOBODY
         if shared:
-            origin = least_of_all(cache, layer, experts, now, -np.inf, pace, scale, shift)
+            origin = least_of_all(cache, layer, experts, now, -np.inf, pace, gap, shift)
             place = cache.least[origin] if origin != NOBODY else NOBODY
         else:
             place = least_worth(

@@ -9,13 +9,13 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from planner.simulate._replay import Flags, Ids, Missing, Times
+from planner.simulate._cache import Flags, Ids, Missing, Times
 from profiler.metrics._stack import compiled
 
 Links = NDArray[np.int32]
 
 RECENT, FREQUENT, RECENT_GONE, FREQUENT_GONE = 0, 1, 2, 3  # ARC's T1, T2, B1, B2
-_NOWHERE = np.int8(-1)
+_NOWHERE = -1
 
 
 @compiled
@@ -133,7 +133,7 @@ def _request(
 ) -> None:  # fmt: skip
     """One request of ARC's pseudocode (Megiddo and Modha, 2003, figure 4); what the step needs is not evicted."""
     was = where[item]
-    if was == RECENT or was == FREQUENT:
+    if was in (RECENT, FREQUENT):
         _move(item, FREQUENT, newer, older, where, sizes)
         return
     if was == RECENT_GONE:

@@ -57,7 +57,9 @@ def hobbit(
         forms = _hobbit.forms_of(plain(gates, np.float32), job.ids(), float(thresholds[0]), float(thresholds[1]))
         rooms[:] = min(narrow_slots or 0, work.num_experts * (layers if job.shared else 1))
     missing, narrow, skipped, there = job.missing(), job.missing(), job.missing(), job.there()
-    priority = _hobbit.Priority(*map(float, weights[:3]), float(weights[3]) * nearness(layers, distance))
+    priority = _hobbit.Priority(
+        float(weights[0]), float(weights[1]), float(weights[2]), float(weights[3]) * nearness(layers, distance)
+    )
     _hobbit.replay(
         job.ids(), forms, job.starts(), work.num_experts, job.capacity, rooms, job.shared, not job.warm, priority,
         missing, narrow, skipped, job.stretch.start, there,

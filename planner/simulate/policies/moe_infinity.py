@@ -49,13 +49,8 @@ def moe_infinity(
     ahead[0] = layers
     shares = counts / np.maximum(counts.sum(axis=2, keepdims=True), 1)
     shares = np.concatenate([shares, shares.mean(axis=0, keepdims=True)])
-    return ranked(
-        job,
-        "ACTIVATION",
-        scale=1 - ahead / (layers + 1),
-        matrix=most_alike(job, counts),
-        matrices=plain(shares, np.float64),
-    )
+    gap, matrix = (layers + 1) / (layers + 1 - ahead), most_alike(job, counts)
+    return ranked(job, "ACTIVATION", gap=gap, matrix=matrix, matrices=plain(shares, np.float64))
 
 
 def activation_matrices(workload: Workload) -> NDArray[np.int64]:
@@ -76,6 +71,5 @@ def most_alike(job: Job, counts: NDArray[np.int64]) -> NDArray[np.int64]:
 
     norms = np.sqrt((counts.astype(np.float64) ** 2).sum(axis=2, keepdims=True))
     unit = np.divide(counts, norms, out=np.zeros(counts.shape), where=norms > 0)
-    return find(
-        job.ids(), plain(job.workload.tokens, np.uint16), job.starts(), plain(unit.transpose(1, 2, 0), np.float64)
-    )
+    tokens = plain(job.workload.tokens, np.uint16)
+    return find(job.ids(), tokens, job.starts(), plain(unit.transpose(1, 2, 0), np.float64))

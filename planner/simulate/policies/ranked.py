@@ -80,14 +80,12 @@ def edgemoe(job: Job, *, distance: Literal["corrected", "printed"] = "corrected"
     layers = job.workload.num_layers
     ahead = np.arange(layers, dtype=np.float64)
     if distance == "corrected":
-        return ranked(job, "COUNT", scale=1.0 / np.where(ahead == 0, layers, ahead))
+        return ranked(job, "COUNT", gap=np.where(ahead == 0, layers, ahead))
     if distance != "printed":
         raise PlanError(f"distance is {distance!r}; EdgeMoE takes 'corrected' or 'printed'")
     if not job.shared:
         return ranked(job, "RECENCY")
-    back = np.where(ahead == 0, 1.0, layers - ahead)
-    scale, shift = np.where(ahead == 0, 0.0, 1.0 / back), np.where(ahead == 0, np.inf, 0.0)
-    return ranked(job, "COUNT", scale=scale, shift=shift)
+    return ranked(job, "COUNT", gap=layers - ahead, shift=np.where(ahead == 0, np.inf, 0.0))
 
 
 def window(job: Job, *, foresight: int | None = None) -> Served:
@@ -123,14 +121,14 @@ def ranked(
     *,
     hits_first: bool = False,
     foresight: int = -1,
-    scale: NDArray[np.float64] | None = None,
+    gap: NDArray[np.float64] | None = None,
     shift: NDArray[np.float64] | None = None,
     matrix: NDArray[np.int64] | None = None,
     matrices: Matrices | None = None,
 ) -> Served:
     """Replay one rule of ``_replay.Rule``.
 
-    Args as ``_replay.Settings`` and ``_replay.Work``; scale and shift (layers,), by layers ahead.
+    Args as ``_replay.Settings`` and ``_replay.Work``; gap and shift (layers,), by layers ahead.
     """
     from planner.simulate import _replay
 
@@ -148,7 +146,7 @@ def ranked(
         ),
         _replay.Settings(
             int(kind), work.num_experts, job.capacity, job.shared, not job.warm, hits_first, foresight,
-            np.tile(np.ones(layers) if scale is None else scale, 2),
+            np.tile(np.ones(layers) if gap is None else gap, 2),
             np.tile(np.zeros(layers) if shift is None else shift, 2),
         ),
         missing, job.stretch.start, there,

@@ -53,7 +53,9 @@ class Policy:
         return "".join(letter for letter in self.title.lower().replace(" ", "-") if letter.isalnum() or letter in "-_")
 
 
-_I, _W, _R, _WR = ("ids",), ("ids", "weights"), ("ids", "requests"), ("ids", "weights", "requests")
+_I: tuple[Need, ...] = ("ids",)
+_R: tuple[Need, ...] = ("ids", "requests")
+_WR: tuple[Need, ...] = ("ids", "weights", "requests")
 _MI = "arXiv 2401.14361 and its code"
 
 # fmt: off
