@@ -121,7 +121,7 @@ def _restack(stack: Ids32, position: Ids32, due: IntArray, needed: Ids32, count:
     depth, waiting = 0, 0
     if pinned:
         for rank in range(count):
-            other = stack[rank] if rank < size else np.int32(-1)
+            other = int(stack[rank]) if rank < size else -1
             if other >= 0 and marked[other] != step:
                 _nearest_last(pool, waiting, other, due)
                 waiting += 1
