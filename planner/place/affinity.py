@@ -99,7 +99,7 @@ def followed(device: IntArray, table: ArrayLike) -> float:
 def _largest(device: IntArray, weight: FloatArray, devices: int) -> FloatArray:
     """(layers,) load of the fullest device."""
     totals = [np.bincount(row, weights=load, minlength=devices) for row, load in zip(device, weight, strict=True)]
-    return np.max(totals, axis=1)
+    return np.asarray(np.max(totals, axis=1), np.float64)
 
 
 def _kicked(

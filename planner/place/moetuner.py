@@ -139,7 +139,9 @@ def balanced_clusters(
     return Clusters(found, np.where(gap < 1e-9, 0.0, gap), solved)
 
 
-def solve_clusters(weight: FloatArray, clusters: int, *, seconds: float) -> tuple[IntArray | None, float]:
+def solve_clusters(
+    weight: FloatArray, clusters: int, *, seconds: float, nodes: int = NODES
+) -> tuple[IntArray | None, float]:
     """The least largest load by integer programming: (E,) clusters or None, and what no solution can go below."""
     from scipy.optimize import Bounds, LinearConstraint, milp
 
@@ -160,7 +162,7 @@ def solve_clusters(weight: FloatArray, clusters: int, *, seconds: float) -> tupl
             LinearConstraint(each, 1, 1), LinearConstraint(held, experts // clusters, experts // clusters),
             LinearConstraint(below, -np.inf, 0),
         ],
-        options={"time_limit": max(seconds, 0.01), "mip_rel_gap": CLOSE / 10, "node_limit": NODES},
+        options={"time_limit": max(seconds, 0.01), "mip_rel_gap": CLOSE / 10, "node_limit": nodes},
     )  # fmt: skip
     bound = answer.mip_dual_bound
     least = max(least_maximum(weight, clusters), float(bound) * scale if bound is not None else 0.0)

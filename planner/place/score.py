@@ -31,6 +31,7 @@ class Score:
         remote_pairs: (layers,) pairs whose expert is not on the token's home device.
         fan_out: (layers,) sum over tokens of the devices that its experts lie on.
         remote_fan_out: (layers,) the same without the home device: copies of a token that are sent.
+        node_fan_out: (layers,) sum over tokens of the nodes that its experts lie on.
         tokens: (layers,) tokens that use any expert.
         adjacent: (layers - 1,) pairs of an expert of a layer and one of the next that the same token uses.
         moves: of those, the pairs on different devices: what travels if a token stays where its expert ran.
@@ -43,6 +44,7 @@ class Score:
     remote_pairs: IntArray
     fan_out: IntArray
     remote_fan_out: IntArray
+    node_fan_out: IntArray
     tokens: IntArray
     adjacent: IntArray
     moves: IntArray
@@ -79,6 +81,11 @@ class Score:
     def mean_fan_out(self) -> float:
         """Devices that a token's experts of one layer lie on, 1..min(k, D)."""
         return float(ratio(self.fan_out.sum(), self.tokens.sum()))
+
+    @property
+    def mean_node_fan_out(self) -> float:
+        """Nodes that a token's experts of one layer lie on."""
+        return float(ratio(self.node_fan_out.sum(), self.tokens.sum()))
 
     @property
     def copies_per_token(self) -> float:
@@ -145,7 +152,7 @@ def score(
         device = devices_of(
             placement, route[layer], layer, token=token, expert=ids[token, rank], home=home[token], dispatch=dispatch
         )
-        load, row, held = _layer(token, device, home, turn, window, (len(cut), placement.devices))
+        load, row, held = _layer(token, device, home, turn, window, (len(cut), placement.devices, placement.nodes))
         loads.append(load)
         sums.append(row)
         if before is not None:
@@ -155,8 +162,8 @@ def score(
     totals, pairs = np.array(sums, np.int64), np.array(adjacent, np.int64)
     return Score(
         load=np.stack(loads, axis=1), passes=totals[:, 0], pass_pairs=totals[:, 1], pass_largest=totals[:, 2],
-        remote_pairs=totals[:, 3], fan_out=totals[:, 4], remote_fan_out=totals[:, 5], tokens=totals[:, 6],
-        adjacent=pairs, moves=pairs - np.array(stays, np.int64),
+        remote_pairs=totals[:, 3], fan_out=totals[:, 4], remote_fan_out=totals[:, 5],
+        node_fan_out=totals[:, 6], tokens=totals[:, 7], adjacent=pairs, moves=pairs - np.array(stays, np.int64),
     )  # fmt: skip
 
 
@@ -177,21 +184,22 @@ def uniform(work: Workload, *, seed: int = 0) -> Workload:
 
 
 def _layer(
-    token: IntArray, device: IntArray, home: IntArray, turn: IntArray, window: IntArray, shape: tuple[int, int]
+    token: IntArray, device: IntArray, home: IntArray, turn: IntArray, window: IntArray, shape: tuple[int, int, int]
 ) -> tuple[IntArray, tuple[int, ...], IntArray]:
     """(windows, D) load, the sums of ``Score`` from ``passes`` to ``tokens``, and (tokens, D) pairs of each token.
 
-    token, device (pairs,); home, turn, window (tokens,): its home device, its pass, its window; shape = (windows, D).
+    token, device (pairs,); home, turn, window (tokens,): its home device, pass and window; shape = (windows, D, nodes).
     """
-    count, devices = shape
+    count, devices, nodes = shape
     held = np.bincount(token * devices + device, minlength=len(home) * devices).reshape(-1, devices)
     load = np.bincount(window[token] * devices + device, minlength=count * devices).reshape(count, devices)
     every = np.bincount(turn[token] * devices + device, minlength=(int(turn.max(initial=-1)) + 1) * devices)
     largest = every.reshape(-1, devices).max(axis=1)
     reached = held > 0
     at_home = reached[np.arange(len(home)), home]
+    at_nodes = reached.reshape(len(home), nodes, -1).any(axis=2)
     sums = (
         int((largest > 0).sum()), len(token), int(largest.sum()), int((device != home[token]).sum()),
-        int(reached.sum()), int(reached.sum() - at_home.sum()), int(reached.any(1).sum()),
+        int(reached.sum()), int(reached.sum() - at_home.sum()), int(at_nodes.sum()), int(reached.any(1).sum()),
     )  # fmt: skip
     return load.astype(np.int64), sums, held.astype(np.int64)

@@ -57,6 +57,11 @@ class Verdict:
         return saved(self.before, self.after)
 
     @property
+    def worst_domain(self) -> str:
+        """The domain on whose text devices are busy least, per pass; the first of several."""
+        return min(self.domains, key=lambda one: self.domains[one].pass_balancedness)
+
+    @property
     def bytes_changed(self) -> int:
         """Changed slots times bytes of an expert; 0 = not known."""
         return self.changed_slots * self.expert_bytes

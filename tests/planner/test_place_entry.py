@@ -23,6 +23,7 @@ from tests.planner.collected import sample
 ASKED: dict[str, dict[str, Any]] = {
     "eplb": {"redundant": 4},
     "lpt": {"redundant": 4},
+    "moetuner": {"solver_experts": 0},
     "hecate": {"attention": 2e-5, "bandwidth": 10e9, "free_slots": 4},
 }
 
@@ -85,6 +86,7 @@ def test_the_verdict_on_the_sample_is_no(run: store.Run) -> None:
     found = verdict(run, place(run, devices=4, redundant=4))
     assert found.sentence.startswith("No: expert parallelism is balanced enough as experts lie")
     assert abs(found.gain) < 0.05 and set(found.domains) == set(run.domains)
+    assert found.domains[found.worst_domain].pass_balancedness <= found.after.pass_balancedness
     assert found.bytes_changed == found.changed_slots * found.expert_bytes > found.bytes_copied > 0
     # three quarters of uniformly drawn experts of 4 devices are remote; replicas at home make it less
     assert found.before.remote_share == pytest.approx(0.75, abs=0.02) and found.after.remote_share < 0.72
@@ -107,6 +109,13 @@ def test_a_skewed_model_gets_a_yes_and_replicas_are_judged_for_themselves() -> N
     assert sentence(before, packed, packed, chance, 0).startswith("Yes: per pass")
     assert sentence(before, packed, packed, chance, 8).startswith("Yes, but without replicas")
     assert saved(packed, more) > 0.05 and "by 8 redundant slots" in sentence(before, more, packed, chance, 8)
+
+
+def test_experts_that_only_replicas_make_divisible(run: store.Run) -> None:
+    plan = place(run, devices=5, redundant=4)
+    found = verdict(run, plan, max_tokens=20_000)
+    assert found.before.load.shape[-1] == 5 and "redundant" not in found.sentence
+    assert found.before.pass_pairs.sum() == found.after.pass_pairs.sum()
 
 
 @pytest.mark.parametrize(

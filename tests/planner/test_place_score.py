@@ -154,6 +154,15 @@ def test_experts_on_one_device_twice_are_idle() -> None:
         by_device(np.array([[0, 0, 0, 1]]), devices=2)
 
 
+def test_nodes_are_counted_once() -> None:
+    ids = np.array([[[[0, 1], [0, 2], [0, 7]]]], np.int16)
+    work = decode(selections=ids, num_experts=8)
+    done = score(work, contiguous(num_layers=1, num_experts=8, devices=4, nodes=2))
+    # devices 0 0, 0 1, 0 3 on nodes 0 0, 0 0, 0 1
+    assert done.fan_out.tolist() == [5] and done.node_fan_out.tolist() == [4]
+    assert done.mean_node_fan_out == pytest.approx(4 / 3)
+
+
 @pytest.mark.parametrize("by", ["requests", "passes"])
 def test_windows_are_the_workload_in_order(by: str) -> None:
     work = _work()
