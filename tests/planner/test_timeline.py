@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import heapq
 from collections import OrderedDict
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,12 +12,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import store
 from moescope.errors import PlanError
 from planner.machine import Link
 from planner.simulate.outcome import Outcome
+from planner.simulate.replay import replay
 from planner.simulate.timeline import StepCosts, Timeline, bound_seconds, prefetching, timeline
-from planner.simulate.workload import Workload, decode
+from planner.simulate.workload import Workload, batched, decode, workload_of
 
+SAMPLE = Path(__file__).parents[2] / "sample_data" / "runs" / "sample.duckdb"
 LINK = Link("test", 100.0, 0.25)
 EXACT = 1e-9
 
@@ -379,6 +383,19 @@ def test_without_predictions_it_is_an_lru_cache() -> None:
     np.testing.assert_allclose(found.waiting, plain.waiting, rtol=0, atol=1e-8)
     assert found.hit_rate == pytest.approx(1 - missing.sum() / work.needed.sum())
     assert (found.bytes, found.hits) == (pytest.approx(plain.bytes), plain.hits)
+
+
+@pytest.mark.parametrize(("size", "slots", "shared"), [(1, 3, False), (1, 20, True), (3, 7, False)])
+def test_without_predictions_it_is_the_replay_of_a_run(size: int, slots: int, shared: bool) -> None:
+    with store.open_run(SAMPLE) as run:
+        work = batched(workload_of(run, max_tokens=6000), size=size)
+    shape = (work.num_layers, work.num_passes)
+    costs = StepCosts(
+        dense=np.full(shape, 1e-4), expert=np.full(shape, 1e-5), tail=np.zeros(shape[1]), size=np.full((6, 16), 1e6)
+    )
+    outcome = replay(work, policy="lru", slots=slots, shared=shared)
+    found = prefetching(work, costs, predicted=None, slots=slots, shared=shared, link=LINK)
+    assert (found.missing == outcome.missing).all() and found.hit_rate == pytest.approx(outcome.hit_rate)
 
 
 def test_imperfect_prefetching_can_lose() -> None:
