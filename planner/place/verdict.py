@@ -142,11 +142,15 @@ def sentence(before: Score, after: Score, packed: Score, chance: Score, replicas
         f"per pass, devices are {before.pass_balancedness:.0%} busy as experts lie and {after.pass_balancedness:.0%}"
         f" with this placement; uniformly random experts would make it {chance.pass_balancedness:.0%}"
     )
-    if gain < WORTH and (alone < WORTH or not replicas):
-        return (
-            f"No: expert parallelism is balanced enough as experts lie: {figures}. The busiest device would have"
-            f" {_change(gain)} to do, and {WORTH:.0%} less is what we take to be worth it."
-        )
+    change = (
+        f"The busiest device would have {_change(gain)} to do, and {WORTH:.0%} less is what we take to be worth it."
+    )
+    if gain < WORTH and alone < WORTH:
+        if before.pass_balancedness >= chance.pass_balancedness * (1 - WORTH):
+            return f"No: expert parallelism is balanced enough as experts lie: {figures}. {change}"
+        return f"No: later text loads other experts than the text that this was made from: {figures}. {change}"
+    if gain < WORTH and not replicas:
+        return f"Not this placement: {figures}; LPT with swaps makes it {packed.pass_balancedness:.0%}. {change}"
     if replicas and gain - alone < WORTH:
         return (
             f"Yes, but without replicas: {figures}; experts moved and none replicated, it is"

@@ -11,8 +11,9 @@ import pytest
 import store
 from compressor.plan import PlaceStep, Plan
 from moescope.errors import PlanError
+from planner.place.lpt import lpt
 from planner.place.methods import METHODS
-from planner.place.score import score
+from planner.place.score import score, uniform
 from planner.place.slots import contiguous
 from planner.place.verdict import saved, sentence, verdict
 from planner.placing import place, placement_of, text_of
@@ -99,8 +100,6 @@ def test_a_skewed_model_gets_a_yes_and_replicas_are_judged_for_themselves() -> N
     popular = np.sort(rng.normal(size=16))[::-1] * 2  # the busiest experts lie side by side
     ids = np.argsort(-(popular + rng.gumbel(size=(1, 64, 20, 16))), axis=-1)[..., :2].astype(np.int16)
     work = decode(selections=ids, num_experts=16)
-    from planner.place.lpt import lpt
-
     before = score(work, contiguous(num_layers=1, num_experts=16, devices=4))
     packed = score(work, lpt(load=work.counts(), devices=4))
     more = score(work, lpt(load=work.counts(), devices=4, redundant=8))
@@ -108,6 +107,11 @@ def test_a_skewed_model_gets_a_yes_and_replicas_are_judged_for_themselves() -> N
     assert saved(before, packed) > 0.3
     assert sentence(before, packed, packed, chance, 0).startswith("Yes: per pass")
     assert sentence(before, packed, packed, chance, 8).startswith("Yes, but without replicas")
+    # a placement that does not help while LPT does, and text on which nothing helps, are no "balanced enough"
+    assert sentence(before, before, packed, chance, 0).startswith("Not this placement: per pass")
+    even = score(uniform(work), contiguous(num_layers=1, num_experts=16, devices=4))
+    assert sentence(before, before, before, even, 0).startswith("No: later text loads other experts")
+    assert sentence(even, even, even, even, 0).startswith("No: expert parallelism is balanced enough")
     assert saved(packed, more) > 0.05 and "by 8 redundant slots" in sentence(before, more, packed, chance, 8)
 
 
