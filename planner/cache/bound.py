@@ -8,6 +8,7 @@ import numpy as np
 
 from planner.cache.setting import Setting
 from planner.simulate.bounds import bounds
+from planner.simulate.workload import Workload
 from profiler.metrics._arrays import FloatArray
 
 
@@ -17,8 +18,9 @@ class Bound:
 
     Three things take their time: what is dense, one layer after another, during which the CPU has nothing to run (no
     router has answered); experts, on the device or on the CPU; and copies, which may run all the time. So with U uses,
-    of which m miss even under the offline optimum with one cache for all layers (``min_bypass``), e and c seconds of an
-    expert on the device and on the CPU and tau of a copy, the time T of all passes is at least::
+    of which m miss even under the offline optimum with one cache for all layers (``min_bypass``), less one per slot
+    since a cache may be filled before the first pass, e and c seconds of an expert on the device and on the CPU and tau
+    of a copy, the time T of all passes is at least::
 
         dense + U / (1 / e + 1 / c)                            all experts run somewhere
         (m + dense / c) / (1 / tau + 1 / c)                    each miss is copied, T / tau at most, or run by the CPU
@@ -26,10 +28,10 @@ class Bound:
     with the fastest layer's e, c and tau. Ours.
 
     Attributes:
-        misses: (sizes + 1,) m by number of slots.
+        misses: (sizes + 1,) m by number of slots, of caches filled beforehand.
         uses: U.
         dense: seconds of all passes.
-        run: e; 0 where experts have no size.
+        run: e.
         cpu: c; infinite where the CPU runs none.
         copy: tau.
         tokens: of all passes.
@@ -44,14 +46,13 @@ class Bound:
     tokens: int
 
     @staticmethod
-    def of(setting: Setting) -> Bound:
-        """From the requests for judging."""
+    def of(setting: Setting, known: Bound | None = None) -> Bound:
+        """From the requests for judging; ``known`` of the same requests on another machine or in other widths."""
         work, costs = setting.test, setting.test_costs
-        hits = bounds(work, names=["min_bypass"], shared=True)["min_bypass"].hits[:, 0].sum(axis=0)
         uses, ran = int(work.needed.sum()), work.needed > 0
         smallest = np.where(work.counts() > 0, costs.size, np.inf).min()
         return Bound(
-            misses=uses - np.concatenate([[0.0], hits]),
+            misses=_least_misses(work) if known is None else known.misses,
             uses=uses,
             dense=float(costs.dense.sum() + costs.tail.sum()),
             run=float(np.broadcast_to(costs.expert, ran.shape)[ran].min()),
@@ -63,9 +64,18 @@ class Bound:
     def ms(self, slots: int) -> float:
         """Milliseconds per token with so many slots."""
         least = float(self.misses[min(slots, len(self.misses) - 1)])
-        speeds = 1 / self.run + 1 / self.cpu
-        all_run = self.dense + self.uses / speeds
+        if min(self.run, self.cpu) <= 0:
+            return 1e3 * self.dense / self.tokens
+        all_run = self.dense + self.uses / (1 / self.run + 1 / self.cpu)
         if self.copy <= 0:
             return 1e3 * all_run / self.tokens
         all_come = (least + self.dense / self.cpu) / (1 / self.copy + 1 / self.cpu)
         return 1e3 * max(all_run, all_come) / self.tokens
+
+
+def _least_misses(work: Workload) -> FloatArray:
+    """(sizes + 1,) uses that find nothing even under the offline optimum, from 0 slots on; the slots begin full."""
+    hits = bounds(work, names=["min_bypass"], shared=True)["min_bypass"].hits[:, 0].sum(axis=0)
+    cold = int(work.needed.sum()) - np.concatenate([[0.0], hits])
+    misses: FloatArray = np.maximum(cold - np.arange(len(cold)), 0.0)
+    return misses

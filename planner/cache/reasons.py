@@ -20,6 +20,7 @@ def reasons(
     setting: Setting,
     *,
     slots: int,
+    each: int,
     parts: Mapping[str, float],
     srp: tuple[float, int, int] | None,
     segment: int,
@@ -30,26 +31,34 @@ def reasons(
     Args:
         setting: model, machine and requests.
         slots: experts that the device holds.
-        parts: what the hit rate of LRU is made of.
+        each: of which per layer, where all layers have as many.
+        parts: what the hit rate of LRU is made of there.
         srp: (SRP, place among published models, how many these are); None = not known.
         segment: tokens of its segments.
         ways: what was timed.
     """
-    told = [_where_from(parts)]
+    told = [_where_from(parts, each)] if slots >= setting.least_slots else []
     if srp is not None:
         told.append(
-            f"SRP over {segment} tokens is {srp[0]:.1%}: it would be number {srp[1]} among {srp[2]} published models,"
-            " the most consistent first."
+            f"SRP over {segment} tokens is {srp[0]:.1%}, beside {srp[2]} published models number {srp[1]} of"
+            f" {srp[2] + 1}, the most consistent first."
         )
     return [*told, _link(setting), *_prefetching(ways), *_cliff(setting, slots)]
 
 
-def _where_from(parts: Mapping[str, float]) -> str:
-    words = ", ".join(f"{100 * parts[name]:.0f} {name}" for name in ("popularity", "topic", "locality"))
-    return (
-        f"LRU hits {sum(parts.values()):.0%}: {100 * parts['random']:.0f} points are what random experts would give;"
-        f" the routing adds {words}."
+def _where_from(parts: Mapping[str, float], each: int) -> str:
+    random, popularity, topic, locality = (
+        _points(parts[name]) for name in ("random", "popularity", "topic", "locality")
     )
+    return (
+        f"LRU caches of {each} {'expert' if each == 1 else 'experts'} per layer hit {sum(parts.values()):.0%}: random"
+        f" experts would give {random} percentage points of that, experts that all text uses add {popularity}, the topic"
+        f" of each request {topic}, and neighbouring tokens {locality}."
+    )
+
+
+def _points(part: float) -> str:
+    return f"{100 * part:.0f}".replace("-0", "0") if abs(part) < 0.005 else f"{100 * part:.0f}"
 
 
 def _link(setting: Setting) -> str:
@@ -86,5 +95,5 @@ def _cliff(setting: Setting, slots: int) -> list[str]:
         return []
     return [
         f"One pass uses {found.cycle} experts over all layers and the device holds {slots}: a cache that all layers"
-        f" share forgets each before it is needed again ({found.before:.0%} hits)."
+        f" share forgets almost each before it is needed again ({found.before:.0%} hits)."
     ]

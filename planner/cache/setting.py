@@ -15,17 +15,21 @@ from planner.estimate.dense import DensePart, dense_part
 from planner.estimate.memory import ExpertSizes, MemoryBudget, expert_sizes, memory_budget
 from planner.estimate.speed import step_costs
 from planner.machine import Machine
-from planner.simulate.controls import controls
+from planner.simulate.controls import UNIFORM, controls
 from planner.simulate.prefetch.cross_layer_gate import Recorded, recall_of
 from planner.simulate.timeline import StepCosts
 from planner.simulate.workload import Workload, batched, workload_of
 from planner.source import source_of, value_bytes
+from profiler.metrics.controls import uniform_tokens
 
 STEPS = 600_000
 """Layer-steps that are replayed unless told otherwise: some seconds, and intervals of about a percent."""
 
 CONTEXT = 4096
 """Tokens whose keys and values are kept per sequence, unless told otherwise."""
+
+_UP = 1.006  # sizes in messages have three figures: what is advised must not be rounded below what is needed
+_ENDLESS = 1 << 62
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,7 @@ class Setting:
         dense_bits: bits of the weights beside routed experts.
         other: bytes of all of these, if they were given.
         recorded: how well routers that were run one layer early foresaw experts; None where the run has none.
+        apart: ``train`` and ``test`` before sequences were put together to be decoded together; None = they are not.
     """
 
     machine: Machine
@@ -61,6 +66,7 @@ class Setting:
     dense_bits: float
     other: int | None
     recorded: Recorded | None = None
+    apart: tuple[Workload, Workload] | None = None
 
     @property
     def slot_bytes(self) -> float:
@@ -79,8 +85,8 @@ class Setting:
 
     @property
     def slots(self) -> int:
-        """Experts that the device holds."""
-        return self.budget.slots(self.sizes)
+        """Experts that the device holds: all where all fit, else as many as the largest would."""
+        return self.all_slots if self.sizes.total <= self.budget.left else self.budget.slots(self.sizes)
 
     def with_sizes(self, sizes: ExpertSizes) -> Setting:
         """The same with experts of other widths."""
@@ -88,14 +94,33 @@ class Setting:
         return replace(self, sizes=sizes, test_costs=costs)
 
     def on(self, train: Workload, test: Workload) -> Setting:
-        """The same with other requests."""
-        costs = _costs(test, self.machine, self.sizes, self.rest, self.context, self.dense_bits, self.other)
-        return replace(self, train=train, test=test, test_costs=costs)
+        """The same with other requests, of single tokens: they are put together as ``batch`` says."""
+        mine, theirs = (batched(one, size=self.batch) for one in (train, test))
+        costs = _costs(theirs, self.machine, self.sizes, self.rest, self.context, self.dense_bits, self.other)
+        apart = None if self.batch == 1 else (train, test)
+        return replace(self, train=mine, test=theirs, test_costs=costs, apart=apart)
 
     def controls(self, *, seed: int) -> dict[str, Setting]:
-        """The same on each control: tokens shuffled in their requests and over all, and random experts."""
-        mine, theirs = controls(self.train, seed=seed), controls(self.test, seed=seed + 1)
-        return {name: self.on(mine[name], theirs[name]) for name in mine}
+        """The same on each control: tokens shuffled in their requests and over all, and random experts.
+
+        Tokens are shuffled and experts drawn before sequences are put together. Random experts of a layer are among
+        those that it has.
+        """
+        pairs = [controls(one, seed=seed + at) for at, one in enumerate(self.apart or (self.train, self.test))]
+        for at, pair in enumerate(pairs):
+            pair[UNIFORM] = self._among_own(pair[UNIFORM], seed=seed + at)
+        return {name: self.on(pairs[0][name], pairs[1][name]) for name in pairs[0]}
+
+    def _among_own(self, work: Workload, *, seed: int) -> Workload:
+        """Random experts drawn anew in layers that have fewer than others: none that they lack."""
+        counts = (self.sizes.bytes > 0).sum(axis=1).tolist()
+        fewer = {layer: count for layer, count in enumerate(counts) if count < work.num_experts}
+        if not fewer:
+            return work
+        ids = work.ids.copy()
+        for layer, count in fewer.items():
+            ids[layer] = uniform_tokens(ids[layer], count, seed=[seed, 3, layer])
+        return replace(work, ids=ids)
 
 
 def setting_of(
@@ -138,27 +163,66 @@ def setting_of(
     sizes = expert_sizes(plan or source, source_bits=8.0 * weight)
     rest = _rest(run, source, other_weights)
     budget = _budget(machine, rest, source, context, batch, 8.0 * weight, other_weights)
-    if not narrow and budget.left < float(sizes.largest.max()) * max(shape.top_k for shape in source.layers):
-        raise PlanError(
-            f"the device has {size(budget.left)} for experts, and one token needs"
-            f" {max(shape.top_k for shape in source.layers)} of {size(float(sizes.largest.max()))} at once: give"
-            f" {size(budget.total - budget.left + len(source.layers) * _token_bytes(source, sizes))} or more, a shorter"
-            " context, or fewer bits"
-        )
+    _require_room(budget, source, sizes, narrow)
     work = workload_of(run, domains=domains, phase=phase, max_tokens=max(2 * steps // max(len(run.layers), 1), 2))
-    train, test = (batched(half, size=batch) for half in work.halves())
+    apart = _halves(_with_weights(work, sizes), run.name)
+    train, test = (batched(half, size=batch) for half in apart)
     costs = _costs(test, machine, sizes, rest, context, 8.0 * weight, other_weights)
     return Setting(
         machine=machine, source=source, sizes=sizes, rest=rest, budget=budget, train=train, test=test, test_costs=costs,
         context=context, batch=batch, dense_bits=8.0 * weight, other=other_weights,
-        recorded=None if run.table("lookahead").is_empty() else recall_of(run),
+        recorded=None if run.table("lookahead").is_empty() else recall_of(run), apart=None if batch == 1 else apart,
     )  # fmt: skip
 
 
-def _token_bytes(source: Source, sizes: ExpertSizes) -> float:
-    """Of what one token uses in a layer, mean over layers."""
+def notes_of(setting: Setting) -> tuple[str, ...]:
+    """What was assumed of machine and memory, in sentences."""
+    machine, budget = setting.machine, setting.budget
+    notes = [f"{machine.title}: {machine.note}."] if machine.note else []
+    if budget.estimated:
+        notes.append("What lies on the device beside experts is estimated from the model's configuration.")
+    return (*notes, *(f"{one[0].upper()}{one[1:].rstrip('.')}." for one in budget.assumed))
+
+
+def _with_weights(work: Workload, sizes: ExpertSizes) -> Workload:
+    """Without experts that hold no weights, such as those that pass a token on: they take no room and no time."""
+    exists = np.zeros((work.num_layers, work.num_experts), np.bool_)
+    width = min(work.num_experts, sizes.bytes.shape[1])
+    exists[:, :width] = sizes.bytes[:, :width] > 0
+    there = (work.ids >= 0) & exists[np.arange(work.num_layers)[:, None, None], np.maximum(work.ids, 0)]
+    return replace(
+        work, ids=np.where(there, work.ids, np.int16(-1)), tokens=np.where(there, work.tokens, np.uint16(0)),
+        weights=None if work.weights is None else np.where(there, work.weights, np.float32(0)),
+        num_experts=sizes.bytes.shape[1],
+    )  # fmt: skip
+
+
+def _halves(work: Workload, name: str) -> tuple[Workload, Workload]:
+    """Requests to fit on and requests to judge by; where no domain has two, every second one of either kind."""
+    if work.num_requests < 2:
+        raise PlanError(
+            f"run {name!r} has one request alone to replay, and judging takes others than fitting: record two or more,"
+            " or choose more domains"
+        )
+    if len(set(work.domains)) == work.num_requests:
+        return work.requests(range(0, work.num_requests, 2)), work.requests(range(1, work.num_requests, 2))
+    return work.halves()
+
+
+def _require_room(budget: MemoryBudget, source: Source, sizes: ExpertSizes, narrow: bool) -> None:
+    """Refuse a device that cannot hold what one token needs of one layer, or if ``narrow`` no expert at all."""
+    most = max(shape.top_k for shape in source.layers)
+    largest = float(sizes.largest.max())
+    if budget.left >= (0 if narrow else most * largest) and budget.left > 0:
+        return
     top_k = np.array([shape.top_k for shape in source.layers])
-    return float((sizes.largest * top_k).mean())
+    rest = budget.total - budget.left
+    enough = rest + max(float((sizes.largest * top_k).sum()), most * largest)
+    raise PlanError(
+        f"{size(budget.total)} are too small: {size(rest)} go to other weights ({size(budget.other)}), keys and values"
+        f" ({size(budget.kv)}) and activations ({size(budget.activations)}), and one token needs {most} experts of"
+        f" {size(largest)} in a layer; give {size(_UP * enough)} or more, a shorter context, or fewer bits"
+    )
 
 
 def _require_same_routes(plan: Plan, source: Source) -> None:
@@ -184,17 +248,14 @@ def _rest(run: store.Run, source: Source, other: int | None) -> DensePart | None
 def _budget(
     machine: Machine, rest: DensePart | None, source: Source, context: int, batch: int, bits: float, other: int | None
 ) -> MemoryBudget:
+    """What is left may be less than nothing."""
     if rest is not None:
-        return memory_budget(
-            machine.vram, rest, source, context=context, batch=batch, dense_bits=bits, other=other
-        )  # fmt: skip
-    found = MemoryBudget(
+        found = memory_budget(_ENDLESS, rest, source, context=context, batch=batch, dense_bits=bits, other=other)
+        return replace(found, total=machine.vram)
+    return MemoryBudget(
         total=machine.vram, other=float(other or 0), kv=0.0, activations=0.0, estimated=False,
         assumed=("keys, values and activations are not known: they count as part of the other weights",),
     )  # fmt: skip
-    if found.left <= 0:
-        raise PlanError(f"{size(machine.vram)} hold no expert: the other weights take {size(found.other)}")
-    return found
 
 
 def _costs(

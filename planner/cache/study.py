@@ -25,7 +25,7 @@ class CurvePoint:
 @dataclass(frozen=True)
 class WayFigures:
     """A way at the size asked for; low and high are of ``ms``, hit_low and hit_high of the hit rate, where there is no
-    prefetching."""
+    prefetching. ms is time by tokens, p95_ms of a whole pass, which gives each sequence one."""
 
     name: str
     title: str
@@ -48,7 +48,11 @@ class WayFigures:
 
 @dataclass(frozen=True)
 class DomainFigures:
-    """The best way by domain; ``alone``: hit rate where nothing but this domain is served."""
+    """The best way by domain; ``alone``: hit rate where nothing but this domain is served.
+
+    Where several sequences are decoded together, requests of several domains share passes: then all figures are of the
+    domain served alone.
+    """
 
     domain: str
     tokens: int
@@ -64,7 +68,7 @@ class Study:
     Attributes:
         run: name.
         machine: name and title of the machine.
-        tokens: replayed for judging; as many were for fitting.
+        tokens: replayed for judging; about as many were for fitting.
         requests: that they are from.
         layers: MoE layers; experts: E of one; slots: experts that the device holds; all_slots: experts of all layers.
         memory: bytes of the device by use: total, other, kv, activations, experts, slot.
@@ -75,7 +79,7 @@ class Study:
         ways: at the size asked for, the fastest first.
         domains: of the best way that goes by the trace.
         bound_ms: what no policy can beat at the size asked for.
-        resident_ms: with all experts on the device.
+        resident_ms: with all experts on the device, which runs them alone.
         srp: (value, rank among published models, how many these are); None where the run has none.
         verdict: the answer.
     """
@@ -117,6 +121,8 @@ class Study:
         Raises:
             PlanError: it is no study.
         """
+        if not isinstance(content, Mapping) or content.get("kind") != "caching":
+            raise PlanError("this is no study of caching by moescope: its kind is not 'caching'")
         try:
             given = {name: value for name, value in content.items() if name != "kind"}
             rows: dict[str, Callable[..., Any]] = {
@@ -131,5 +137,5 @@ class Study:
                 srp=None if srp is None else tuple(srp), machine=tuple(given.pop("machine")),
                 notes=tuple(given.pop("notes")), **given,
             )  # fmt: skip
-        except (KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise PlanError(f"this is no study of caching by moescope: {error}") from error

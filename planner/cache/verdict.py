@@ -10,7 +10,8 @@ from moescope.sizes import size
 
 Word = Literal["fits", "pays", "pays above", "does not pay"]
 """``fits``: all experts fit on the device, nothing is to be cached. ``pays``: at the memory that was asked for.
-``pays above``: with more of it, see :attr:`Verdict.above`. ``does not pay``: at no size."""
+``pays above``: only with more of it, see :attr:`Verdict.above`. ``does not pay``: neither there nor from any larger size
+on."""
 
 GAIN = 0.9
 """Part of the time without a cache that the upper end of a cached time's interval may take for caching to pay; ours: a
@@ -58,8 +59,8 @@ class Verdict:
 
     Attributes:
         word: see :data:`Word`.
-        above: bytes for experts from which caching pays at all larger sizes that were tried; None where it never does,
-            or at all of them.
+        above: bytes for experts from which caching pays at all larger sizes that were tried, but the whole model; None
+            where there are none.
         reasons: sentences, the most important first.
     """
 
@@ -73,30 +74,42 @@ class Verdict:
         if self.word == "fits":
             return "all experts fit: nothing is to be cached"
         if self.word == "pays above" and self.above is not None:
-            return f"caching pays only above {size(self.above)} for experts"
+            return f"caching pays only from {size(self.above)} for experts on"
         return "caching pays" if self.word == "pays" else "caching does not pay"
 
 
-def judge(points: Sequence[SizePoint], *, asked: int, whole: int, told: Sequence[str] = ()) -> Verdict:
+def judge(
+    points: Sequence[SizePoint], *, asked: int, whole: int, room: float | None = None, total: float | None = None,
+    shared: bool = False, told: Sequence[str] = (),
+) -> Verdict:  # fmt: skip
     """The verdict for one size of memory.
 
     Args:
         points: sizes that were tried, ascending; the one asked for is among them.
-        asked: bytes that experts may take on the device.
-        whole: bytes of all experts.
+        asked: bytes of the experts that the device can hold.
+        whole: bytes of as many as there are.
+        room: bytes that experts may take on the device; None = ``asked``.
+        total: bytes of all experts, where they differ in size; None = ``whole``.
+        shared: device and CPU share one memory.
         told: further reasons, of whoever knows more than times.
     """
+    total, room = whole if total is None else total, asked if room is None else room
     if asked >= whole:
-        words = f"All experts take {size(whole)}, and the device has {size(asked)} for them."
-        return Verdict("fits", None, (words, *told))
+        return Verdict("fits", None, (f"All experts take {size(total)}, and the device has {size(room)} for them.",))
+    if shared:
+        words = (
+            "Device and CPU share one memory: what is in it is never copied, so there is nothing to cache. All experts"
+            f" take {size(total)}, and the memory has {size(room)} for them; the others would be read from disk."
+        )
+        return Verdict("does not pay", None, (words,))
     here = min(points, key=lambda point: abs(point.bytes - asked))
-    above = _from_where(points)
+    above = _from_where([point for point in points if point.bytes < whole])
     word: Word = "pays" if here.pays else "does not pay" if above is None else "pays above"
-    return Verdict(word, above, (_why(here), *_elsewhere(points, here, above), *told))
+    return Verdict(word, above, (*_why(here), *_elsewhere(points, here, above), *told))
 
 
 def _from_where(points: Sequence[SizePoint]) -> int | None:
-    """The smallest size from which it pays at all larger ones; the whole model, where all are alike, does not count."""
+    """The smallest size from which it pays at all larger ones."""
     found = None
     for point in reversed(points):
         if not point.pays:
@@ -105,27 +118,37 @@ def _from_where(points: Sequence[SizePoint]) -> int | None:
     return found
 
 
-def _why(point: SizePoint) -> str:
-    interval = f"{point.ms:.3g} ms per token ({point.low:.3g} to {point.high:.3g})"
-    others = f"{point.plain:.3g} with whole layers on the device and {point.chance:.3g} with the same on random experts"
-    gain = point.without / point.ms - 1 if point.ms > 0 else 0.0
+def _why(point: SizePoint) -> list[str]:
+    told = [
+        f"With {size(point.bytes)} for experts, the fastest way that goes by the trace takes {point.ms:.3g} ms per"
+        f" token ({point.low:.3g} to {point.high:.3g}): {point.way}. Without a trace, whole layers on the device take"
+        f" {point.plain:.3g} ms; the same way on random experts, {point.chance:.3g} ms."
+    ]
     if point.pays:
-        return f"With {size(point.bytes)} for experts, {point.way}: {interval}, against {others}: {gain:+.0%}."
-    if point.high < point.without:
-        return f"With {size(point.bytes)} for experts, {point.way}: {interval}, against {others}: too little."
-    return (
-        f"With {size(point.bytes)} for experts the best that goes by the trace, {point.way}, takes {interval};"
-        f" without any trace it is {point.without:.3g}."
-    )
+        return [*told, f"That is {_times(point.without, point.ms)} as fast as the better of these."]
+    if point.ms >= point.without:
+        return [*told, "Knowing the routing gains nothing."]
+    return [*told, f"Less than the {1 - GAIN:.0%} of the time that caching has to save for sure."]
 
 
 def _elsewhere(points: Sequence[SizePoint], here: SizePoint, above: int | None) -> list[str]:
     if here.pays:
-        gap = here.ms / here.bound - 1 if here.bound > 0 else 0.0
-        return [f"No policy could take less than {here.bound:.3g} ms there: {gap:.0%} are left to win."]
+        gap = f": the fastest way takes {_times(here.ms, here.bound)} that" if here.bound > 0 else ""
+        return [f"No way at all could take less than {here.bound:.3g} ms there{gap}."]
     if above is not None:
         first = next(point for point in points if point.bytes == above)
-        return [f"From {size(above)} on it does: {first.ms:.3g} ms against {first.without:.3g} there."]
-    if min(point.bound for point in points) > 0 and here.bound > GAIN * here.without:
-        return [f"Not even a policy that knew the future could: it would take {here.bound:.3g} ms."]
+        return [f"With {size(above)} it pays: {first.ms:.3g} ms against {first.without:.3g} ms."]
+    less = [point for point in points if point.pays and point.bytes < here.bytes]
+    if less:
+        most = less[-1]
+        return [
+            f"With less memory it pays, as with {size(most.bytes)}: {most.ms:.3g} ms against {most.without:.3g} ms. Here"
+            " almost all experts are on the device in any case."
+        ]
+    if here.bound > GAIN * here.without:
+        return [f"Not even a policy that knew the future could save so much: it would take {here.bound:.3g} ms or more."]
     return []
+
+
+def _times(more: float, less: float) -> str:
+    return f"{more / less:.2f} times" if less > 0 else "many times"

@@ -64,6 +64,9 @@ WAYS: tuple[Way, ...] = (
 )  # fmt: skip
 """In the order in which charts list them; of equally fast ones, the first is advised."""
 
+RESIDENT = Way("resident", "all experts on the device", "static", needs_trace=False)
+"""Where they fit."""
+
 SWEPT = ("layers_cpu", "layers_load", "static_cpu", "lru", "half_pinned")
 """Those that are tried at every size."""
 
@@ -154,29 +157,32 @@ def serve(setting: Setting, way: Way, *, slots: int, disk: Flags | None = None) 
         setting: model, machine and requests.
         way: how to serve.
         slots: experts that the device holds, over all layers.
-        disk: (layers, E) experts that lie on disk; None = none.
+        disk: (layers, E) experts that lie on disk, and are read whenever the device lacks them; None = none.
 
     Raises:
-        PlanError: slots below what one step of every layer needs at once, for ways that load into caches per layer.
+        PlanError: slots below what one step of every layer needs at once, for sizes fitted per layer; experts on disk,
+            for ways with prefetching or for a machine that has no disk.
     """
     work = setting.test
     layer_slots, pinned = allotted(setting, way, slots)
+    if disk is not None and not disk.any():
+        disk = None
+    if way.prefetch != "none":
+        if disk is not None:
+            raise PlanError(f"{way.title}: prefetching from disk is not simulated; take a way without it")
+        clock = _prefetched(setting, way, layer_slots)
+        outcome = _counted(work, way, slots, clock.missing)
+        return Served(way, slots, layer_slots, pinned, outcome, clock, work.offsets, work.domains)
     outcome, there = _replayed(setting, way, slots, layer_slots, pinned)
     missing_on_disk = None
-    if disk is not None and way.misses == "load":
+    if disk is not None:
         lies = disk[np.arange(work.num_layers)[:, None, None], np.maximum(work.ids, 0)]
         missing_on_disk = ((work.ids >= 0) & ~there & lies).sum(axis=2)
-    if way.prefetch != "none":
-        clock = _prefetched(setting, way, layer_slots)
-    else:
-        clock = timeline(
-            work, outcome, setting.test_costs, link=setting.machine.link, disk=setting.machine.disk,
-            from_disk=missing_on_disk, fallback="cpu" if way.misses == "cpu" else "link",
-        )  # fmt: skip
-    return Served(
-        way, slots, layer_slots, pinned, outcome, clock, work.offsets, work.domains,
-        there if way.prefetch == "none" else None,
+    clock = timeline(
+        work, outcome, setting.test_costs, link=setting.machine.link, disk=setting.machine.disk,
+        from_disk=missing_on_disk, fallback="cpu" if way.misses == "cpu" else "link",
     )  # fmt: skip
+    return Served(way, slots, layer_slots, pinned, outcome, clock, work.offsets, work.domains, there)
 
 
 def allotted(setting: Setting, way: Way, slots: int) -> tuple[Slots, Flags]:
@@ -201,7 +207,8 @@ def allotted(setting: Setting, way: Way, slots: int) -> tuple[Slots, Flags]:
     free = slots - int(pinned.sum())
     if way.split == "fitted":
         # batches for judging may need more experts at once than any that was fitted on
-        given = split(curve(work, policy="lru", overflow=True), slots=free, floors=_floors(setting, sizes).tolist())
+        fitted = curve(work, policy="lru", overflow=True)
+        given = split(fitted, slots=free, floors=_floors(setting, sizes).tolist(), ceilings=sizes.tolist())
     else:
         given = _even(free, sizes - pinned.sum(axis=1))
     return given + pinned.sum(axis=1), pinned
@@ -243,7 +250,7 @@ def _replayed(setting: Setting, way: Way, slots: int, layer_slots: Slots, pinned
     work = setting.test
     fixed = pinned[np.arange(work.num_layers)[:, None, None], np.maximum(work.ids, 0)] & (work.ids >= 0)
     if way.policy == "static":
-        return _combined(work, way, slots, fixed), fixed
+        return _counted(work, way, slots, _missing(work, fixed)), fixed
     rest = replace(work, ids=np.where(fixed, np.int16(-1), work.ids))
     shared, free = way.scope == "shared", layer_slots - pinned.sum(axis=1)
     there = residency(
@@ -251,23 +258,27 @@ def _replayed(setting: Setting, way: Way, slots: int, layer_slots: Slots, pinned
         layer_slots=None if shared else free.tolist(), train=setting.train,
     )  # fmt: skip
     overflow = int(np.count_nonzero(rest.needed > (slots if shared else free[:, None])))
-    return _combined(work, way, slots, there | fixed, overflow=overflow), there | fixed
+    there |= fixed
+    return _counted(work, way, slots, _missing(work, there), overflow=overflow), there
 
 
-def _combined(work: Workload, way: Way, slots: int, there: Flags, overflow: int = 0) -> Outcome:
-    """The outcome of knowing which experts of every step were there."""
-    used = work.ids >= 0
-    missing = (used & ~there).sum(axis=2)
-    hit = (used & there).sum(axis=2)
+def _missing(work: Workload, there: Flags) -> NDArray[np.int64]:
+    """(layers, passes) experts that each step needs and that were not there."""
+    missing: NDArray[np.int64] = np.count_nonzero((work.ids >= 0) & ~there, axis=2)
+    return missing
+
+
+def _counted(work: Workload, way: Way, slots: int, missing: NDArray[np.int64], overflow: int = 0) -> Outcome:
+    """The outcome of knowing how many experts of every step, (layers, passes), were missing."""
     firsts = work.offsets[:-1]
+    needs = work.needed
 
     def per_request(values: NDArray[np.int64]) -> NDArray[np.int64]:
         return np.add.reduceat(values, firsts, axis=1).T.astype(np.int64)
 
-    needed = used.sum(axis=2)
     return Outcome(
-        policy=way.name, slots=slots, uses=per_request(needed), hits=per_request(hit),
-        stalled=per_request((missing > 0).astype(np.int64)), steps=per_request((needed > 0).astype(np.int64)),
+        policy=way.name, slots=slots, uses=per_request(needs), hits=per_request(needs - missing),
+        stalled=per_request((missing > 0).astype(np.int64)), steps=per_request((needs > 0).astype(np.int64)),
         overflow=overflow, missing=missing.astype(np.uint16),
     )  # fmt: skip
 
@@ -285,10 +296,14 @@ def _prefetched(setting: Setting, way: Way, layer_slots: Slots) -> Timeline:
 
 
 def _draws(domains: tuple[str, ...], resamples: int, seed: int) -> FloatArray:
-    """(resamples, requests) how often each request is drawn: as many of each domain as there are."""
+    """(resamples, requests) how often each request is drawn: as many of each domain as there are.
+
+    Domains of one request each are drawn as one: alone, each would vary by nothing.
+    """
     generator = np.random.default_rng(seed)
     result = np.zeros((resamples, len(domains)))
-    for name in sorted(set(domains)):
-        mine = np.array([at for at, domain in enumerate(domains) if domain == name])
+    several = np.array([name if domains.count(name) > 1 else "" for name in domains])
+    for name in sorted(set(several.tolist())):
+        mine = np.flatnonzero(several == name)
         result[:, mine] = generator.multinomial(len(mine), np.full(len(mine), 1 / len(mine)), size=resamples)
     return result
