@@ -128,7 +128,7 @@ def place(
         ),
         evidence=(
             Evidence(
-                score="load", unit="tokens", source=way.source, guard=False,
+                score="selections", unit="tokens", source=way.source, guard=False,
                 layers=tuple(
                     LayerValues(layer=one.layer, step=one.step, values=tuple(map(float, row)))
                     for one, row in zip(source.layers, text.load.tolist(), strict=True)
