@@ -50,7 +50,8 @@ def curve(
         shared: one cache for all layers, served layer after layer; sizes are then 1..L * E.
         warm: the cache goes on from request to request; False: it starts empty at each.
         overflow: also give hits at sizes below the largest step (of a layer; of any, if shared): a step larger than the
-            cache leaves those that it lists last, and the others pass through. False: NaN there.
+            cache leaves those that it lists last, and the others pass through. That is what keeps it a stack algorithm;
+            ``replay`` keeps what was there instead, so that its figures differ at these sizes. False: NaN there.
 
     Raises:
         PlanError: an unknown policy, a segment length that is missing or out of place, or more than 2^31 requests.

@@ -82,9 +82,9 @@ def measure_of(name: str, *, shared: bool = False) -> Measure:
     if name == "static":
         return lambda train, workload: popularity(train, workload, shared=shared)
     if name in ("lru", "lfu"):
-        return lambda _, workload: curve(workload, policy=name, shared=shared)
+        return lambda _, workload: curve(workload, policy=name, shared=shared)  # type: ignore[arg-type]
     if name in BOUNDS:
-        return lambda _, workload: bounds(workload, names=[name], shared=shared)[name]  # type: ignore[list-item]
+        return lambda _, workload: bounds(workload, names=[name], shared=shared)[name]
     raise PlanError(f"{name!r} has no curve to forecast: use lru, lfu, static or {', '.join(BOUNDS)}")
 
 

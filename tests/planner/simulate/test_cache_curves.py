@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from set_caches import fewest_misses, hits_flat, hits_of, random_workload, steps_of
 
 from moescope.errors import PlanError
+from planner.simulate._curves import lru_depths
 from planner.simulate.bounds import BOUNDS, bounds
 from planner.simulate.curves import (
     StackPolicy,
@@ -18,7 +19,9 @@ from planner.simulate.curves import (
     popularity,
     static_bound,
 )
+from planner.simulate.replay import replay
 from planner.simulate.workload import batched, decode
+from profiler.metrics._stack import Policy, request_depths
 from profiler.metrics.cache_hit_rate import hit_rate_curve
 
 POLICIES: list[tuple[StackPolicy, int | None]] = [("lru", None), ("lfu", None), ("sch", 1), ("sch", 4)]
@@ -49,6 +52,35 @@ def test_equals_single_caches(seed: int, shared: bool, warm: bool, size: int, na
             hits = [one(run, slots) if one else hits_of(run, slots, name, segment=segment) for run in runs]
             expected = np.bincount(owners, weights=np.concatenate(hits), minlength=len(requests))
             np.testing.assert_array_equal(found.hits[:, at, slots - 1], expected, err_msg=f"{slots} slots")
+
+
+@pytest.mark.parametrize("k", [1, 2, 3])
+def test_lru_by_last_uses_equals_lru_by_walking(k: int) -> None:
+    # uncompiled, so that a step too many before last uses are renumbered is an error and no silent write
+    work = random_workload(k, layers=1, sequences=4, tokens=60, experts=5, k=k, ragged=False)
+    requests = np.ascontiguousarray(work.ids[0], dtype=np.int32)
+    found, expected = np.empty_like(requests), np.empty_like(requests)
+    lru_depths.py_func(requests, work.offsets[[0, 2, 4]], 5, found)  # type: ignore[attr-defined]
+    request_depths(requests, work.offsets[[0, 2, 4]], 5, int(Policy.LRU), 1, True, expected)
+    np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("warm", [False, True])
+@pytest.mark.parametrize("name", ["lru", "lfu", "min_set", "static"])
+def test_equals_replays_of_single_sizes(shared: bool, warm: bool, name: str) -> None:
+    train, work = random_workload(1, k=3, experts=7), batched(random_workload(2, k=3, experts=7, tokens=30), size=2)
+    options = {"shared": shared, "warm": warm}
+    if name == "static":
+        found = popularity(train, work, shared=shared)
+    elif name == "min_set":
+        found = bounds(work, names=["min_set"], **options)["min_set"]  # type: ignore[arg-type]
+    else:
+        found = curve(work, policy=name, **options)  # type: ignore[arg-type]
+    least = int(largest_steps(work).max())
+    for slots in range(least, found.hits.shape[2] + 1):
+        single = replay(work, policy=name, slots=slots, train=train if name == "static" else None, **options)
+        np.testing.assert_array_equal(single.hits.sum(axis=1), found.hits[..., slots - 1].sum(axis=1))
 
 
 @settings(max_examples=60, deadline=None)
