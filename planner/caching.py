@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -10,6 +10,7 @@ import numpy as np
 
 import store
 from compressor.plan import Plan
+from moescope.sizes import size
 from planner.cache.bound import Bound
 from planner.cache.reasons import reasons
 from planner.cache.setting import Setting, notes_of, setting_of
@@ -77,17 +78,21 @@ def study(
     each = max(slots // setting.test.num_layers, 1)
     parts = {name: _parts({kind: found[name] for kind, found in curves.items()}, each) for name in ("lru", "static")}
     traced = min((one for one in served if one.way.needs_trace), key=lambda one: one.ms)
-    srp = _among_published(run)
-    why = reasons(setting, slots=slots, parts=parts["lru"], srp=srp, segment=SEGMENT, ways=figures)
-    whole = round(setting.all_slots * setting.slot_bytes)
+    srp = None if asked.get("domains") or asked.get("phase", "any") != "any" else _among_published(run)  # of all tokens
+    why = reasons(setting, slots=slots, each=each, parts=parts["lru"], srp=srp, segment=SEGMENT, ways=figures)
     return Study(
         run=run.name, machine=(machine.name, machine.title), tokens=int(setting.test.pass_tokens.sum()),
         requests=setting.test.num_requests, layers=setting.test.num_layers, experts=setting.test.num_experts,
-        slots=slots, all_slots=setting.all_slots, memory=_memory(setting), notes=notes_of(setting),
+        slots=slots, all_slots=setting.all_slots, memory=_memory(setting),
+        notes=(*notes_of(setting), *_outside(setting)),
         curves=tuple(_curve_points(curves, setting, seed)), parts=parts, points=tuple(points), ways=figures,
         domains=_domains(setting, traced), bound_ms=bound.ms(slots), resident_ms=served[0].clock.resident_ms, srp=srp,
-        verdict=judge(points, asked=round(slots * setting.slot_bytes), whole=whole, told=why),
-        asked={name: value for name, value in asked.items() if value is not None},
+        verdict=judge(
+            points, asked=round(slots * setting.slot_bytes), whole=round(setting.all_slots * setting.slot_bytes),
+            room=setting.budget.left, total=setting.sizes.total, shared=machine.shares_memory, told=why,
+        ),
+        asked={name: list(value) if isinstance(value, tuple) else value
+               for name, value in asked.items() if value is not None},
     )  # fmt: skip
 
 
@@ -122,16 +127,24 @@ def _parts(by_control: Mapping[str, Curve], each: int) -> dict[str, float]:
 
 
 def _ways(setting: Setting, slots: int) -> list[Way]:
-    """Those that the size allows, and LRU with each way to foresee that the run allows."""
-    roomy = slots >= setting.least_slots
-    found = [way for way in WAYS if roomy or way.policy == "static" or way.scope == "shared"]
-    if not roomy or setting.test.num_layers < 2:
+    """Those that machine and size allow, and LRU with each way to foresee that the run allows."""
+    found = _allowed(setting, slots, WAYS)
+    if slots < setting.least_slots or setting.test.num_layers < 2 or setting.machine.shares_memory:
         return found
     for name in PREFETCHES:
         if name != "cross_layer_gate" or setting.recorded is not None:
             title = f"LRU caches, prefetching by {name.replace('_', ' ')}"
             found.append(replace(way_of("lru"), name=f"lru+{name}", title=title, prefetch=name))  # type: ignore[arg-type]
     return found
+
+
+def _allowed(setting: Setting, slots: int, ways: Sequence[Way]) -> list[Way]:
+    """Caches per layer hold what one step needs; where memory is shared, no CPU runs experts beside the device."""
+    roomy, alone = slots >= setting.least_slots, setting.machine.shares_memory
+    return [
+        way for way in ways
+        if (roomy or way.policy == "static" or way.scope == "shared") and not (alone and way.misses == "cpu")
+    ]  # fmt: skip
 
 
 def _figures(one: Served, chance: float | None) -> WayFigures:
@@ -155,9 +168,9 @@ def _points(setting: Setting, chance: Setting, asked: int, bound: Bound) -> list
 
 
 def _point(setting: Setting, chance: Setting, slots: int, bound: Bound) -> SizePoint:
-    ways = [way_of(name) for name in SWEPT]
-    if slots < setting.least_slots:
-        ways = [way for way in ways if way.policy == "static"]
+    ways = _allowed(setting, slots, [way_of(name) for name in SWEPT])
+    if not any(way.needs_trace for way in ways):
+        ways.append(way_of("lru_shared"))
     served = [serve(setting, way, slots=slots) for way in ways]
     best = min((one for one in served if one.way.needs_trace), key=lambda one: one.ms)
     low, high = best.interval(coverage=COVERAGE)
@@ -171,11 +184,17 @@ def _point(setting: Setting, chance: Setting, slots: int, bound: Bound) -> SizeP
 def _domains(setting: Setting, best: Served) -> tuple[DomainFigures, ...]:
     """Of the best way, the slowest domain first."""
     rows = []
-    for name, (rate, ms) in best.by_domain().items():
-        own = setting.test.of_domain(name)
-        alone = rate
-        if best.way.policy != "static":  # what lies still does not mind what was served before
-            alone = serve(setting.on(setting.train, own), best.way, slots=best.slots).outcome.hit_rate
+    together = best.by_domain() if setting.apart is None else {}
+    train, test = setting.apart or (setting.train, setting.test)
+    for name in sorted(set(test.domains)):
+        own = test.of_domain(name)
+        if setting.apart is None and best.way.policy == "static":  # does not mind what was served before
+            rate, ms = together[name]
+            alone = rate
+        else:
+            found = serve(setting.on(train, own), best.way, slots=best.slots)
+            alone = found.outcome.hit_rate
+            rate, ms = together.get(name, (alone, found.ms))
         rows.append(DomainFigures(name, int(own.pass_tokens.sum()), rate, ms, alone))
     return tuple(sorted(rows, key=lambda row: -row.ms))
 
@@ -191,6 +210,21 @@ def _among_published(run: store.Run) -> tuple[float, int, int] | None:
     value = float(rows["value"][0])
     others = [one.value for one in published_srp() if one.segment_length == SEGMENT]
     return value, 1 + sum(other > value for other in others), len(others)
+
+
+def _outside(setting: Setting) -> list[str]:
+    """What the figures leave out: experts that host memory cannot hold, and how little was judged."""
+    machine, told = setting.machine, []
+    beyond = setting.sizes.total - setting.budget.left - machine.ram
+    if beyond > 0:
+        told.append(
+            f"{size(setting.sizes.total)} of experts are more than the device and {size(machine.ram)} of host memory"
+            f" hold: {size(beyond)} would have to be read from disk, which these times leave out; moescope"
+            " recommend --vram counts it."
+        )
+    if setting.test.num_requests < 2:
+        told.append("One request alone, or one batch of them, was judged: intervals over requests say nothing.")
+    return told
 
 
 def _memory(setting: Setting) -> dict[str, float]:

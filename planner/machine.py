@@ -82,6 +82,11 @@ class Machine:
     measured: tuple[str, ...] = field(default=())
     note: str = ""
 
+    @property
+    def shares_memory(self) -> bool:
+        """Device and CPU have one memory: what is in it is never copied."""
+        return self.link.bandwidth == float("inf")
+
     def __post_init__(self) -> None:
         for what, value in (
             ("device bandwidth", self.device.bandwidth), ("device flops", self.device.flops),

@@ -32,7 +32,7 @@ class Bound:
         uses: U.
         dense: seconds of all passes.
         run: e.
-        cpu: c; infinite where the CPU runs none.
+        cpu: c; infinite where the CPU runs none, as where it shares its memory with the device.
         copy: tau.
         tokens: of all passes.
     """
@@ -50,13 +50,14 @@ class Bound:
         """From the requests for judging; ``known`` of the same requests on another machine or in other widths."""
         work, costs = setting.test, setting.test_costs
         uses, ran = int(work.needed.sum()), work.needed > 0
+        alone = costs.cpu is None or setting.machine.shares_memory
         smallest = np.where(work.counts() > 0, costs.size, np.inf).min()
         return Bound(
             misses=_least_misses(work) if known is None else known.misses,
             uses=uses,
             dense=float(costs.dense.sum() + costs.tail.sum()),
             run=float(np.broadcast_to(costs.expert, ran.shape)[ran].min()),
-            cpu=float("inf") if costs.cpu is None else float(np.broadcast_to(costs.cpu, ran.shape)[ran].min()),
+            cpu=float("inf") if alone else float(np.broadcast_to(costs.cpu, ran.shape)[ran].min()),  # type: ignore[arg-type]
             copy=setting.machine.link.seconds(float(smallest)),
             tokens=max(int(work.pass_tokens.sum()), 1),
         )

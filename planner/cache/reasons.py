@@ -52,13 +52,14 @@ def _where_from(parts: Mapping[str, float], each: int) -> str:
     )
     return (
         f"LRU caches of {each} {'expert' if each == 1 else 'experts'} per layer hit {sum(parts.values()):.0%}: random"
-        f" experts would give {random} percentage points of that, experts that all text uses add {popularity}, the topic"
-        f" of each request {topic}, and neighbouring tokens {locality}."
+        f" experts would give {random} percentage points of that, experts that all text uses add {popularity}, topics"
+        f" of requests {topic}, and neighbouring tokens {locality}."
     )
 
 
 def _points(part: float) -> str:
-    return f"{100 * part:.0f}".replace("-0", "0") if abs(part) < 0.005 else f"{100 * part:.0f}"
+    words = f"{100 * part:.0f}"
+    return "0" if words == "-0" else words
 
 
 def _link(setting: Setting) -> str:

@@ -178,7 +178,7 @@ def setting_of(
 def notes_of(setting: Setting) -> tuple[str, ...]:
     """What was assumed of machine and memory, in sentences."""
     machine, budget = setting.machine, setting.budget
-    notes = [f"{machine.title}: {machine.note}."] if machine.note else []
+    notes = [f"{machine.title[:1].upper()}{machine.title[1:]}: {machine.note}."] if machine.note else []
     if budget.estimated:
         notes.append("What lies on the device beside experts is estimated from the model's configuration.")
     return (*notes, *(f"{one[0].upper()}{one[1:].rstrip('.')}." for one in budget.assumed))

@@ -10,7 +10,7 @@ from moescope.sizes import size
 
 Word = Literal["fits", "pays", "pays above", "does not pay"]
 """``fits``: all experts fit on the device, nothing is to be cached. ``pays``: at the memory that was asked for.
-``pays above``: only with more of it, see :attr:`Verdict.above`. ``does not pay``: neither there nor from any larger size
+``pays above``: only with more of it, see :attr:`Verdict.above`. ``does not pay``: neither there nor from a larger size
 on."""
 
 GAIN = 0.9
@@ -142,11 +142,13 @@ def _elsewhere(points: Sequence[SizePoint], here: SizePoint, above: int | None) 
     if less:
         most = less[-1]
         return [
-            f"With less memory it pays, as with {size(most.bytes)}: {most.ms:.3g} ms against {most.without:.3g} ms. Here"
-            " almost all experts are on the device in any case."
+            f"With less memory it pays, as with {size(most.bytes)}: {most.ms:.3g} ms against {most.without:.3g} ms."
+            " Here almost all experts are on the device in any case."
         ]
     if here.bound > GAIN * here.without:
-        return [f"Not even a policy that knew the future could save so much: it would take {here.bound:.3g} ms or more."]
+        return [
+            f"Not even a policy that knew the future could save so much: it would take {here.bound:.3g} ms or more."
+        ]
     return []
 
 
