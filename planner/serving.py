@@ -223,15 +223,12 @@ def _advice(setting: Setting, offers: Sequence[Offer], quality: float) -> tuple[
     cost = "its cost is not known" if best.kl is None else f"predicted cost {best.kl:.2g} nats per token"
     cost = "no weight changes" if best.kl == 0.0 else cost
     reasons.append(
-        f"{best.way[0].upper()}{best.way[1:]}, experts {best.widths}: {best.tokens_per_second:,.3g} tokens/s"
+        f"{best.way[0].upper()}{best.way[1:]}, experts {best.widths}: {_rate(best)}"
         f" ({best.ms:.3g} ms, {best.low:.3g} to {best.high:.3g}), {cost}."
     )
     unchanged = next((one for one in offers if one.kl == 0.0), None)
     if unchanged is not None and unchanged is not best:
-        reasons.append(
-            f"Without changing a weight, {unchanged.way}: {unchanged.tokens_per_second:,.3g} tokens/s"
-            f" ({unchanged.ms:.3g} ms)."
-        )
+        reasons.append(f"Without changing a weight, {unchanged.way}: {_rate(unchanged)} ({unchanged.ms:.3g} ms).")
     plain = min((one for one in offers if one.way == way_of(PLAIN[0]).title and one.widths == best.widths),
                 key=lambda one: one.ms, default=None)  # fmt: skip
     if plain is not None and plain is not best:
@@ -246,6 +243,11 @@ def _advice(setting: Setting, offers: Sequence[Offer], quality: float) -> tuple[
             f"That is more than the {quality:g} that were allowed, and nothing cheaper fits.",
         )
     return "serve", tuple(reasons)
+
+
+def _rate(offer: Offer) -> str:
+    value = offer.tokens_per_second
+    return f"{value:,.0f} tokens/s" if value >= 100 else f"{value:.3g} tokens/s"
 
 
 def _faster(resident: Offer, best: Offer) -> list[str]:

@@ -1,4 +1,4 @@
-"""``moescope recommend``: a budget in; the plan to use out, or the advice to leave the model as it is."""
+"""``moescope recommend``: a budget or a machine in; the plan to use out, or the advice to leave the model as it is."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from app.commands import serving_advice
 from app.commands.inputs import add_corpus, add_model, open_model, open_text, require_placement
+from app.commands.machines import add_machine, add_serving, list_machines
 from app.commands.options import add_config, add_json, add_store, positive
 from app.commands.plan import ENGINES, memory
 
@@ -23,7 +25,7 @@ if TYPE_CHECKING:
     from planner.recommendation import Candidate, Recommendation
 
 NAME = "recommend"
-SUMMARY = "price every method and mixture for a budget, measure the best, and advise one of them or none"
+SUMMARY = "the best plan for a budget of bytes (--memory), or for a machine (--vram, --ram, --link)"
 TOKENS = 20_000
 """Text for measuring, if nobody says otherwise: enough to rank plans."""
 
@@ -39,7 +41,7 @@ ROWS = 12
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the command."""
-    parser.add_argument("target", metavar="RUN", help="path of a run, or its name in --store")
+    parser.add_argument("target", metavar="RUN", nargs="?", help="path of a run, or its name in --store")
     parser.add_argument(
         "model", nargs="?", metavar="MODEL",
         help="the run's model, a folder or a hub id: --memory is for the whole of it, and with --data plans are"
@@ -74,6 +76,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-guard", action="store_true", help="do not protect super experts")
     parser.add_argument("--allow-invalid", action="store_true", help="take a run whose checks failed all the same")
     parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="write the best plan to this file too")
+    add_machine(parser)
+    add_serving(parser)
+    parser.add_argument("--keep-widths", action="store_true", help="with a machine: experts stay as wide as they are")
     add_store(parser)
     add_corpus(parser)
     add_model(parser)
@@ -89,9 +94,14 @@ def run(options: argparse.Namespace) -> int:
     from app.progress import Stoppable
     from app.telling import Telling
 
+    if options.machines:
+        list_machines(as_json=options.json)
+        return 0
     _refuse(options)
     with Stoppable(), store.open_run(store.Catalog(options.store).resolve(options.target)) as opened:
         _require_usable(opened, options)
+        if serving_advice.wanted(options):
+            return serving_advice.run(opened, options, _domains(opened, options))
         request, notes = _request(opened, options)
         calibration = _calibration(opened, options.calibration)
         _require_room(request)
@@ -150,8 +160,15 @@ def _refuse(options: argparse.Namespace) -> None:
     """
     from moescope.errors import InputError
 
+    if options.target is None:
+        raise InputError("of which run? give RUN, the path of a run or its name in --store")
+    if serving_advice.wanted(options):
+        serving_advice.refuse(options)
+        return
     if options.memory is None:
-        raise InputError("how much memory? give --memory 12GiB, what the weights may take")
+        raise InputError(
+            "how much memory? give --memory 12GiB for the weights, or --vram 12GiB for the machine's device"
+        )
     if options.data and options.model is None:
         raise InputError("--data is text to measure plans on: give the run's MODEL too")
     if options.search and not options.data:

@@ -171,7 +171,7 @@ def setting_of(
     return Setting(
         machine=machine, source=source, sizes=sizes, rest=rest, budget=budget, train=train, test=test, test_costs=costs,
         context=context, batch=batch, dense_bits=8.0 * weight, other=other_weights,
-        recorded=None if run.table("lookahead").is_empty() else recall_of(run), apart=None if batch == 1 else apart,
+        recorded=_recorded(run, test), apart=None if batch == 1 else apart,
     )  # fmt: skip
 
 
@@ -182,6 +182,16 @@ def notes_of(setting: Setting) -> tuple[str, ...]:
     if budget.estimated:
         notes.append("What lies on the device beside experts is estimated from the model's configuration.")
     return (*notes, *(f"{one[0].upper()}{one[1:].rstrip('.')}." for one in budget.assumed))
+
+
+def _recorded(run: store.Run, work: Workload) -> Recorded | None:
+    """What routers one layer early foresaw, where the run says it for as many experts as tokens choose."""
+    try:
+        found = recall_of(run)
+    except PlanError:  # no such level, or other distances
+        return None
+    wide = max(work.top_k) - min(work.top_k) < found.hits.shape[2]
+    return found if wide and found.tokens.shape[1] == work.num_layers else None
 
 
 def _with_weights(work: Workload, sizes: ExpertSizes) -> Workload:

@@ -123,7 +123,8 @@ class Trials:
     def _offer(self, way: Way, widths: Widths) -> Offer:
         near = self._sized(widths, np.ones((self.setting.train.num_layers, self.setting.train.num_experts), np.bool_))
         left = max(self.setting.budget.left, 0.0)
-        slots = min(int(left // float(near.largest.max())), self.setting.all_slots)
+        fits = near.total <= left
+        slots = self.setting.all_slots if fits else min(int(left // float(near.largest.max())), self.setting.all_slots)
         if slots < 1:
             raise PlanError("not one expert fits on the device")
         pinned = self._pinned(way, slots)

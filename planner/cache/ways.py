@@ -15,7 +15,7 @@ from planner.simulate.curves import curve
 from planner.simulate.outcome import Outcome
 from planner.simulate.split import equal_split, split
 from planner.simulate.timeline import Timeline, prefetching, timeline
-from planner.simulate.workload import Workload
+from planner.simulate.workload import Workload, batched
 from profiler.metrics._arrays import FloatArray, ratio
 
 Flags = NDArray[np.bool_]
@@ -285,11 +285,16 @@ def _counted(work: Workload, way: Way, slots: int, missing: NDArray[np.int64], o
 
 def _prefetched(setting: Setting, way: Way, layer_slots: Slots) -> Timeline:
     from planner.simulate.prefetch import find
+    from planner.simulate.prefetch.predicted import together
 
     work = setting.test
+    train, single = setting.apart or (setting.train, work)
     given = {"recorded": setting.recorded} if way.prefetch == "cross_layer_gate" else {}
-    width = int(work.needed.max())
-    foreseen = find(way.prefetch).predict(work, train=setting.train, ahead=1, width=width, **given)
+    width = min(max(single.top_k), single.num_experts)
+    foreseen = find(way.prefetch).predict(single, train=train, ahead=1, width=width, **given)
+    if setting.apart is not None:
+        united = together(foreseen, single, lambda tokens: batched(tokens, size=setting.batch))
+        foreseen = united.first(int(work.needed.max()))
     return prefetching(
         work, setting.test_costs, predicted=foreseen.ids, slots=layer_slots, link=setting.machine.link, ahead=1
     )
