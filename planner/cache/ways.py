@@ -13,7 +13,7 @@ from moescope.errors import PlanError
 from planner.cache.setting import Setting
 from planner.simulate.curves import curve
 from planner.simulate.outcome import Outcome
-from planner.simulate.split import equal_split, split
+from planner.simulate.split import split
 from planner.simulate.timeline import Timeline, prefetching, timeline
 from planner.simulate.workload import Workload, batched
 from profiler.metrics._arrays import FloatArray, ratio
@@ -224,9 +224,8 @@ def _even(slots: int, most: Slots) -> Slots:
     """Shared out evenly, no layer more than ``most``; what one cannot take goes to the others."""
     given = np.zeros(len(most), np.int64)
     while slots > 0 and (given < most).any():
-        open_ = np.flatnonzero(given < most)
-        part = equal_split(num_layers=len(open_), slots=slots)
-        added = np.minimum(part, (most - given)[open_])
+        open_ = np.flatnonzero(given < most)[:slots]  # all have as many so far; what does not divide goes to the first
+        added = np.minimum(slots // len(open_), (most - given)[open_])
         given[open_] += added
         slots -= int(added.sum())
     return given
