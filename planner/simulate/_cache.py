@@ -5,8 +5,8 @@ Expert e of layer l is object l * E + e. A cache keeps a list of residents per l
 equals the one used longest ago goes. What a step uses has the newest times, so "used before the step" is what may go.
 
 In a shared cache the order of two experts of the same layer never depends on where the forward pass stands: rules that
-look at the distance of a layer divide or shift the worth of all its experts alike. So each layer's least worthy resident
-is remembered until the layer is touched, and an eviction compares one candidate per layer.
+look at the distance of a layer divide or shift the worth of all its experts alike. So each layer's least worthy
+resident is remembered until the layer is touched, and an eviction compares one candidate per layer.
 
 This module imports numba; import it inside the function that needs it.
 """
