@@ -73,6 +73,16 @@ def made(maker: Callable[..., Any], run: Run, **arguments: Any) -> Any:
     return _made(str(run.path), run.version, key, _maker=maker, _run=run, _arguments=arguments)
 
 
+def large(maker: Callable[..., Any], run: Run, **arguments: Any) -> Any:
+    """As :func:`made`, for what holds a trace: only the last few are kept.
+
+    Raises:
+        MoescopeError: what ``maker`` raises.
+    """
+    key = (f"{maker.__module__}.{maker.__qualname__}", tuple(sorted(arguments.items())))
+    return _large(str(run.path), run.version, key, _maker=maker, _run=run, _arguments=arguments)
+
+
 def of_plan(maker: FrameMaker, run: Run, plan: Plan, **arguments: Any) -> pl.DataFrame:
     """What ``maker(run, plan, **arguments)`` returns, computed once per version of the run and per plan."""
     key = (f"{maker.__module__}.{maker.__qualname__}", plan.digest, tuple(sorted(arguments.items())))
@@ -131,6 +141,18 @@ def _plan(
 
 @st.cache_resource(max_entries=32, show_spinner=False)
 def _made(
+    path: str,
+    version: tuple[object, ...],
+    key: tuple[object, ...],
+    _maker: Callable[..., Any],
+    _run: Run,
+    _arguments: dict[str, Any],
+) -> Any:
+    return _maker(_run, **_arguments)
+
+
+@st.cache_resource(max_entries=3, show_spinner=False)
+def _large(
     path: str,
     version: tuple[object, ...],
     key: tuple[object, ...],

@@ -30,4 +30,5 @@ PAGES = (
     PageInfo(_file("similarity"), "Similarity", ":material/join_inner:", "similarity"),
     PageInfo(_file("compare"), "Compare", ":material/compare_arrows:", "compare"),
     PageInfo(_file("compress"), "Compress", ":material/compress:", "compress"),
+    PageInfo(_file("cache"), "Cache", ":material/memory:", "cache"),
 )
