@@ -65,10 +65,9 @@ class Bound:
     def ms(self, slots: int) -> float:
         """Milliseconds per token with so many slots."""
         least = float(self.misses[min(slots, len(self.misses) - 1)])
-        if min(self.run, self.cpu) <= 0:
-            return 1e3 * self.dense / self.tokens
-        all_run = self.dense + self.uses / (1 / self.run + 1 / self.cpu)
-        if self.copy <= 0:
+        fast = min(self.run, self.cpu) <= 0
+        all_run = self.dense + (0.0 if fast else self.uses / (1 / self.run + 1 / self.cpu))
+        if min(self.copy, self.cpu) <= 0:
             return 1e3 * all_run / self.tokens
         all_come = (least + self.dense / self.cpu) / (1 / self.copy + 1 / self.cpu)
         return 1e3 * max(all_run, all_come) / self.tokens
