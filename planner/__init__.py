@@ -6,6 +6,7 @@
     plan.save("plan.json")
 
     advice = planner.recommend(run, memory="12GiB")       # a sequence of plans, the best first
+    slots = planner.place.eplb(load=counts, num_replicas=288, num_groups=8, num_nodes=4, num_gpus=32)
     ranking = planner.choose([plan, other], measure)      # measure(plan) -> Measurement; the planner runs no model
 
 Importing this loads neither torch nor numpy; the names below do, when they are first used.
@@ -19,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from planner.presets import DEFAULT, PRESETS
 
 if TYPE_CHECKING:
+    from planner import place
     from planner.advice import recommend
     from planner.entry import make
     from planner.estimate.prediction import predict
@@ -32,10 +34,15 @@ _LAZY = {
     "recommend": "planner.advice",
 }
 
-__all__ = ["DEFAULT", "PRESETS", "Measurement", "choose", "make", "predict", "recommend"]
+_PACKAGES = ("place",)
+"""Packages that are reached as attributes: ``planner.place.eplb(...)``."""
+
+__all__ = ["DEFAULT", "PRESETS", "Measurement", "choose", "make", "place", "predict", "recommend"]
 
 
 def __getattr__(name: str) -> Any:
+    if name in _PACKAGES:
+        return import_module(f"planner.{name}")
     if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(import_module(_LAZY[name]), name)

@@ -70,6 +70,7 @@ class Method:
         replicates: takes redundant slots.
         needs_trace: counts are not enough.
         options: its parameters beside the problem.
+        required: those that have no default.
     """
 
     name: str
@@ -79,21 +80,28 @@ class Method:
     replicates: bool = False
     needs_trace: bool = False
     options: tuple[str, ...] = field(init=False)
+    required: tuple[str, ...] = field(init=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "options", tuple(list(inspect.signature(self.function).parameters)[1:]))
+        given = list(inspect.signature(self.function).parameters.values())[1:]
+        object.__setattr__(self, "options", tuple(one.name for one in given))
+        object.__setattr__(self, "required", tuple(one.name for one in given if one.default is one.empty))
 
     def __call__(self, problem: Problem, **options: Any) -> Found:
         """The placement.
 
         Raises:
-            PlanError: an option that it does not have, or what it cannot do.
+            PlanError: an option that it does not have, lacks or cannot read, or what it cannot do.
         """
         unknown = sorted(set(options) - set(self.options))
         if unknown:
             near = difflib.get_close_matches(unknown[0], self.options, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"it takes {', '.join(self.options) or 'none'}"
             raise PlanError(f"placement {self.name!r} has no option {unknown[0]!r}: {hint}")
+        missing = [name for name in self.required if name not in options]
+        if missing:
+            how = "them as options" if len(missing) > 1 else "it as an option"
+            raise PlanError(f"placement {self.name!r} needs {' and '.join(missing)}: give {how}")
         if problem.redundant and not self.replicates:
             able = " or ".join(one.name for one in METHODS if one.replicates)
             raise PlanError(f"placement {self.name!r} gives each expert one slot: leave redundant out, or use {able}")
@@ -102,7 +110,13 @@ class Method:
                 f"placement {self.name!r} needs a trace and the run holds counts: use eplb or lpt, or record selections"
                 " token by token"
             )
-        return self.function(problem, **options)
+        try:
+            return self.function(problem, **options)
+        except (TypeError, ValueError) as error:
+            if not options:
+                raise
+            given = ", ".join(f"{name}={value!r}" for name, value in sorted(options.items()))
+            raise PlanError(f"placement {self.name!r} cannot take {given}: {error}") from error
 
 
 def find(name: str) -> Method:
