@@ -36,6 +36,8 @@ def fate(job: Job, *, floor: int | None = None, eviction: Literal["arc", "lru"] 
     ARC. Its quotas are not verified; ours fill layer after layer to E slots while ``floor`` is left for each of the
     others. What its prefetching gives is not in here.
 
+    The slots are divided anew: of ``layer_slots`` the sum counts.
+
     Args:
         floor: slots that every layer keeps; None = its k.
         eviction: ``arc`` or ``lru``.

@@ -24,7 +24,8 @@ class Policy:
         target: module and function, ``module:function``.
         source: where it was published, or whose code it is.
         needs: what the trace must hold beside which experts were used: gate weights, or where requests begin and end.
-        fitted: it takes a training workload, whose requests must not be those that it is scored on.
+        fitted: it learns from a training workload, whose requests must not be those that it is scored on: from
+            ``train``, or for ``hobbit`` by ``fit_hobbit``, whose weights are then a parameter.
         engine: which engine ships it; empty = none that we know of.
         bound: it knows the future: what no engine can do, and none can beat.
         differs: ours differs from what was published or is not verified, and the function says how.
@@ -61,7 +62,7 @@ _MI = "arXiv 2401.14361 and its code"
 # fmt: off
 POLICIES: tuple[Policy, ...] = (
     Policy("static", "Static placement", "static:static", "KTransformers", _I, True, "KTransformers"),
-    Policy("lru", "Least recently used", "ranked:lru", "standard", _I, False, "llama.cpp forks, many others"),
+    Policy("lru", "Least recently used", "ranked:lru", "standard", _I, False, "mixtral-offloading"),
     Policy("lfu", "Least frequently used", "ranked:lfu", "standard", _I),
     Policy("lfu_in_cache", "Least frequently used while cached", "ranked:lfu_in_cache", "standard", _I, False,
            "MoE-Infinity"),

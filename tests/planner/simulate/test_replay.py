@@ -85,6 +85,21 @@ def test_published_lru_hit_rates(name: str) -> None:
         np.testing.assert_allclose(rates.mean(axis=0), np.array(published)[:, slots - 1], atol=1e-6)
 
 
+@pytest.mark.parametrize("name", TRACES)
+def test_published_lru_hit_rates_of_a_shared_cache(name: str) -> None:
+    """The published harness looks a token up in all layers together: one step of L * k experts."""
+    experts, num_experts = reference(name)
+    published = json.loads((REFERENCE / f"{name}.json").read_text())["cache_hit_rate"]["lru"]["shared"]
+    layers, sequences, tokens, k = experts.shape
+    objects = experts + num_experts * np.arange(layers)[:, None, None, None]
+    together = objects.transpose(1, 2, 0, 3).reshape(1, sequences, tokens, layers * k)
+    work = decode(selections=together, num_experts=layers * num_experts)
+    for slots in range(layers * k, layers * num_experts + 1, 5):
+        done = served(work, "lru", slots, warm=False)
+        rates = (done.hits + np.minimum(distinct(work), slots)) / done.uses
+        assert rates.mean() == pytest.approx(published[slots - 1], abs=1e-6)
+
+
 def distinct(work: Workload) -> NDArray[np.int64]:
     """(requests, layers) different experts that each request used."""
     spans = [slice(*work.offsets[one : one + 2]) for one in range(work.num_requests)]
@@ -152,6 +167,13 @@ class TestBounds:
                     if (policy == "fate" and slots < 3) or policy == "static":  # static starts full, and admits nothing
                         continue
                     assert served(work, policy, slots, shared=shared).missing.sum() >= best, policy
+
+    def test_with_room_for_one_token_nothing_is_to_be_chosen(self) -> None:
+        experts, num_experts = reference("trace-32x4")
+        work = decode(selections=experts, num_experts=num_experts)
+        best = served(work, "min_set", 4)
+        for policy in [name for name in PER_LAYER if name != "static"]:
+            assert (served(work, policy, 4).missing == best.missing).all(), policy
 
     def test_foresight_narrows_the_gap(self) -> None:
         experts, num_experts = reference("trace-32x4")
