@@ -12,6 +12,7 @@ import store
 from compressor.plan import Plan
 from moescope.sizes import size
 from planner.cache.bound import Bound
+from planner.cache.published import sch_place, srp_place
 from planner.cache.reasons import reasons
 from planner.cache.setting import Setting, notes_of, setting_of
 from planner.cache.study import CurvePoint, DomainFigures, Study, WayFigures
@@ -23,7 +24,6 @@ from planner.simulate.controls import UNIFORM, decompose
 from planner.simulate.curves import curve, popularity
 from planner.simulate.forecast import hit_rate_interval
 from planner.simulate.outcome import Curve
-from profiler.metrics.published import published_srp
 
 COVERAGE = 0.95
 PREFETCHES = ("popularity", "transitions", "cross_layer_gate")
@@ -31,9 +31,6 @@ PREFETCHES = ("popularity", "transitions", "cross_layer_gate")
 
 RATIOS = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)
 """Sizes that are tried, as multiples of what a pass needs at once; and the whole model."""
-
-SEGMENT = 16
-"""Tokens of the segments of the SRP that stands beside published models."""
 
 
 def study(
@@ -78,15 +75,18 @@ def study(
     each = max(slots // setting.test.num_layers, 1)
     parts = {name: _parts({kind: found[name] for kind, found in curves.items()}, each) for name in ("lru", "static")}
     traced = min((one for one in served if one.way.needs_trace), key=lambda one: one.ms)
-    srp = None if asked.get("domains") or asked.get("phase", "any") != "any" else _among_published(run)  # of all tokens
-    why = reasons(setting, slots=slots, each=each, parts=parts["lru"], srp=srp, segment=SEGMENT, ways=figures)
+    srp, sch = srp_place(run), sch_place(run)
+    if asked.get("domains") or asked.get("phase", "any") != "any":  # the run's metrics are of all its tokens
+        srp = sch = None
+    why = reasons(setting, slots=slots, each=each, parts=parts["lru"], srp=srp, sch=sch, ways=figures)
     return Study(
         run=run.name, machine=(machine.name, machine.title), tokens=int(setting.test.pass_tokens.sum()),
         requests=setting.test.num_requests, layers=setting.test.num_layers, experts=setting.test.num_experts,
         slots=slots, all_slots=setting.all_slots, memory=_memory(setting),
         notes=(*notes_of(setting), *_outside(setting)),
         curves=tuple(_curve_points(curves, setting, seed)), parts=parts, points=tuple(points), ways=figures,
-        domains=_domains(setting, traced), bound_ms=bound.ms(slots), resident_ms=served[0].clock.resident_ms, srp=srp,
+        domains=_domains(setting, traced), bound_ms=bound.ms(slots), resident_ms=served[0].clock.resident_ms,
+        srp=srp, sch=sch,
         verdict=judge(
             points, asked=round(slots * setting.slot_bytes), whole=round(setting.all_slots * setting.slot_bytes),
             room=setting.budget.left, total=setting.sizes.total, shared=machine.shares_memory, told=why,
@@ -197,19 +197,6 @@ def _domains(setting: Setting, best: Served) -> tuple[DomainFigures, ...]:
             rate, ms = together.get(name, (alone, found.ms))
         rows.append(DomainFigures(name, int(own.pass_tokens.sum()), rate, ms, alone))
     return tuple(sorted(rows, key=lambda row: -row.ms))
-
-
-def _among_published(run: store.Run) -> tuple[float, int, int] | None:
-    """SRP of the run, its place among published models, and how many these are; None where it was not computed."""
-    rows = run.metrics("srp")
-    rows = rows.filter(
-        (rows["control"] == "observed") & rows["layer"].is_null() & rows["domain"].is_null() & (rows["at"] == SEGMENT)
-    )
-    if rows.is_empty():
-        return None
-    value = float(rows["value"][0])
-    others = [one.value for one in published_srp() if one.segment_length == SEGMENT]
-    return value, 1 + sum(other > value for other in others), len(others)
 
 
 def _outside(setting: Setting) -> list[str]:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from moescope.sizes import size
+from planner.cache.published import RATIO, SEGMENT, Place
 from planner.cache.setting import Setting
 from planner.cache.study import WayFigures
 from planner.simulate.cliff import cliff
@@ -22,8 +23,8 @@ def reasons(
     slots: int,
     each: int,
     parts: Mapping[str, float],
-    srp: tuple[float, int, int] | None,
-    segment: int,
+    srp: Place | None,
+    sch: Place | None,
     ways: Sequence[WayFigures],
 ) -> list[str]:
     """Sentences, the most telling first.
@@ -33,17 +34,24 @@ def reasons(
         slots: experts that the device holds.
         each: of which per layer, where all layers have as many.
         parts: what the hit rate of LRU is made of there.
-        srp: (SRP, place among published models, how many these are); None = not known.
-        segment: tokens of its segments.
+        srp: of the run among published models; None = not known.
+        sch: likewise.
         ways: what was timed.
     """
     told = [_where_from(parts, each)] if slots >= setting.least_slots else []
+    return [*told, *_published(srp, sch), _link(setting), *_prefetching(ways), *_cliff(setting, slots)]
+
+
+def _published(srp: Place | None, sch: Place | None) -> list[str]:
+    """Beside published models, of which number 1 is the most consistent."""
+    told = []
     if srp is not None:
+        told.append(f"SRP over {SEGMENT} tokens is {srp[0]:.1%}, number {srp[1]} beside {srp[2]} published figures")
+    if sch is not None:
         told.append(
-            f"SRP over {segment} tokens is {srp[0]:.1%}, beside {srp[2]} published models number {srp[1]} of"
-            f" {srp[2] + 1}, the most consistent first."
+            f"SCH of a shared cache of {RATIO:g} times what a token uses {sch[0]:.1%}, number {sch[1]} beside {sch[2]}"
         )
-    return [*told, _link(setting), *_prefetching(ways), *_cliff(setting, slots)]
+    return [f"{'; '.join(told)} (number 1 is the most consistent)."] if told else []
 
 
 def _where_from(parts: Mapping[str, float], each: int) -> str:

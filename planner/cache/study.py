@@ -80,7 +80,8 @@ class Study:
         domains: of the best way that goes by the trace.
         bound_ms: what no policy can beat at the size asked for.
         resident_ms: with all experts on the device, which runs them alone.
-        srp: (value, rank among published models, how many these are); None where the run has none.
+        srp: (value, its place, the highest first, among how many published figures); None where the run has none.
+        sch: likewise.
         verdict: the answer.
     """
 
@@ -102,6 +103,7 @@ class Study:
     bound_ms: float
     resident_ms: float
     srp: tuple[float, int, int] | None
+    sch: tuple[float, int, int] | None
     verdict: Verdict
     asked: Mapping[str, Any] = field(default_factory=dict)
 
@@ -131,11 +133,11 @@ class Study:
             made: dict[str, Any] = {name: tuple(kind(**row) for row in given.pop(name)) for name, kind in rows.items()}
             made["ways"] = tuple(replace(way, layer_slots=tuple(way.layer_slots)) for way in made["ways"])
             word = given.pop("verdict")
-            srp = given.pop("srp")
+            srp, sch = given.pop("srp"), given.pop("sch")
             return Study(
                 **made, verdict=Verdict(**{**word, "reasons": tuple(word["reasons"])}),
-                srp=None if srp is None else tuple(srp), machine=tuple(given.pop("machine")),
-                notes=tuple(given.pop("notes")), **given,
+                srp=None if srp is None else tuple(srp), sch=None if sch is None else tuple(sch),
+                machine=tuple(given.pop("machine")), notes=tuple(given.pop("notes")), **given,
             )  # fmt: skip
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise PlanError(f"this is no study of caching by moescope: {error}") from error
