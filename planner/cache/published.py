@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 
+import numpy as np
 import polars as pl
 
 import store
@@ -24,7 +25,7 @@ Place = tuple[float, int, int]
 def srp_place(run: store.Run) -> Place | None:
     """SRP of the whole model; None where the run's metrics are missing."""
     return _among(
-        run.metrics("srp").filter(pl.col("expert").is_null()), SEGMENT,
+        run.metrics("srp").filter(pl.col("expert").is_null() & (pl.col("at") == SEGMENT)), SEGMENT,
         [one.value for one in published_srp() if one.segment_length == SEGMENT],
     )  # fmt: skip
 
@@ -48,13 +49,10 @@ def _is_asked(text: str | None) -> bool:
 
 
 def _among(rows: pl.DataFrame, at: float, others: Sequence[float]) -> Place | None:
-    mine = rows.filter(
-        (pl.col("control") == "observed")
-        & pl.col("layer").is_null()
-        & pl.col("domain").is_null()
-        & (pl.col("at") == at)
-    )
-    if mine.is_empty():
+    """Large shared caches are known at every third size or so: between two of them the value is taken on a line."""
+    mine = rows.filter((pl.col("control") == "observed") & pl.col("layer").is_null() & pl.col("domain").is_null())
+    known = mine.sort("at")["at"].to_numpy()
+    if not len(known) or not known[0] <= at <= known[-1]:
         return None
-    value = float(mine["value"][0])
+    value = float(np.interp(at, known, mine.sort("at")["value"].to_numpy()))
     return value, 1 + sum(other > value for other in others), len(others)
