@@ -103,7 +103,7 @@ def _curves(setting: Setting, few: bool = False) -> dict[str, Curve]:
     }  # fmt: skip
     if few:
         return found
-    return found | {"lfu": curve(setting.test, policy="lfu", overflow=True), **bounds(setting.test, overflow=True)}
+    return found | {"lfu": curve(setting.test, policy="lfu", overflow=True), **bounds(setting.test)}
 
 
 def _curve_points(curves: Mapping[str, Mapping[str, Curve]], setting: Setting, seed: int) -> list[CurvePoint]:
