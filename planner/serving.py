@@ -43,6 +43,12 @@ MOVING = ("lru", "lru_split", "lru_shared")
 HARDLY = 1.03
 """How many times as long a plan may take as the fastest to be preferred for costing less quality; ours."""
 
+SLOWER = 1.02
+"""How many times the time per token a domain takes that is worth a sentence."""
+
+TOLD = 2
+"""Ways that do not go whose reasons are told where none goes: the last, of the narrowest experts."""
+
 KEPT = 12
 """Offers whose plans are kept whole in a file, beside those on the front."""
 
@@ -57,7 +63,8 @@ class Serving(Sequence[Plan]):
     Attributes:
         word: see :data:`Word`.
         reasons: why.
-        offers: within the quality that was allowed, the fastest first; then others, by what they cost.
+        offers: within the quality that was allowed, the fastest first; then others, by what they cost. Where all
+            experts fit as they are, that comes before all.
         refused: combinations that do not go, and why.
         memory: bytes of the device: total, other, kv, activations, experts.
         machine: name and title.
@@ -170,7 +177,9 @@ def serving(
         for name in PREFETCHES:
             tried.take_prefetching(ranked[0], name)
         ranked = _ranked(tried.offers, quality)
-    word, reasons = _advice(setting, ranked, quality)
+    word, reasons = _advice(setting, ranked, quality, tried.refused)
+    if word == "as it is":
+        ranked = tuple(sorted(ranked, key=lambda one: one.kl != 0.0))
     budget = setting.budget
     return Serving(
         word=word, reasons=reasons, offers=ranked, refused=tried.refused,
@@ -209,11 +218,15 @@ def _ranked(offers: Sequence[Offer], quality: float) -> tuple[Offer, ...]:
     return tuple(ranked)
 
 
-def _advice(setting: Setting, offers: Sequence[Offer], quality: float) -> tuple[Word, tuple[str, ...]]:
+def _advice(
+    setting: Setting, offers: Sequence[Offer], quality: float, refused: Mapping[str, str]
+) -> tuple[Word, tuple[str, ...]]:
     budget = setting.budget
     room = f"The device has {size(budget.total)}, of which {size(budget.left)} are left for experts"
     if not offers:
-        return "leave it", (f"{room}: no way to serve them fits. Give more memory, a shorter context, or a disk.",)
+        last = {reason: what for what, reason in refused.items()}
+        why = (f"{what[:1].upper()}{what[1:]}: {reason}." for reason, what in list(last.items())[-TOLD:])
+        return "leave it", (f"{room}: no way to serve them fits. Give more memory, a shorter context, or a disk.", *why)
     best = offers[0]
     reasons = [f"{room}, which take {size(setting.sizes.total)} as they are."]
     if setting.slots >= setting.all_slots:
@@ -233,7 +246,7 @@ def _advice(setting: Setting, offers: Sequence[Offer], quality: float) -> tuple[
                 key=lambda one: one.ms, default=None)  # fmt: skip
     if plain is not None and plain is not best:
         reasons.append(f"The same widths without a trace, {plain.way}: {plain.ms:.3g} ms.")
-    if len(best.domains) > 1:
+    if len(best.domains) > 1 and best.worst.ms > SLOWER * best.ms:
         reasons.append(f"The slowest domain is {best.worst.domain}: {best.worst.ms:.3g} ms.")
     if best.kl is None:
         return "with care", (*reasons, "The run cannot price narrower experts: collect it with level errors.")

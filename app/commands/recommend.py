@@ -165,6 +165,7 @@ def _refuse(options: argparse.Namespace) -> None:
     if serving_advice.wanted(options):
         serving_advice.refuse(options)
         return
+    serving_advice.refuse_alone(options)
     if options.memory is None:
         raise InputError(
             "how much memory? give --memory 12GiB for the weights, or --vram 12GiB for the machine's device"

@@ -38,6 +38,22 @@ def refuse(options: argparse.Namespace) -> None:
             )
     if options.curve or options.quick:
         raise InputError("--curve and --quick are about the size of weights: leave them out with a machine")
+    if options.output is not None and not options.output.absolute().parent.is_dir():
+        raise InputError(f"-o {options.output}: there is no folder {options.output.absolute().parent}")
+
+
+def refuse_alone(options: argparse.Namespace) -> None:
+    """Options that speak of a machine, where none was named.
+
+    Raises:
+        InputError: one was given.
+    """
+    from moescope.errors import InputError
+
+    for name in ("context", "batch", "phase", "keep_widths"):
+        if getattr(options, name):
+            flag = name.replace("_", "-")
+            raise InputError(f"--{flag} is about serving on a machine: give --vram or --machine too, or leave it out")
 
 
 def run(opened: store.Run, options: argparse.Namespace, domains: list[str] | None) -> int:
@@ -83,7 +99,9 @@ def words(found: Serving, *, paths: dict[str, Path]) -> str:
         parts.append(f"{len(found.refused)} combinations do not go; --json says why.")
     parts.append("\n".join(f"{what} is written to {path}" for what, path in paths.items()))
     if found.offers:
-        parts.append("for an engine: moescope export PLAN --to llama.cpp (or --list)")
+        narrower = any(step.step == "quantize" for step in found[0].steps)
+        first = "moescope apply PLAN MODEL -o FOLDER writes the narrower experts; " if narrower else ""
+        parts.append(f"{first}for an engine: moescope export PLAN --to llama.cpp (--list names others)")
     return "\n\n".join(part for part in parts if part)
 
 

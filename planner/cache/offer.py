@@ -44,7 +44,8 @@ class Offer:
         ms: per token; low, high: its interval over requests.
         experts: on the device (most at a time), in host memory, on disk alone.
         bytes: of these.
-        domains: the slowest first.
+        domains: the slowest first; served alone where several sequences are decoded together, since passes are then of
+            several domains.
     """
 
     plan: Plan
@@ -99,7 +100,7 @@ class Offer:
 
 def offer_of(
     setting: Setting, task: Task, served: Served, tiers: Tiers, *, step: QuantizeStep | None, widths: str, bound: Bound,
-    notes: tuple[str, ...] = (),
+    domains: tuple[DomainFigures, ...], notes: tuple[str, ...] = (),
 ) -> Offer:  # fmt: skip
     """The offer that a replayed way makes.
 
@@ -111,6 +112,7 @@ def offer_of(
         step: widths; None = as they are.
         widths: in words.
         bound: of the setting.
+        domains: the slowest first.
         notes: sentences for the reader.
     """
     low, high = served.interval(coverage=COVERAGE)
@@ -140,8 +142,8 @@ def offer_of(
     elsewhere = int((exists & ~tiers.device & ~tiers.disk).sum())
     return Offer(
         plan=plan, widths=widths, way=served.way.title, kl=kl, ms=served.ms, low=low, high=high,
-        experts=(served.slots, elsewhere, int(tiers.disk.sum())),
-        bytes=(tiers.device_bytes, tiers.ram_bytes, tiers.disk_bytes), domains=_domains(served),
+        experts=(tiers.held, elsewhere, int(tiers.disk.sum())),
+        bytes=(tiers.device_bytes, tiers.ram_bytes, tiers.disk_bytes), domains=domains,
     )  # fmt: skip
 
 
@@ -191,7 +193,8 @@ def selections_of(task: Task) -> dict[LayerKey, Array]:
     return found
 
 
-def _domains(served: Served) -> tuple[DomainFigures, ...]:
+def domains_of(served: Served) -> tuple[DomainFigures, ...]:
+    """A way by domain, the slowest first."""
     tokens: dict[str, float] = {}
     for name, count in zip(served.domains, served.request_tokens.tolist(), strict=True):
         tokens[name] = tokens.get(name, 0.0) + count

@@ -21,6 +21,7 @@ class Tiers:
 
     Attributes:
         device: (layers, E) those that never leave the device.
+        held: experts that the device holds at most.
         disk: (layers, E) those that are neither there nor in host memory.
         device_bytes: of pinned experts and cache slots.
         ram_bytes: of host memory.
@@ -28,6 +29,7 @@ class Tiers:
     """
 
     device: Flags
+    held: int
     disk: Flags
     device_bytes: float
     ram_bytes: float
@@ -80,9 +82,11 @@ def tiers_of(setting: Setting, way: Way, *, device: Flags, slots: int) -> Tiers:
             why = "the CPU runs experts from host memory" if way.misses == "cpu" else "the machine has no disk for them"
             raise PlanError(f"{size(need)} of experts outside the device, {size(ram)} of host memory, and {why}")
         disk = _coldest(setting, outside, need - ram)
-    moving = max(slots - int(device.sum()), 0)
+    pinned = int(device.sum())
+    moving = 0 if way.policy == "static" else max(slots - pinned, 0)  # slots that hold nothing for good stay empty
     on_device = float(bytes_of[device].sum()) + moving * setting.slot_bytes
-    return Tiers(device, disk, on_device, float(bytes_of[outside & ~disk].sum()), float(bytes_of[disk].sum()))
+    ram, below = float(bytes_of[outside & ~disk].sum()), float(bytes_of[disk].sum())
+    return Tiers(device, pinned + moving, disk, on_device, ram, below)
 
 
 def _coldest(setting: Setting, outside: Flags, over: float) -> Flags:

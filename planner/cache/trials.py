@@ -10,13 +10,15 @@ import numpy as np
 from compressor.plan import Bits, Prefetch, QuantizeStep, Target
 from moescope.errors import PlanError
 from planner.cache.bound import Bound
-from planner.cache.offer import PRESET, Offer, offer_of, plan_of
+from planner.cache.offer import PRESET, Offer, domains_of, offer_of, plan_of
 from planner.cache.setting import Setting
+from planner.cache.study import DomainFigures
 from planner.cache.tiers import tiers_of, widths_by_tier
-from planner.cache.ways import Flags, Way, allotted, serve
+from planner.cache.ways import Flags, Served, Way, allotted, serve
 from planner.entry import make
 from planner.estimate.memory import ExpertSizes, expert_sizes
 from planner.presets import DEFAULT_QUANTIZER
+from planner.simulate.workload import Workload, batched
 from planner.source import value_bytes
 from planner.task import Task
 
@@ -92,16 +94,18 @@ class Trials:
     refused: dict[str, str] = field(default_factory=dict)
     _origin: dict[str, tuple[Way, Widths]] = field(default_factory=dict, repr=False)
     _bound: Bound | None = None
+    _alone: dict[str, Setting] = field(default_factory=dict, repr=False)
 
     def take(self, way: Way, widths: Widths) -> None:
-        """Try one way with one choice of widths."""
+        """Try one way with one choice of widths; of ways that come to the same plan, the first stays."""
         try:
             found = self._offer(way, widths)
         except PlanError as error:
             self.refused[f"{way.title}, experts {widths.words}"] = str(error)
             return
-        self._origin[found.plan.digest] = (way, widths)
-        self.offers.append(found)
+        if found.plan.digest not in self._origin:
+            self._origin[found.plan.digest] = (way, widths)
+            self.offers.append(found)
 
     def all_fit(self, widths: Widths) -> bool:
         """Whether the device holds every expert where all are as wide as those that lie on it."""
@@ -128,6 +132,8 @@ class Trials:
         if slots < 1:
             raise PlanError("not one expert fits on the device")
         pinned = self._pinned(way, slots)
+        if not pinned.any() and (way.pinned > 0 or widths.near != widths.far):
+            raise PlanError(f"of {slots} experts that fit on the device, none would stay there for good")
         sizes = self._sized(widths, pinned)
         setting = self.setting.with_sizes(sizes)
         if way.policy != "static" and slots < setting.least_slots:
@@ -140,7 +146,24 @@ class Trials:
             served = serve(setting, way, slots=slots, disk=tiers.disk)
         step = widths.step(self.task, served.pinned)
         self._bound = Bound.of(setting, self._bound)
-        return offer_of(setting, self.task, served, tiers, step=step, widths=widths.words, bound=self._bound)
+        domains = self._domains(served, sizes, tiers.disk)
+        return offer_of(
+            setting, self.task, served, tiers, step=step, widths=widths.words, bound=self._bound, domains=domains
+        )
+
+    def _domains(self, served: Served, sizes: ExpertSizes, disk: Flags) -> tuple[DomainFigures, ...]:
+        """By domain; where passes are of several sequences, of each domain served alone."""
+        if self.setting.apart is None:
+            return domains_of(served)
+        train, test = self.setting.apart
+        if not self._alone:
+            self._alone = {name: self._only(train, test.of_domain(name)) for name in sorted(set(test.domains))}
+        found = [serve(one.with_sizes(sizes), served.way, slots=served.slots, disk=disk)
+                 for one in self._alone.values()]  # fmt: skip
+        return tuple(sorted((domains_of(one)[0] for one in found), key=lambda row: -row.ms))
+
+    def _only(self, train: Workload, test: Workload) -> Setting:
+        return replace(self.setting, test=batched(test, size=self.setting.batch), apart=(train, test))
 
     def _pinned(self, way: Way, slots: int) -> Flags:
         """Experts that will never leave the device: those of static ways, and the pinned part of others."""
