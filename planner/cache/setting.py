@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -208,15 +209,18 @@ def _with_weights(work: Workload, sizes: ExpertSizes) -> Workload:
 
 
 def _halves(work: Workload, name: str) -> tuple[Workload, Workload]:
-    """Requests to fit on and requests to judge by; where no domain has two, every second one of either kind."""
+    """Requests to fit on and requests to judge by, of every domain; domains of one request count as one together."""
     if work.num_requests < 2:
         raise PlanError(
             f"run {name!r} has one request alone to replay, and judging takes others than fitting: record two or more,"
             " or choose more domains"
         )
-    if len(set(work.domains)) == work.num_requests:
-        return work.requests(range(0, work.num_requests, 2)), work.requests(range(1, work.num_requests, 2))
-    return work.halves()
+    names = dict(zip(work.sequences.tolist(), work.domains, strict=True))
+    requests = Counter(work.domains)
+    several = tuple(name if requests[name] > 1 else "" for name in work.domains)
+    train, test = replace(work, domains=several).halves()
+    mine, theirs = (tuple(names[one] for one in half.sequences.tolist()) for half in (train, test))
+    return replace(train, domains=mine), replace(test, domains=theirs)
 
 
 def _require_room(budget: MemoryBudget, source: Source, sizes: ExpertSizes, narrow: bool) -> None:

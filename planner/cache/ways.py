@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -306,7 +307,8 @@ def _draws(domains: tuple[str, ...], resamples: int, seed: int) -> FloatArray:
     """
     generator = np.random.default_rng(seed)
     result = np.zeros((resamples, len(domains)))
-    several = np.array([name if domains.count(name) > 1 else "" for name in domains])
+    requests = Counter(domains)
+    several = np.array([name if requests[name] > 1 else "" for name in domains])
     for name in sorted(set(several.tolist())):
         mine = np.flatnonzero(several == name)
         result[:, mine] = generator.multinomial(len(mine), np.full(len(mine), 1 / len(mine)), size=resamples)
