@@ -31,4 +31,5 @@ PAGES = (
     PageInfo(_file("compare"), "Compare", ":material/compare_arrows:", "compare"),
     PageInfo(_file("compress"), "Compress", ":material/compress:", "compress"),
     PageInfo(_file("cache"), "Cache", ":material/memory:", "cache"),
+    PageInfo(_file("placement"), "Placement", ":material/grid_view:", "placement"),
 )

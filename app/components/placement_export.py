@@ -1,0 +1,71 @@
+"""A placement as files of engines, with what each of them cannot say, and the command that makes it."""
+
+from __future__ import annotations
+
+import shlex
+from typing import Any
+
+import streamlit as st
+
+from app import state
+from app.components import chart
+from app.frames.placement import Placed
+from compressor.exporters import EXPORTERS
+from moescope.errors import MoescopeError
+from planner.placing import BATCH
+from store import Run
+
+SHOWN = 6
+"""Sentences about what is left out that are listed."""
+
+
+def section(run: Run, found: Placed, asked: dict[str, Any]) -> None:
+    """Draw the section."""
+    st.subheader("Files for engines", anchor=False)
+    st.caption("Written from the engines' sources; none was run. What a format cannot say is listed beside it.")
+    with st.grid(2, min_column_width=400, gap="small"):
+        for engine in EXPORTERS:
+            if engine.step == "place":
+                with st.container(border=True, gap="xsmall", height="stretch"):
+                    _one(engine, found)
+        with st.container(border=True, gap="xsmall", height="stretch"):
+            st.download_button(
+                "Plan of moescope", found.plan.text(), f"{chart.file_name('placement')}.json", "application/json",
+                key="export-plan", icon=":material/download:", on_click="ignore",
+            )  # fmt: skip
+            st.caption("- For moescope export, and as a record of what this rests on.")
+    st.caption("The same from a terminal, where the plan is kept beside the run:")
+    st.code(command(run, asked), language="bash")
+
+
+def _one(engine: Any, found: Placed) -> None:
+    try:
+        exported = engine.export(found.plan)
+    except MoescopeError as error:
+        st.markdown(f"**{state.plain(engine.title)}**")
+        st.caption(f"Cannot be written: {state.plain(str(error), 400)}")
+        return
+    st.download_button(
+        engine.title, exported.content, f"{chart.file_name(engine.name)}{engine.suffix}",
+        "application/octet-stream" if exported.binary is not None else "text/plain",
+        key=f"export-{engine.name}", icon=":material/download:", on_click="ignore",
+    )  # fmt: skip
+    lines = [*exported.notes, *(f"left out: {one}" for one in exported.left_out[:SHOWN])]
+    if len(exported.left_out) > SHOWN:
+        lines.append(f"left out: {len(exported.left_out) - SHOWN} more; moescope export --json lists all")
+    st.caption("\n".join(f"- {state.plain(line, 400)}" for line in lines))
+
+
+def command(run: Run, asked: dict[str, Any]) -> str:
+    """The command that makes the placement of the page; of the whole trace."""
+    words = ["moescope", "place", str(run.path), "--devices", str(asked["devices"]), "--method", asked["method"]]
+    for name, default in (("nodes", 1), ("redundant", 0), ("batch", BATCH)):
+        if asked.get(name, default) != default:
+            words += [f"--{name}", str(asked[name])]
+    if asked.get("domains"):
+        words += ["--domains", ",".join(asked["domains"])]
+    for name, value in asked.get("options", ()):
+        words += ["--option", f"{name}={value:g}"]
+    if asked.get("allow_invalid"):
+        words.append("--allow-invalid")
+    return shlex.join(words)
