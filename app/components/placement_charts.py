@@ -18,7 +18,7 @@ def loads(found: Placed) -> None:
     where = "Later text than the placement was made from." if found.verdict else "The counts that it was made from."
     with chart.pair():
         for name, read in (
-            ("before", "One row is a layer: every device would be as pale as the others if all had as much to do. "
+            ("before", "One row is a layer. Near the background: as much to do as the mean. "
              "Orange devices have more than the mean, and all others wait for them."),
             ("after", "The same experts, moved, on the same scale of colours. What stays orange could not be foreseen, "
              "or is too popular for one device."),
@@ -46,7 +46,7 @@ def balance(found: Placed) -> None:
             figures.layer_curves(frame, quantity="balancedness", theme=theme), frame, key="balance-windows",
             read=f"Loads added up over {windows} windows of later text, then mean over largest. Long windows flatter: "
             "an engine waits in every pass.",
-            rests_on="The dash-dotted line knew the later text.",
+            rests_on="LPT, later text: it knew what comes.",
             alt="Balancedness of every layer by windows, for the placements beside each other",
         )  # fmt: skip
         chart.show(
@@ -67,7 +67,7 @@ def balance(found: Placed) -> None:
         chart.show(
             figures.size_curves(sizes, theme=theme), sizes, key="pass-sizes",
             read="Few tokens cannot keep all devices busy, however experts lie: passes get emptier as requests end.",
-            rests_on="Passes with as many tokens are added up.",
+            rests_on="Passes with as many tokens are added up; large points are many passes.",
             alt="Balancedness of passes against the number of tokens in them",
         )  # fmt: skip
 

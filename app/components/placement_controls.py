@@ -26,7 +26,7 @@ def controls(run: Run) -> dict[str, Any]:
     usable = {one.name: one for one in frames.usable(run)}
     asked: dict[str, Any] = {"max_tokens": PAGE_TOKENS} if run.has_trace else {}
     with st.container(horizontal=True, gap="medium", vertical_alignment="bottom"):
-        with st.container(width=300):
+        with st.container(width=340):
             asked["method"] = state.choose("Method", list(usable), key="method", words=_title)
         asked["devices"] = state.choose_number(
             "Devices", key="devices", low=1, high=MOST_DEVICES, default=frames.first_devices(run),
@@ -42,8 +42,8 @@ def controls(run: Run) -> dict[str, Any]:
         asked |= _options(usable[asked["method"]].required)
         if run.has_trace:
             asked["batch"] = state.choose_number(
-                "Requests at once", key="requests", low=1, high=65_536, default=BATCH,
-                help="Requests that are decoded together in a forward pass, over all devices.",
+                "Batch", key="requests", low=1, high=65_536, default=BATCH,
+                help="Requests that are decoded together, over all devices.",
             )  # fmt: skip
         if len(run.domains) > 1:
             domains = state.choose_some("Whose text counts", run.domains, key="domains", none="all domains")

@@ -19,9 +19,10 @@ DOMAINS = 8
 _number = st.column_config.NumberColumn
 _PLAIN: dict[str, Any] = {"delta_color": "off", "delta_arrow": "off", "border": True, "height": "stretch"}
 _COLUMNS = {
-    "placement": "placement", "balancedness": "balancedness", "per_pass": "per pass", "saved": "busiest has less to do",
-    "devices": "devices per token", "copies": "copies sent", "remote": "pairs that leave", "moves": "layer to layer",
+    "placement": "placement", "balancedness": "balancedness", "per_pass": "busy, per pass",
+    "saved": "busiest saves", "devices": "devices per token", "remote": "pairs that leave", "moves": "layer to layer",
 }  # fmt: skip
+_SHARES = ("per_pass", "saved", "remote", "moves")
 
 
 def sentence(found: Placed) -> None:
@@ -52,7 +53,7 @@ def figures(found: Placed) -> None:
         )  # fmt: skip
         if found.verdict is not None:
             st.metric(
-                "Devices busy, per pass", f"{after['per_pass']:.1%}", f"{before['per_pass']:.1%} as experts lie",
+                "Busy, per pass", f"{after['per_pass']:.1%}", f"{before['per_pass']:.1%} as experts lie",
                 **_PLAIN, help="Part of the devices' time that is used if every layer of every forward pass waits for "
                 f"its busiest device, {found.batch} requests at once. Uniformly random experts: "
                 f"{table['chance']['per_pass']:.1%}.",
@@ -92,16 +93,20 @@ def notes(found: Placed) -> None:
 def table(found: Placed) -> None:
     """Placements beside each other."""
     frame = frames.comparison(found)
-    shown = frame.select(pl.col(name).alias(title) for name, title in _COLUMNS.items() if frame[name].count())
-    percent = ("per pass", "busiest has less to do", "pairs that leave", "layer to layer")
-    config = {name: _number(format="percent") for name in percent} | {
-        name: _number(format="%.3f") for name in ("balancedness", "devices per token", "copies sent")
+    known = {name: title for name, title in _COLUMNS.items() if frame[name].count()}
+    shares = frame.with_columns(pl.col(_SHARES) * 100)
+    shown = shares.select(pl.col(name).alias(title) for name, title in known.items())
+    config = {
+        title: _number(format="%.1f %%" if name in _SHARES else "%.3f")
+        for name, title in known.items()
+        if name != "placement"
     }
     st.dataframe(shown, hide_index=True, width="stretch", column_config=config)
     chart.caption(
         "*LPT with swaps* is made from the same text without replicas: what replicas have to beat. *LPT on the later "
         "text itself* knows what comes: without replicas hardly anything does better. *Uniformly random experts* is "
-        "this placement under a router without preferences: what chance alone unbalances, and no placement mends."
+        "this placement under a router without preferences: what chance alone unbalances, and no placement mends. "
+        "*Busiest saves*: part of the busiest devices' work, added up over passes, against experts as they lie."
         if found.verdict is not None
         else "Both on the counts that the placement was made from.",
         frame, None, key="placements",

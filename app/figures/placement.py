@@ -25,6 +25,12 @@ from app.frames.placement import WORDS
 NARROW = 2048
 """Cells up to which a map says more in its hover text."""
 
+SHORT = {
+    "before": "as experts lie", "after": "this placement", "packed": "LPT, no replicas", "best": "LPT, later text",
+    "chance": "uniform experts",
+}  # fmt: skip
+"""Names for legends."""
+
 _DASHES = {"packed": "dash", "best": "dashdot", "chance": "dot"}
 _QUANTITIES = {
     "balancedness": ("Balancedness per layer, windows of text", "balancedness (mean over largest load)"),
@@ -41,9 +47,9 @@ def colour(name: str, theme: Theme = "light") -> str:
 
 
 def bound_of(frame: pl.DataFrame) -> float:
-    """The end of the common colour scale of both maps: the largest load over the mean, at least 1.25, at most 2."""
+    """The end of the common colour scale of both maps: the largest load over the mean, at least 1.2, at most 2."""
     largest = frame["relative"].drop_nulls().max()
-    return float(np.clip(np.ceil(float(largest or 1.0) * 20) / 20, 1.25, 2.0))  # type: ignore[arg-type]
+    return float(np.clip(np.ceil(float(largest or 1.0) * 10) / 10, 1.2, 2.0))  # type: ignore[arg-type]
 
 
 def load_map(frame: pl.DataFrame, *, name: str, bound: float, theme: Theme = "light") -> go.Figure:
@@ -92,7 +98,7 @@ def layer_curves(frame: pl.DataFrame, *, quantity: str, theme: Theme = "light") 
         part = shown.filter(pl.col("name") == name)
         if len(part):
             figure.add_scatter(
-                x=part["label"], y=part[quantity], name=WORDS[name], **_line(name, theme),
+                x=part["label"], y=part[quantity], name=SHORT[name], **_line(name, theme),
                 hovertemplate=f"layer %{{x}}: {value}<br>{WORDS[name]}<extra></extra>",
             )  # fmt: skip
     layout(figure, title=title, x="layer", y=axis, theme=theme, height=400, wide=False)
@@ -114,7 +120,7 @@ def move_curves(frame: pl.DataFrame, *, theme: Theme = "light") -> go.Figure:
     for name in ("before", "after", "chance"):
         part = frame.filter(pl.col("name") == name)
         figure.add_scatter(
-            x=part["label"], y=part["moves"], name=WORDS[name], **_line(name, theme),
+            x=part["label"], y=part["moves"], name=SHORT[name], **_line(name, theme),
             hovertemplate=f"layers %{{x}}: %{{y:.1%}} on another device<br>{WORDS[name]}<extra></extra>",
         )  # fmt: skip
     layout(
@@ -123,7 +129,7 @@ def move_curves(frame: pl.DataFrame, *, theme: Theme = "light") -> go.Figure:
     )  # fmt: skip
     low = float(frame["moves"].drop_nulls().min())  # type: ignore[arg-type]
     figure.update_yaxes(tickformat=".0%", range=[max(np.floor(low * 10 - 1) / 10, 0.0), 1.01])
-    figure.update_xaxes(type="category", nticks=16, showgrid=False)
+    figure.update_xaxes(type="category", nticks=8, tickangle=0, showgrid=False)
     return figure
 
 
@@ -137,7 +143,7 @@ def pass_histogram(frame: pl.DataFrame, *, theme: Theme = "light") -> go.Figure:
         part = frame.filter(pl.col("name") == name)
         look = _line(name, theme)
         figure.add_scatter(
-            x=part["low"], y=part["share"], name=WORDS[name], mode="lines",
+            x=part["low"], y=part["share"], name=SHORT[name], mode="lines",
             line={**look["line"], "shape": "hv"}, fill="tozeroy" if name == "after" else None,
             fillcolor=fade(colour(name, theme), 0.15), customdata=part.select("high", "passes").rows(),
             hovertemplate="%{x:.0%} to %{customdata[0]:.0%} busy: %{y:.1%} of the passes"
@@ -165,9 +171,10 @@ def size_curves(frame: pl.DataFrame, *, theme: Theme = "light") -> go.Figure:
         part = shown.filter(pl.col("name") == name)
         look = _line(name, theme)
         figure.add_scatter(
-            x=part["tokens"], y=part["balancedness"], name=WORDS[name],
+            x=part["tokens"], y=part["balancedness"], name=SHORT[name],
             mode="markers" if name != "chance" else "lines", line=look["line"],
-            marker={"size": 6, "color": fade(colour(name, theme), 0.75)}, customdata=part["passes"],
+            marker={"size": _sizes(part), "color": fade(colour(name, theme), 0.75), "line": {"width": 0}},
+            customdata=part["passes"],
             hovertemplate="%{x} tokens in a pass: %{y:.1%} busy<br>%{customdata:,} passes"
             f"<br>{WORDS[name]}<extra></extra>",
         )  # fmt: skip
@@ -176,7 +183,6 @@ def size_curves(frame: pl.DataFrame, *, theme: Theme = "light") -> go.Figure:
         height=380, wide=False,
     )  # fmt: skip
     figure.update_yaxes(tickformat=".0%")
-    figure.update_xaxes(rangemode="tozero")
     return figure
 
 
@@ -190,7 +196,8 @@ def replica_map(frame: pl.DataFrame, *, theme: Theme = "light") -> go.Figure:
     share, _, _ = matrix(frame, "share")
     most = int(np.nanmax(cells))
     colours = palette(theme).sequential
-    picked = [colours[round(at * (len(colours) - 1) / (most - 1))] for at in range(most)]
+    last = len(colours) - 1 if most > 3 else len(colours) - 4
+    picked = [colours[round(at * last / (most - 1))] for at in range(most)]
     steps = [(edge / most, tone) for index, tone in enumerate(picked) for edge in (index, index + 1)]
     heat = go.Heatmap(
         z=cells, y=labels, zmin=0.5, zmax=most + 0.5, colorscale=steps if most <= 8 else scale(colours),
@@ -224,7 +231,7 @@ def movement_bars(frame: pl.DataFrame, *, theme: Theme = "light") -> go.Figure:
             hovertemplate=f"layer %{{x}}: %{{y}} {words}<br>of %{{customdata}} slots<extra></extra>",
         )  # fmt: skip
     layout(figure, title=title, x="layer", y="slots", theme=theme, height=380, barmode="group", wide=False)
-    figure.update_xaxes(type="category", nticks=24, showgrid=False)
+    figure.update_xaxes(type="category", nticks=12, tickangle=0, showgrid=False)
     return figure
 
 
@@ -238,7 +245,7 @@ def domain_bars(frame: pl.DataFrame, *, theme: Theme = "light") -> go.Figure:
     if shown.is_empty():
         return message("Not known without a trace.", title=title, theme=theme)
     names = [
-        safe(domain, 34) + (" (worst)" if worst and len(shown) > 1 else "")
+        safe(domain, 26) + (" (worst)" if worst and len(shown) > 1 else "")
         for domain, worst in shown.select("domain", "worst").iter_rows()
     ]
     figure = go.Figure()
@@ -255,7 +262,7 @@ def domain_bars(frame: pl.DataFrame, *, theme: Theme = "light") -> go.Figure:
             hovertemplate=f"%{{y}}: %{{x:.1%}} busy<br>{WORDS[column]}<br>%{{customdata:,}} tokens<extra></extra>",
         )  # fmt: skip
     height = 140 + 28 * len(shown)
-    x = "part of the devices' time that is used"
+    x = "devices' time that is used"
     layout(figure, title=title, x=x, y="", theme=theme, height=max(height, 300), wide=False)
     figure.update_yaxes(autorange="reversed", type="category", categoryorder="array", categoryarray=names)
     figure.update_xaxes(tickformat=".0%")
@@ -269,6 +276,12 @@ def _line(name: str, theme: Theme) -> dict[str, Any]:
     return {"line": line, "mode": "lines+markers" if strong else "lines", "marker": {"size": 6 if strong else 4}}
 
 
+def _sizes(part: pl.DataFrame) -> list[float]:
+    """Points whose area grows with the number of passes, 4 to 12 pixels."""
+    most = max(int(part["passes"].max() or 1), 1)  # type: ignore[arg-type]
+    return [4.0 + 8.0 * (count / most) ** 0.5 for count in part["passes"]]
+
+
 def _spread(figure: go.Figure, part: pl.DataFrame, theme: Theme) -> None:
     """The lowest and highest window as a band."""
     if part.is_empty() or (part["low"] == part["high"]).all():
@@ -277,7 +290,7 @@ def _spread(figure: go.Figure, part: pl.DataFrame, theme: Theme) -> None:
     figure.add_scatter(x=part["label"], y=part["high"], mode="lines", line=nothing, showlegend=False, hoverinfo="skip")
     figure.add_scatter(
         x=part["label"], y=part["low"], mode="lines", line=nothing, fill="tonexty", fillcolor=tone,
-        name="its windows, lowest to highest", hoverinfo="skip",
+        name="its windows", hoverinfo="skip",
     )  # fmt: skip
 
 
