@@ -30,7 +30,10 @@ PREFETCHES = ("popularity", "transitions", "cross_layer_gate")
 """Ways to foresee experts that are tried with LRU caches; the last where the run recorded it."""
 
 RATIOS = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)
-"""Sizes that are tried, as multiples of what a pass needs at once; and the whole model."""
+"""Sizes that are tried, as multiples of what one token needs; and the whole model."""
+
+SHARES = (0.5, 0.75)
+"""Further sizes, as parts of the whole model: where tokens choose few of many, the others end long before it."""
 
 
 def study(
@@ -71,10 +74,10 @@ def study(
     figures = tuple(sorted((_figures(one, chance.get(one.way.name)) for one in served), key=lambda one: one.ms))
     tell("timing other sizes")
     bound = Bound.of(setting)
-    points = _points(setting, shuffled[UNIFORM], slots, bound)
+    traced = min((one for one in served if one.way.needs_trace), key=lambda one: one.ms)
+    points = _points(setting, shuffled[UNIFORM], slots, bound, traced.way)
     each = max(slots // setting.test.num_layers, 1)
     parts = {name: _parts({kind: found[name] for kind, found in curves.items()}, each) for name in ("lru", "static")}
-    traced = min((one for one in served if one.way.needs_trace), key=lambda one: one.ms)
     srp, sch = srp_place(run), sch_place(run)
     if asked.get("domains") or asked.get("phase", "any") != "any":  # the run's metrics are of all its tokens
         srp = sch = None
@@ -139,7 +142,7 @@ def _ways(setting: Setting, slots: int) -> list[Way]:
 
 
 def _allowed(setting: Setting, slots: int, ways: Sequence[Way]) -> list[Way]:
-    """Caches per layer hold what one step needs; where memory is shared, no CPU runs experts beside the device."""
+    """Caches per layer hold what one token needs; where memory is shared, no CPU runs experts beside the device."""
     roomy, alone = slots >= setting.least_slots, setting.machine.shares_memory
     return [
         way for way in ways
@@ -160,15 +163,18 @@ def _figures(one: Served, chance: float | None) -> WayFigures:
     )  # fmt: skip
 
 
-def _points(setting: Setting, chance: Setting, asked: int, bound: Bound) -> list[SizePoint]:
-    """Times of several sizes, ascending; the one asked for is among them."""
+def _points(setting: Setting, chance: Setting, asked: int, bound: Bound, best: Way) -> list[SizePoint]:
+    """Times of several sizes, ascending; the one asked for is among them, and its best way is tried at all."""
+    swept = [way_of(name) for name in SWEPT]
+    swept += [] if best in swept else [best]
     least, whole = setting.least_slots, setting.all_slots
-    sizes = sorted({*(min(round(least * ratio), whole) for ratio in RATIOS), asked, whole})
-    return [_point(setting, chance, slots, bound) for slots in sizes if slots >= min(least, asked)]
+    tried = [*(least * ratio for ratio in RATIOS), *(whole * share for share in SHARES)]
+    sizes = sorted({*(min(round(one), whole) for one in tried), asked, whole})
+    return [_point(setting, chance, slots, bound, swept) for slots in sizes if slots >= min(least, asked)]
 
 
-def _point(setting: Setting, chance: Setting, slots: int, bound: Bound) -> SizePoint:
-    ways = _allowed(setting, slots, [way_of(name) for name in SWEPT])
+def _point(setting: Setting, chance: Setting, slots: int, bound: Bound, swept: Sequence[Way]) -> SizePoint:
+    ways = _allowed(setting, slots, swept)
     if not any(way.needs_trace for way in ways):
         ways.append(way_of("lru_shared"))
     served = [serve(setting, way, slots=slots) for way in ways]
@@ -208,6 +214,11 @@ def _outside(setting: Setting) -> list[str]:
             f"{size(setting.sizes.total)} of experts are more than the device and {size(machine.ram)} of host memory"
             f" hold: {size(beyond)} would have to be read from disk, which these times leave out; moescope"
             " recommend --vram counts it."
+        )
+    if setting.batch > 1:
+        told.append(
+            f"Sequences run {setting.batch} at a time until the longest of them ends:"
+            f" {setting.test.pass_tokens.mean():.3g} tokens per pass on average."
         )
     if setting.test.num_requests < 2:
         told.append("One request alone, or one batch of them, was judged: intervals over requests say nothing.")

@@ -104,5 +104,5 @@ def _cliff(setting: Setting, slots: int) -> list[str]:
         return []
     return [
         f"One pass uses {found.cycle} experts over all layers and the device holds {slots}: a cache that all layers"
-        f" share forgets almost each before it is needed again ({found.before:.0%} hits)."
+        f" share forgets most of them before they are needed again ({found.before:.0%} hits)."
     ]

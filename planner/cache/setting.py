@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+from numpy.typing import NDArray
 
 import store
 from compressor.plan import Plan, Source
@@ -80,9 +81,16 @@ class Setting:
         return int((self.sizes.bytes > 0).sum())
 
     @property
+    def floors(self) -> NDArray[np.int64]:
+        """(layers,) experts that one token needs in each; what several tokens together need may pass through."""
+        single = self.apart or (self.train, self.test)
+        most: NDArray[np.int64] = np.max([work.needed.max(axis=1) for work in single], axis=0)
+        return most
+
+    @property
     def least_slots(self) -> int:
-        """What one step of every layer needs at once, where each layer has a cache of its own."""
-        return int(np.maximum(self.train.needed.max(axis=1), self.test.needed.max(axis=1)).sum())
+        """What one token needs over all layers, where each has a cache of its own."""
+        return int(self.floors.sum())
 
     @property
     def slots(self) -> int:

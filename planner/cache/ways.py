@@ -69,7 +69,7 @@ RESIDENT = Way("resident", "all experts on the device", "static", needs_trace=Fa
 """Where they fit."""
 
 SWEPT = ("layers_cpu", "layers_load", "static_cpu", "lru", "half_pinned")
-"""Those that are tried at every size."""
+"""Those that are tried at every size, beside the one that is best at the size asked for."""
 
 
 def way_of(name: str) -> Way:
@@ -161,7 +161,7 @@ def serve(setting: Setting, way: Way, *, slots: int, disk: Flags | None = None) 
         disk: (layers, E) experts that lie on disk, and are read whenever the device lacks them; None = none.
 
     Raises:
-        PlanError: slots below what one step of every layer needs at once, for sizes fitted per layer; experts on disk,
+        PlanError: slots below what one token needs in every layer, for sizes fitted per layer; experts on disk,
             for ways with prefetching or for a machine that has no disk.
     """
     work = setting.test
@@ -202,23 +202,15 @@ def allotted(setting: Setting, way: Way, slots: int) -> tuple[Slots, Flags]:
     if way.scope == "shared":
         return np.zeros(layers, np.int64), pinned
     if way.pinned > 0:
-        floors = np.maximum(work.needed.max(axis=1), setting.test.needed.max(axis=1))
-        pins = max(min(round(way.pinned * slots), slots - int(floors.sum())), 0)
+        pins = max(min(round(way.pinned * slots), slots - setting.least_slots), 0)
         pinned = most_used(setting, pins)
     free = slots - int(pinned.sum())
     if way.split == "fitted":
-        # batches for judging may need more experts at once than any that was fitted on
         fitted = curve(work, policy="lru", overflow=True)
-        given = split(fitted, slots=free, floors=_floors(setting, sizes).tolist(), ceilings=sizes.tolist())
+        given = split(fitted, slots=free, floors=setting.floors.tolist(), ceilings=sizes.tolist())
     else:
         given = _even(free, sizes - pinned.sum(axis=1))
     return given + pinned.sum(axis=1), pinned
-
-
-def _floors(setting: Setting, sizes: Slots) -> Slots:
-    most = np.maximum(setting.train.needed.max(axis=1), setting.test.needed.max(axis=1))
-    floors: Slots = np.minimum(most, sizes)
-    return floors
 
 
 def _even(slots: int, most: Slots) -> Slots:
