@@ -9,7 +9,8 @@ import streamlit as st
 from app import data, state
 from app.components import chart
 from app.figures import caching_token as figures
-from app.frames import caching as frames
+from app.frames import caching_token as frames
+from app.frames.caching import SHORT
 from planner.cache.study import Study
 from planner.cache.ways import way_of
 from store import Run
@@ -27,7 +28,7 @@ def section(run: Run, found: Study, asked: dict[str, Any]) -> None:
         return
     st.subheader("One token on the clock", anchor=False)
     with st.container(horizontal=True, gap="medium", vertical_alignment="bottom"):
-        way = state.choose("Way", names, key="way", words=lambda name: frames.SHORT[name])
+        way = state.choose("Way", names, key="way", words=lambda name: SHORT[name])
         mark = state.choose("Token", [*_MARKS, NUMBERED], key="mark", words=lambda name: _MARKS.get(name, name))
         with st.spinner("Replaying"):
             clock = data.large(frames.clocked, run, way=way, **asked)

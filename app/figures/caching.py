@@ -96,7 +96,8 @@ def hit_rate_parts(frame: pl.DataFrame, *, each: float, theme: Theme = "light") 
             y=[POLICIES.get(policy, policy) for policy in rows["policy"]], x=rows["points"], orientation="h",
             name=words, marker={"color": wheel[part]}, textposition="inside", insidetextanchor="middle",
             text=[f"{100 * points:.0f}" if abs(points) >= 0.025 else "" for points in rows["points"]],
-            textangle=0, hovertemplate=f"%{{y}}<br>{words}: %{{x:.1%}}<extra></extra>",
+            textangle=0, insidetextfont={"color": colours.text if part == "random" else colours.background},
+            hovertemplate=f"%{{y}}<br>{words}: %{{x:.1%}}<extra></extra>",
         )  # fmt: skip
     layout(figure, title=title, x="hit rate (0 to 1)", y="", theme=theme, height=330, wide=False, barmode="relative",
            bargap=0.45)  # fmt: skip
@@ -124,11 +125,11 @@ def time_by_memory(frame: pl.DataFrame, *, asked: float, resident: float, theme:
         ("chance", "on random experts", colours.muted, "dot"),
         ("bound", "bound", colours.categorical[4], "solid"),
     )
-    for column, words, colour, dash in lines:
+    for column, name, colour, dash in lines:
         figure.add_scatter(
-            x=x, y=frame[column], name=words, mode="lines+markers", line={"color": colour, "width": 1.6, "dash": dash},
+            x=x, y=frame[column], name=name, mode="lines+markers", line={"color": colour, "width": 1.6, "dash": dash},
             marker={"size": 5}, customdata=[size(one) for one in frame["bytes"]],
-            hovertemplate=f"{words}<br>%{{customdata}}: %{{y:.3g}} ms per token<extra></extra>",
+            hovertemplate=f"{name}<br>%{{customdata}}: %{{y:.3g}} ms per token<extra></extra>",
         )  # fmt: skip
     _band(figure, frame, colours.accent, "bytes", float(unit))
     words = [

@@ -9,7 +9,7 @@ import polars as pl
 
 from app.figures.style import Theme, fade, layout, message, palette, rows_height, safe
 
-_KINDS = {True: "goes by the trace", False: "needs no trace"}
+_KINDS = {True: "by the trace", False: "no trace"}
 _OPAQUE = 0.75
 """Of bars: intervals are drawn over them."""
 
@@ -41,14 +41,14 @@ def ways(frame: pl.DataFrame, *, bound: float, resident: float, theme: Theme = "
     if len(chance):
         figure.add_scatter(
             y=[safe(name) for name in chance["short"]], x=chance["chance_ms"], mode="markers",
-            name="on random experts", marker={"symbol": "diamond-open", "size": 9, "color": colours.text},
+            name="random experts", marker={"symbol": "diamond-open", "size": 9, "color": colours.text},
             hovertemplate="%{y}, on random experts<br>%{x:.3g} ms per token<extra></extra>",
         )  # fmt: skip
-    for value, words, dash in ((bound, "bound", "dot"), (resident, "all on the device", "dashdot")):
+    for value, name, dash in ((bound, "bound", "dot"), (resident, "all on device", "dashdot")):
         figure.add_scatter(
-            x=[value] * len(frame), y=[safe(name) for name in frame["short"]], mode="lines", name=words,
+            x=[value] * len(frame), y=[safe(short) for short in frame["short"]], mode="lines", name=name,
             line={"color": colours.categorical[4] if dash == "dot" else colours.text, "width": 1.5, "dash": dash},
-            hovertemplate=f"{words}<br>%{{x:.3g}} ms per token<extra></extra>",
+            hovertemplate=f"{name}<br>%{{x:.3g}} ms per token<extra></extra>",
         )  # fmt: skip
     layout(figure, title=title, x="ms per token", y="", theme=theme, bargap=0.35,
            wide=False, height=rows_height(len(frame) + 3, each=30))  # fmt: skip

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+import shlex
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
-import numpy as np
 import polars as pl
 
 import planner
 import store
-from app.frames.axes import layer_label
 from app.text import size
 from compressor.plan import Plan
 from moescope.errors import PlanError
-from planner.cache.setting import Setting, setting_of
+from planner.cache.chosen import chosen_plan
 from planner.cache.study import Study, WayFigures
-from planner.cache.token import token_events
-from planner.cache.ways import WAYS, Served, serve, way_of
+from planner.cache.ways import WAYS
 from planner.caching import study
 from planner.estimate.dense import dense_part
 from planner.estimate.memory import activation_bytes, expert_sizes, kv_bytes
@@ -28,10 +27,12 @@ from planner.source import source_of, value_bytes
 BITS = (8, 4, 3, 2)
 """Widths that the page offers beside the weights as they are."""
 
+_ROOM = 16
+
 SHORT = {
     "layers_cpu": "whole layers, CPU", "layers_load": "whole layers, streamed", "static_cpu": "most used, CPU",
     "lru": "LRU", "lru_split": "LRU, fitted sizes", "lfu": "LFU", "half_pinned": "half pinned, LRU",
-    "lru_shared": "LRU, shared",
+    "lru_shared": "LRU, shared", "resident": "all on the device",
 }  # fmt: skip
 """Ways to serve in the few words that an axis has room for; those with prefetching are put together."""
 
@@ -52,10 +53,6 @@ _WAYS = {
 }  # fmt: skip
 _DOMAINS = {
     "domain": pl.String, "tokens": pl.Int64, "hit_rate": pl.Float64, "ms": pl.Float64, "alone": pl.Float64
-}  # fmt: skip
-_EVENTS = {
-    "lane": pl.String, "kind": pl.String, "layer": pl.String, "expert": pl.Int32, "begin_ms": pl.Float64,
-    "end_ms": pl.Float64,
 }  # fmt: skip
 
 
@@ -90,9 +87,9 @@ def half(run: store.Run, *, context: int, batch: int, bits: int | None = None, o
     Raises:
         PlanError: no such widths, or a model that the planner does not know.
     """
-    source, plan = source_of(run), _plan(run, bits)
+    source, narrow = source_of(run), narrowed(run, bits)
     weight = value_bytes(run) or 2.0
-    experts = expert_sizes(plan or source, source_bits=8.0 * weight).total / 2
+    experts = expert_sizes(narrow or source, source_bits=8.0 * weight).total / 2
     if other_weights is not None:
         return int(experts + other_weights)
     rest = dense_part(run.info.model_config, source)
@@ -118,16 +115,54 @@ def answer(
     Raises:
         PlanError: as there; no plan of such widths.
     """
-    return study(run, on_machine(name, vram=vram, link=link), plan=_plan(run, bits), **_given(asked))
+    return study(run, on_machine(name, vram=vram, link=link), plan=narrowed(run, bits), **given(asked))
 
 
-def _plan(run: store.Run, bits: int | None) -> Plan | None:
+def narrowed(run: store.Run, bits: int | None) -> Plan | None:
+    """The plan that makes all experts so wide; None = as they are."""
     if bits is None:
         return None
-    return planner.make(run, preset="uniform_bits", bits=bits, allow_invalid=True)  # the page has asked before
+    # bits are what a weight may take with its scales: with room for them, the width is the one asked for
+    return planner.make(run, preset="uniform_bits", bits=_ROOM, widths=[bits], allow_invalid=True)
 
 
-def _given(asked: dict[str, Any]) -> dict[str, Any]:
+def plan(
+    run: store.Run, *, way: str, name: str, vram: int, link: str | None = None, bits: int | None = None, **asked: Any
+) -> Plan:
+    """One way of :func:`answer` as a plan that engines' files are written from; a second or two.
+
+    Raises:
+        PlanError: as :func:`answer`.
+    """
+    machine = on_machine(name, vram=vram, link=link)
+    return chosen_plan(run, machine, way=way, bits=bits, allow_invalid=True, **given(asked))
+
+
+def commands(
+    run: store.Run, *, name: str, vram: int, link: str | None = None, bits: int | None = None, **asked: Any
+) -> str:
+    """What gives the same study in a terminal, and a plan for an engine."""
+    words = [f"--machine {name}", f"--vram {vram}", *([f"--link {link}"] if link is not None else [])]
+    words += [f"--{option} {asked[option]}" for option in ("context", "batch") if asked.get(option) is not None]
+    if asked.get("domains"):
+        words.append(f"--domains {shlex.quote(','.join(asked['domains']))}")
+    if asked.get("other_weights") is not None:
+        words.append(f"--other-weights {asked['other_weights']}")
+    words += ["--allow-invalid"] if run.badge.status == "invalid" else []
+    path = Path.cwd()
+    target = shlex.quote(str(run.path.relative_to(path) if run.path.is_relative_to(path) else run.path))
+    narrow = []
+    if bits is not None:
+        narrow = [f"moescope plan {target} --preset uniform_bits --bits {_ROOM} --set widths=[{bits}] -o narrow.json"]
+        words.append("--plan narrow.json")
+    return "\n".join((
+        *narrow, f"moescope cache {target} {' '.join(words)}",
+        "moescope export plan.json --to ENGINE -o FILE    # plan.json: Download JSON, above; --list names the engines",
+    ))  # fmt: skip
+
+
+def given(asked: dict[str, Any]) -> dict[str, Any]:
+    """Without what nobody said."""
     return {name: value for name, value in asked.items() if value is not None}
 
 
@@ -222,64 +257,3 @@ def told_times(found: Study) -> pl.DataFrame:
 
 def _table(rows: list[dict[str, Any]], schema: dict[str, Any]) -> pl.DataFrame:
     return pl.DataFrame([{name: row[name] for name in schema} for row in rows], schema=schema)
-
-
-# --- one token ---
-
-
-@dataclass(frozen=True)
-class Clocked:
-    """One way, replayed and timed; ``layers``: names of the MoE layers."""
-
-    setting: Setting
-    served: Served
-    layers: tuple[str, ...]
-
-
-def drawn_ways(found: Study) -> list[str]:
-    """Names of the ways whose tokens can be drawn: those without prefetching, the fastest first."""
-    known = {way.name for way in WAYS}
-    return [one.name for one in found.ways if one.name in known]
-
-
-def clocked(
-    run: store.Run, *, way: str, name: str, vram: int, link: str | None = None, bits: int | None = None, **asked: Any
-) -> Clocked:
-    """One way of :func:`answer` again, with its setting; a second or two.
-
-    Raises:
-        PlanError: as :func:`answer`.
-    """
-    setting = setting_of(run, on_machine(name, vram=vram, link=link), plan=_plan(run, bits), **_given(asked))
-    served = serve(setting, way_of(way), slots=min(setting.slots, setting.all_slots))
-    return Clocked(setting, served, tuple(layer_label(*key) for key in setting.test.layers))
-
-
-def marks(found: Clocked) -> dict[str, int]:
-    """Number of the pass whose time is the median, the 95th percentile, the most and the least; ties: the first."""
-    seconds = found.served.clock.pass_seconds
-    order = np.argsort(seconds, kind="stable")
-    last = len(order) - 1
-    places = {"typical": round(0.5 * last), "slow": round(0.95 * last), "slowest": last, "fastest": 0}
-    return {name: int(np.flatnonzero(seconds == seconds[order[place]])[0]) for name, place in places.items()}
-
-
-def place_of(found: Clocked, at: int) -> tuple[int, int, str, float]:
-    """Number of the sequence in the run, position in it, domain, and milliseconds of a pass."""
-    work = found.setting.test
-    request = int(np.searchsorted(work.offsets, at, side="right")) - 1
-    milliseconds = 1e3 * float(found.served.clock.pass_seconds[at])
-    return int(work.sequences[request]), at - int(work.offsets[request]), work.domains[request], milliseconds
-
-
-def events(found: Clocked, at: int) -> pl.DataFrame:
-    """What device, link and CPU do during one pass: lane, kind, layer, expert (null where it is none), begin and end in
-    milliseconds."""
-    rows = [
-        (
-            one.lane, one.kind, found.layers[one.layer] if one.layer >= 0 else None,
-            one.expert if one.expert >= 0 else None, 1e3 * one.begin, 1e3 * one.end,
-        )
-        for one in token_events(found.setting, found.served, at=at)
-    ]  # fmt: skip
-    return pl.DataFrame(rows, schema=_EVENTS, orient="row")

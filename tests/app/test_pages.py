@@ -26,6 +26,7 @@ CHARTS = {
     "similarity": 2,
     "compare": 0,
     "compress": 4,  # the synthetic run lacks the stream, by which plans are priced
+    "cache": 0,  # it asks first how large the model is beside its experts
 }
 Opener = Callable[..., AppTest]
 

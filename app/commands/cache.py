@@ -1,0 +1,142 @@
+"""``moescope cache``: whether caching experts pays for a model on a machine, with how much memory, and how fast."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from app.commands.machines import add_machine, add_serving, asked_of, list_machines, machine_of
+from app.commands.options import add_config, add_json, add_store, positive
+from app.commands.plan import memory
+
+if TYPE_CHECKING:
+    import store
+    from compressor.plan import Plan
+    from planner.cache.study import Study
+
+NAME = "cache"
+SUMMARY = "replay caches of experts on a run's trace and say whether caching pays on a machine, and how fast"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of the command."""
+    parser.add_argument("target", metavar="RUN", nargs="?", help="path of a run, or its name in --store")
+    add_machine(parser)
+    add_serving(parser)
+    parser.add_argument("--domains", metavar="LIST", help="comma list: only their text counts (default: all)")
+    parser.add_argument(
+        "--plan", type=Path, metavar="FILE", help="a plan that is applied first: experts take the widths that it gives"
+    )
+    parser.add_argument(
+        "--other-weights", type=memory, metavar="SIZE",
+        help="all weights beside routed experts (default: estimated from the model's configuration)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--steps", type=positive, metavar="N", help="layers of tokens that are replayed at most (default 600k)"
+    )
+    parser.add_argument("--allow-invalid", action="store_true", help="take a run whose checks failed all the same")
+    add_store(parser)
+    add_config(parser)
+    add_json(parser)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Replay, time, and print the verdict; the study is kept beside the run."""
+    import store
+    from app.progress import Stoppable
+    from app.telling import Telling
+    from planner.caching import study
+
+    if options.machines:
+        list_machines(as_json=options.json)
+        return 0
+    _refuse(options)
+    machine = machine_of(options)
+    with Stoppable(), store.open_run(store.Catalog(options.store).resolve(options.target)) as opened:
+        require_usable(opened, options)
+        with Telling() as tell:
+            found = study(
+                opened, machine, plan=_plan(options.plan), domains=domains_of(opened, options.domains), tell=tell,
+                **_asked(options),
+            )  # fmt: skip
+        path = store.write_plan(opened.path, json.dumps(found.content()), kind="caching")
+    if options.json:
+        print(json.dumps({**found.content(), "paths": {"the study": str(path)}}))
+    else:
+        print(words(found, path=path))
+    return 0
+
+
+def words(found: Study, *, path: Path) -> str:
+    """The study on one screen: the verdict and why, ways, sizes, domains, and what was assumed."""
+    from app.frames import caching as frames
+    from app.text import size, table
+
+    uses = [f"{size(found.memory[name])} {title}" for name, title in (
+        ("other", "weights beside experts"), ("kv", "keys and values"), ("activations", "activations"))]  # fmt: skip
+    room = f"{found.slots:,} of {found.all_slots:,} experts of {size(found.memory['slot'])}"
+    parts = [
+        found.verdict.sentence,
+        f"{found.machine[1]}, {size(found.memory['total'])}: {', '.join(uses)}; room for {room}",
+        "\n".join(found.verdict.reasons),
+        f"ways to serve with this memory; no way takes less than {found.bound_ms:.3g} ms per token, and with all"
+        f" experts on the device it is {found.resident_ms:.3g}\n{table(frames.told(found), rows=None)}",
+        f"memory for experts, ms per token\n{table(frames.told_times(found), rows=None)}",
+    ]
+    if len(found.domains) > 1:
+        best = next((one for one in found.ways if one.needs_trace), found.best)
+        parts.append(f"by domain, {best.title}\n{table(frames.domains(found), rows=None)}")
+    parts.append("\n".join((
+        f"judged on {found.tokens:,} tokens of {found.requests:,} requests, fitted on others; 95 % intervals over"
+        " requests", *(f"note: {note}" for note in found.notes),
+    )))  # fmt: skip
+    parts.append(f"the study is written to {path}")
+    return "\n\n".join(part for part in parts if part)
+
+
+def require_usable(run: store.Run, options: argparse.Namespace) -> None:
+    """Refuse a run on which nothing can rest.
+
+    Raises:
+        InputError: it is still being collected, has no trace, or its checks failed.
+    """
+    from moescope.errors import InputError
+
+    if run.live:
+        raise InputError(f"run {run.name!r} is still being collected: ask when it is finished")
+    if not run.has_trace:
+        raise InputError(
+            f"run {run.name!r} holds counts and no trace, and caches depend on the order of tokens: record or import"
+            " selections token by token; moescope place needs counts alone"
+        )
+    if run.badge.status == "invalid" and not options.allow_invalid:
+        raise InputError(
+            f"the checks of run {run.name!r} failed ({run.badge.reason}): collect it again, or give --allow-invalid"
+        )
+
+
+def domains_of(run: store.Run, given: str | None) -> list[str] | None:
+    """The domains that were named, comma by comma; None = all. The planner refuses those that the run has not."""
+    names = [name.strip() for name in (given or "").split(",") if name.strip()]
+    return names or None
+
+
+def _refuse(options: argparse.Namespace) -> None:
+    from moescope.errors import InputError
+
+    if options.target is None:
+        raise InputError("which run? give RUN, a path or a name in --store; --machines lists the machines")
+
+
+def _plan(path: Path | None) -> Plan | None:
+    if path is None:
+        return None
+    from compressor.plan import Plan
+
+    return Plan.load(path)
+
+
+def _asked(options: argparse.Namespace) -> dict[str, Any]:
+    return asked_of(options) | ({} if options.steps is None else {"steps": options.steps})

@@ -1,0 +1,74 @@
+"""A way to serve as a plan, and as files of the engines that execute it, with what each of them cannot say."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import streamlit as st
+
+import store
+from app import data, state
+from app.components import chart
+from app.frames import caching as frames
+from compressor.exporters import EXPORTERS
+from compressor.plan import Plan
+from moescope.errors import MoescopeError
+from planner.cache.study import Study
+from store import Run
+
+SHOWN = 6
+"""Sentences about what is left out that are listed for each engine."""
+
+
+def section(run: Run, found: Study, asked: dict[str, Any]) -> None:
+    """Draw the section. asked: of :func:`app.frames.caching.answer`."""
+    st.subheader("Make an engine do it", anchor=False)
+    titles = {one.name: frames.short(one) for one in found.ways}
+    way = state.choose(
+        "The plan of", list(titles), key="plan-of", words=titles.__getitem__, help="The fastest comes first."
+    )
+    try:
+        with st.spinner("Planning"):
+            plan = data.made(frames.plan, run, way=way, **asked)
+    except MoescopeError as error:
+        st.info(f"No plan for this way: {state.plain(str(error), 400)}", icon=":material/block:")
+        return
+    _plan(run, plan)
+    with st.expander("Files for engines", icon=":material/upload_file:"):
+        for engine in EXPORTERS:
+            if engine.step == "cache":
+                _file(engine, plan)
+    st.markdown("In a terminal:")
+    st.code(frames.commands(run, **asked), language="bash")
+
+
+def _plan(run: Run, plan: Plan) -> None:
+    with st.container(horizontal=True, gap="small", vertical_alignment="center"):
+        if st.button("Keep beside the run", icon=":material/save:", key="keep-cache-plan"):
+            try:
+                st.toast(f"Kept as {state.plain(store.write_plan(run.path, plan.text()).name)}", icon=":material/save:")
+            except MoescopeError as error:
+                st.error(state.plain(str(error), 300))
+        st.download_button(
+            "Download JSON", plan.text(), f"{chart.file_name('cache-plan')}.json", "application/json",
+            key="download-cache-plan", icon=":material/download:", on_click="ignore",
+        )  # fmt: skip
+        st.caption(f"Plan {plan.digest[:12]}; the same run and the same choice give the same bytes.")
+
+
+def _file(engine: Any, plan: Plan) -> None:
+    """One engine's file, or why there is none."""
+    try:
+        exported = engine.export(plan)
+    except MoescopeError as error:
+        st.markdown(f"- **{state.plain(engine.title)}**: {state.plain(str(error), 400)}")
+        return
+    st.download_button(
+        state.plain(engine.title), exported.content, f"{chart.file_name(engine.name)}{engine.suffix}",
+        "application/octet-stream" if exported.binary is not None else "text/plain",
+        key=f"export-{engine.name}", icon=":material/download:", on_click="ignore",
+    )  # fmt: skip
+    lines = [*exported.notes, *(f"left out: {one}" for one in exported.left_out[:SHOWN])]
+    if len(exported.left_out) > SHOWN:
+        lines.append(f"left out: {len(exported.left_out) - SHOWN} more; moescope export --json lists all")
+    st.caption("\n".join(f"- {state.plain(line, 300)}" for line in lines))

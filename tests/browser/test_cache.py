@@ -1,0 +1,37 @@
+"""The page Cache in a browser: it draws in both schemes, hostile text stays text, and choices stand in the address."""
+
+from __future__ import annotations
+
+import pytest
+from playwright.sync_api import expect
+
+from tests.browser.driver import Watched, open_page, settle
+
+pytestmark = pytest.mark.browser
+ASKED = "context-length=512&other-weights=0.001"
+
+
+def test_all_charts_are_drawn(themed: Watched, url: str) -> None:
+    page = themed.page
+    open_page(page, url, f"cache?run=plain&{ASKED}")
+    expect(page.locator("[data-testid='stPlotlyChart'] .main-svg").first).to_be_visible()
+    expect(page.locator("[data-testid='stPlotlyChart']")).to_have_count(7)
+
+
+def test_hostile_text_stays_text(watched: Watched, url: str) -> None:
+    page = watched.page
+    open_page(page, url, f"cache?run=hostile&{ASKED}")
+    assert page.evaluate("window.hacked === undefined")
+    expect(page.locator("[data-testid='stPlotlyChart']")).to_have_count(7)
+
+
+def test_the_memory_stands_in_the_address(watched: Watched, url: str) -> None:
+    page = watched.page
+    open_page(page, url, f"cache?run=plain&{ASKED}&vram=0.002")
+    memory = page.get_by_label("Device memory, GiB", exact=True)
+    expect(memory).to_have_value("0.002")
+    memory.fill("0.003")
+    memory.press("Enter")
+    settle(page)
+    expect(page.get_by_text("All fits")).to_be_visible()
+    assert "vram=0.003" in page.url
