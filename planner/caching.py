@@ -86,7 +86,7 @@ def study(
         run=run.name, machine=(machine.name, machine.title), tokens=int(setting.test.pass_tokens.sum()),
         requests=setting.test.num_requests, layers=setting.test.num_layers, experts=setting.test.num_experts,
         slots=slots, all_slots=setting.all_slots, memory=_memory(setting),
-        notes=(*notes_of(setting), *_outside(setting)),
+        notes=(*_doubts(run), *notes_of(setting), *_outside(setting)),
         curves=tuple(_curve_points(curves, setting, seed)), parts=parts, points=tuple(points), ways=figures,
         domains=_domains(setting, traced), bound_ms=bound.ms(slots), resident_ms=served[0].clock.resident_ms,
         srp=srp, sch=sch,
@@ -203,6 +203,13 @@ def _domains(setting: Setting, best: Served) -> tuple[DomainFigures, ...]:
             rate, ms = together.get(name, (alone, found.ms))
         rows.append(DomainFigures(name, int(own.pass_tokens.sum()), rate, ms, alone))
     return tuple(sorted(rows, key=lambda row: -row.ms))
+
+
+def _doubts(run: store.Run) -> list[str]:
+    """That the run itself may be wrong."""
+    if run.badge.status != "invalid":
+        return []
+    return [f"The checks of the run failed, so that all of this may be wrong: {run.badge.reason.rstrip('.')}."]
 
 
 def _outside(setting: Setting) -> list[str]:

@@ -126,6 +126,12 @@ def _why(point: SizePoint) -> list[str]:
     ]
     if point.pays:
         return [*told, f"That is {_times(point.without, point.ms)} as fast as the better of these."]
+    if point.high <= GAIN * point.plain:
+        return [
+            *told,
+            "That is less than whole layers take, but random experts would gain almost as much: the cache helps"
+            " whatever the routing.",
+        ]
     if point.ms >= point.without:
         return [*told, "Knowing the routing gains nothing."]
     return [*told, f"Less than the {1 - GAIN:.0%} of the time that caching has to save for sure."]
@@ -143,7 +149,6 @@ def _elsewhere(points: Sequence[SizePoint], here: SizePoint, above: int | None) 
         most = less[-1]
         return [
             f"With less memory it pays, as with {size(most.bytes)}: {most.ms:.3g} ms against {most.without:.3g} ms."
-            " Here almost all experts are on the device in any case."
         ]
     if here.bound > GAIN * here.without:
         return [
