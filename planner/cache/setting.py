@@ -97,6 +97,10 @@ class Setting:
         """Experts that the device holds: all where all fit, else as many as the largest would."""
         return self.all_slots if self.sizes.total <= self.budget.left else self.budget.slots(self.sizes)
 
+    def costs_of(self, work: Workload) -> StepCosts:
+        """Seconds of the steps of other passes of the same model."""
+        return _costs(work, self.machine, self.sizes, self.rest, self.context, self.dense_bits, self.other)
+
     def with_sizes(self, sizes: ExpertSizes) -> Setting:
         """The same with experts of other widths."""
         costs = _costs(self.test, self.machine, sizes, self.rest, self.context, self.dense_bits, self.other)
