@@ -132,7 +132,11 @@ def test_runs_that_nothing_can_be_replayed_of(tmp_path: Path, capsys: pytest.Cap
     options = ImportOptions(num_experts=8, top_k=2)
     import_run("csv", tmp_path / "counts.csv", directory=tmp_path, name="counts", options=options)
     synthetic.live(tmp_path, "growing")
-    for name, sentence in (("counts", "holds counts and no trace"), ("growing", "still being collected"), ("nothing", "nothing")):
+    for name, sentence in (
+        ("counts", "holds counts and no trace"),
+        ("growing", "still being collected"),
+        ("nothing", "nothing"),
+    ):
         assert main(["cache", name, "--store", str(tmp_path), "--other-weights", "1MiB"]) == 2
         said = capsys.readouterr().err.splitlines()
         assert sentence in said[-1], said
