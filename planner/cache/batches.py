@@ -73,7 +73,8 @@ def _figures(setting: Setting, work: Workload, title: str, source: str, size: in
     outcome = replay(work, policy="lru", layer_slots=each.tolist())
     clock = timeline(work, outcome, setting.costs_of(work), link=setting.machine.link)
     tokens = max(int(work.pass_tokens.sum()), 1)
+    unique = int(work.needed.sum()) / (tokens * work.num_layers)
     return BatchFigures(
-        title=title, source=source, size=size, unique=int(work.needed.sum()) / (tokens * work.num_layers), hit_rate=outcome.hit_rate,
+        title=title, source=source, size=size, unique=unique, hit_rate=outcome.hit_rate,
         loads_per_token=clock.bytes / tokens, ms=clock.ms_per_token,
     )  # fmt: skip
