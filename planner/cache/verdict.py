@@ -134,7 +134,7 @@ def _why(point: SizePoint) -> list[str]:
         ]
     if point.ms >= point.without:
         return [*told, "Knowing the routing gains nothing."]
-    return [*told, f"Less than the {1 - GAIN:.0%} of the time that caching has to save for sure."]
+    return [*told, f"That does not surely save the {1 - GAIN:.0%} of the time from which on caching is said to pay."]
 
 
 def _elsewhere(points: Sequence[SizePoint], here: SizePoint, above: int | None) -> list[str]:

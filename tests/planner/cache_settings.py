@@ -95,6 +95,8 @@ def written_run(
     prompt: int | None = None,
     trace: bool = True,
     finish: bool = True,
+    shared: int = 0,
+    failed: str = "",
 ) -> store.Run:
     """A run of selections (layers, sequences, tokens, k), -1 = none.
 
@@ -111,6 +113,8 @@ def written_run(
         prompt: tokens of each sequence that are its prompt; None = all.
         trace: False = the run holds no selections.
         finish: False = it is still being collected.
+        shared: experts of each layer that every token uses.
+        failed: why a check failed.
     """
     layers, sequences, tokens, k = ids.shape
     counts = [experts] * layers if isinstance(experts, int) else list(experts)
@@ -124,7 +128,7 @@ def written_run(
     )  # fmt: skip
     infos = [
         LayerInfo(layer, 0, f"layers.{layer}", "Experts", "Router", counts[layer], k if top_k is None else top_k[layer],
-                  0, WIDTH)
+                  shared, WIDTH)
         for layer in range(layers)
     ]  # fmt: skip
     number, position = np.repeat(np.arange(sequences), tokens), np.tile(np.arange(tokens), sequences)
@@ -136,6 +140,8 @@ def written_run(
             "prompt_tokens": [tokens if prompt is None else prompt] * sequences,
         }),
     }  # fmt: skip
+    if failed:
+        frames["check"] = pl.DataFrame([{"name": "made", "status": "fail", "detail": failed}])
     if empty:
         frames["expert"] = pl.DataFrame(
             [

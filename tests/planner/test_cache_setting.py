@@ -87,6 +87,15 @@ def test_a_run_whose_configuration_says_nothing_needs_the_other_weights(tmp_path
     assert found.test_costs.dense.sum() == 0
 
 
+def test_shared_experts_stay_on_the_device(tmp_path: Path) -> None:
+    plain, shared = (made(tmp_path, name=f"shared{count}", shared=count) for count in (0, 2))
+    without, found = (setting_of(one, slow_machine(vram=MIB), context=64) for one in (plain, shared))
+    assert found.budget.other - without.budget.other == 3 * 2 * EXPERT  # two in each of three layers
+    assert found.all_slots == without.all_slots == 48
+    more = found.test_costs.dense - without.test_costs.dense
+    np.testing.assert_allclose(more, 2 * EXPERT / 1e12, rtol=1e-6)
+
+
 # --- widths ---
 
 

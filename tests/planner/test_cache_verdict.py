@@ -102,7 +102,9 @@ def test_what_paying_is(ms: float, spread: float, plain: float, chance: float, p
     found = verdict(given, asked=8)
     assert (found.word == "pays") is pays
     if not pays and chance > plain:
-        assert found.reasons[1] == "Less than the 10% of the time that caching has to save for sure."
+        assert found.reasons[1] == (
+            "That does not surely save the 10% of the time from which on caching is said to pay."
+        )
     elif not pays:
         assert "random experts would gain almost as much" in found.reasons[1]
     assert GAIN == 0.9
@@ -131,7 +133,7 @@ def told(folder: Path, ids: np.ndarray, given: Machine, *, share: float = 0.5, *
     return study(run, replace(given, vram=vram), other_weights=0)
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 def test_random_experts_must_not_pay(tmp_path: Path, seed: int) -> None:
     for link, cpu in ((1e9, 1e8), (1e8, 1e9), (1e9, 1e9)):
         found = told(tmp_path, random_routes(seed, **SHAPE), slow_machine(link=link, cpu=cpu), name=f"{link}-{cpu}")
@@ -227,6 +229,11 @@ def test_what_host_memory_cannot_hold_is_said(tmp_path: Path) -> None:
     short = told(tmp_path, ids, slow_machine(ram=20 * EXPERT), name="short")
     note = next(note for note in short.notes if "disk" in note)
     assert "144 KiB would have to be read from disk" in note  # 12 experts of 12 KiB
+
+
+def test_runs_whose_checks_failed_are_doubted(tmp_path: Path) -> None:
+    found = told(tmp_path, random_routes(0, **SHAPE), slow_machine(), failed="outputs differ")
+    assert found.notes[0] == "The checks of the run failed, so that all of this may be wrong: made: outputs differ."
 
 
 def test_a_model_with_one_layer_has_nothing_to_foresee(tmp_path: Path) -> None:
