@@ -10,7 +10,7 @@ import store
 from app.frames import evaluation
 from app.frames.compress import kept, title
 from app.text import size
-from compressor.plan import Plan
+from compressor.plan import Plan, ServingStep
 from moescope.errors import PlanError, StoreError
 
 _PLANS = {
@@ -77,7 +77,9 @@ def _plans(run: store.Run) -> list[tuple[str, Plan]]:
     found = []
     for path in store.list_plans(run.path):
         try:
-            found.append((path.name, Plan.parse(store.read_plan(path), path.name)))
+            plan = Plan.parse(store.read_plan(path), path.name)
         except (PlanError, StoreError):
             continue
+        if not all(isinstance(step, ServingStep) for step in plan.steps):  # those change no checkpoint
+            found.append((path.name, plan))
     return found
