@@ -86,7 +86,7 @@ def study(
         run=run.name, machine=(machine.name, machine.title), tokens=int(setting.test.pass_tokens.sum()),
         requests=setting.test.num_requests, layers=setting.test.num_layers, experts=setting.test.num_experts,
         slots=slots, all_slots=setting.all_slots, memory=_memory(setting),
-        notes=(*_doubts(run), *notes_of(setting), *_outside(setting)),
+        notes=(*_doubts(run), *notes_of(setting), *_outside(setting, str(asked.get("phase", "any")))),
         curves=tuple(_curve_points(curves, setting, seed)), parts=parts, points=tuple(points), ways=figures,
         domains=_domains(setting, traced), bound_ms=bound.ms(slots), resident_ms=served[0].clock.resident_ms,
         srp=srp, sch=sch,
@@ -212,7 +212,7 @@ def _doubts(run: store.Run) -> list[str]:
     return [f"The checks of the run failed, so that all of this may be wrong: {run.badge.reason.rstrip('.')}."]
 
 
-def _outside(setting: Setting) -> list[str]:
+def _outside(setting: Setting, phase: str) -> list[str]:
     """What the figures leave out: experts that host memory cannot hold, and how little was judged."""
     machine, told = setting.machine, []
     beyond = setting.sizes.total - setting.budget.left - machine.ram
@@ -222,6 +222,8 @@ def _outside(setting: Setting) -> list[str]:
             f" hold: {size(beyond)} would have to be read from disk, which these times leave out; moescope"
             " recommend --vram counts it."
         )
+    if phase == "prompt":
+        told.append("Tokens of prompts are replayed one after another, as in decoding; engines read them in chunks.")
     if setting.batch > 1:
         told.append(
             f"Sequences run {setting.batch} at a time until the longest of them ends:"
