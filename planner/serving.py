@@ -43,6 +43,8 @@ MOVING = ("lru", "lru_split", "lru_shared")
 HARDLY = 1.03
 """How many times as long a plan may take as the fastest to be preferred for costing less quality; ours."""
 
+UNPRICED = "The run cannot price narrower experts: collect it with levels activations and errors."
+
 SLOWER = 1.02
 """How many times the time per token a domain takes that is worth a sentence."""
 
@@ -155,7 +157,7 @@ def serving(
         asked: context, batch, other_weights, domains, phase: as :func:`planner.cache.setting.setting_of`.
 
     Raises:
-        PlanError: as there; an invalid run.
+        PlanError: as there; a run that is still being collected, has no trace, or whose checks failed.
     """
     _require_usable(run, allow_invalid)
     tell("reading the trace")
@@ -192,6 +194,11 @@ def serving(
 def _require_usable(run: store.Run, allow_invalid: bool) -> None:
     if run.live:
         raise PlanError(f"run {run.name!r} is still being collected: plan when it is finished")
+    if not run.has_trace:
+        raise PlanError(
+            f"run {run.name!r} holds counts and no trace, and times depend on the order of tokens: record or import"
+            " selections token by token"
+        )
     if run.badge.status == "invalid" and not allow_invalid:
         raise PlanError(
             f"the checks of run {run.name!r} failed ({run.badge.reason}): collect it again, or allow an invalid run"
@@ -249,7 +256,10 @@ def _advice(
     if len(best.domains) > 1 and best.worst.ms > SLOWER * best.ms:
         reasons.append(f"The slowest domain is {best.worst.domain}: {best.worst.ms:.3g} ms.")
     if best.kl is None:
-        return "with care", (*reasons, "The run cannot price narrower experts: collect it with level errors.")
+        return "with care", (*reasons, UNPRICED)
+    blind = min((one for one in offers if one.kl is None), key=lambda one: one.ms, default=None)
+    if blind is not None and blind.ms < 0.9 * best.ms:
+        reasons.append(f"Experts {blind.widths} would take {blind.ms:.3g} ms, {blind.way}. {UNPRICED}")
     if best.kl > quality:
         return "with care", (
             *reasons,

@@ -228,7 +228,7 @@ def test_a_run_without_a_trace_is_refused(tmp_path: Path, capsys: pytest.Capture
     options = ImportOptions(num_experts=8, top_k=2)
     import_run("csv", tmp_path / "counts.csv", directory=tmp_path / "runs", name="counts", options=options)
     line = refusal(capsys, *ask(tmp_path / "runs", "--vram", "12GiB", run="counts"))
-    assert "counts" in line
+    assert "run 'counts' holds counts and no trace" in line
 
 
 def test_a_run_that_is_still_collected_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -437,13 +437,18 @@ def test_a_run_that_prices_nothing_puts_narrower_experts_behind(tmp_path: Path) 
         rest = serving(opened, device, context=8, keep_widths=True)
         whole = sum(shape.num_experts * shape.width for shape in opened_source(opened)) * 3 * opened_size(opened) * 4
         room = int(rest.memory["total"] - rest.memory["experts"] + 0.6 * whole)
-        found = serving(opened, machine("rtx3060", vram=room), context=8)
+        slow = machine("rtx3060", vram=room)
+        slow = replace(slow, device=replace(slow.device, bandwidth=1e9), cpu=replace(slow.cpu, bandwidth=1e8))
+        found = serving(opened, slow, context=8)
         costs = [one.kl for one in found.offers]
         assert {kl for kl in costs if kl is not None} == {0.0} and None in costs
         first = costs.index(None)
         assert first > 0 and all(kl is None for kl in costs[first:])
         assert not any("on average" in one.widths for one in found.offers)  # nobody knows which experts may be narrow
         assert all(at < first for at in found.front)
+        fastest = min(found.offers, key=lambda one: one.ms)
+        assert fastest.kl is None and found.word == "serve"  # and is told, not taken
+        assert f"{fastest.ms:.3g} ms" in found.reasons[-1] and "cannot price" in found.reasons[-1]
         back = Serving.of(json.loads(json.dumps(found.content())))
         assert back.content() == found.content()
         tiny = machine("rtx3060", vram=room, ram=int(0.2 * whole), disk="none")
