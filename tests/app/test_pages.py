@@ -27,6 +27,7 @@ CHARTS = {
     "compare": 0,
     "compress": 4,  # the synthetic run lacks the stream, by which plans are priced
     "cache": 0,  # it asks first how large the model is beside its experts
+    "placement": 10,
 }
 Opener = Callable[..., AppTest]
 
