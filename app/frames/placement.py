@@ -131,7 +131,7 @@ def comparison(found: Placed) -> pl.DataFrame:
     its home that a token is sent to; remote = share of token-expert pairs that leave the home device; moves = share of
     pairs of adjacent layers' experts that lie on different devices. Null = not known.
     """
-    rows = []
+    rows: list[tuple[str | float | None, ...]] = []
     for name, one in scores(found).items():
         before = found.verdict.before if found.verdict is not None and name != "chance" else None
         rows.append(

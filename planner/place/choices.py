@@ -54,8 +54,8 @@ def parse(text: str) -> Choices:
     if missing:
         raise PlanError(f"choices lack {', '.join(missing)}")
     names = {name: _names(name, content[name]) for name in NAMES}
-    entries: dict[str, Any] = {name: _table(name, content, names) for name in AXES}
-    return Choices(**entries, **names)
+    entries: dict[str, Any] = {**names, **{name: _table(name, content, names) for name in AXES}}
+    return Choices(**entries)
 
 
 def _names(what: str, values: Any) -> tuple[str, ...]:

@@ -170,6 +170,7 @@ def test_bad_values_in_the_url_fall_back(open_app: Opener, finished_path: Path, 
         "run": "../../etc/passwd", "domain": "'; drop table run; --", "layer": "999", "sequence": "-4", "token": "9e99",
         "phase": "x", "scale": "<b>", "quantity": "", "segment": "1e3", "cache": "0", "policy": "[]", "rho": "nan",
         "over": "?", "colour": "x", "part": "77", "published": "maybe",
+        "devices": "-3", "nodes": "7", "redundant": "1e9", "method": "magic", "requests": "0",
     }  # fmt: skip
     app = visit(open_app(finished_path.parent, **bad), file)
     assert app.session_state["run"] == "synthetic"

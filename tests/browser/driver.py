@@ -18,7 +18,7 @@ FLAGS = [
     "--disable-component-update",
     "--disable-sync",
 ]
-PAGES = ("", "routing", "tokens", "expert", "super-experts", "local-consistency", "similarity", "compress")
+PAGES = ("", "routing", "tokens", "expert", "super-experts", "local-consistency", "similarity", "compress", "placement")
 """Pages that draw something on every run; Compare needs a second one."""
 
 # The frontend probes for a base path below sub-pages; both answers are 404 by design.
