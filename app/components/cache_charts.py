@@ -59,7 +59,7 @@ def ways(found: Study) -> None:
     frame = frames.ways(found)
     asked = size(found.slots * found.memory["slot"])
     chart.show(
-        caching_ways.ways(frame, bound=found.bound_ms, resident=found.resident_ms, theme=state.theme()),
+        caching_ways.ways(frame, bound=found.bound_ms, theme=state.theme()),
         frame,
         key="cache-ways",
         read="Shorter is faster. A way that goes by the trace is worth its trouble where its bar ends before its "

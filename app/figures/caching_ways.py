@@ -14,10 +14,10 @@ _OPAQUE = 0.75
 """Of bars: intervals are drawn over them."""
 
 
-def ways(frame: pl.DataFrame, *, bound: float, resident: float, theme: Theme = "light") -> go.Figure:
+def ways(frame: pl.DataFrame, *, bound: float, theme: Theme = "light") -> go.Figure:
     """Milliseconds per token of every way, the fastest on top, with intervals, the bound and random experts.
 
-    frame: ``app.frames.caching.ways``. bound: ms that nothing can beat. resident: ms with all experts on the device.
+    frame: ``app.frames.caching.ways``. bound: ms that nothing can beat.
     """
     title = "Ways to serve with this memory"
     if frame.is_empty():
@@ -44,14 +44,14 @@ def ways(frame: pl.DataFrame, *, bound: float, resident: float, theme: Theme = "
             name="random experts", marker={"symbol": "diamond-open", "size": 9, "color": colours.text},
             hovertemplate="%{y}, on random experts<br>%{x:.3g} ms per token<extra></extra>",
         )  # fmt: skip
-    for value, name, dash in ((bound, "bound", "dot"), (resident, "all on device", "dashdot")):
-        figure.add_scatter(
-            x=[value] * len(frame), y=[safe(short) for short in frame["short"]], mode="lines", name=name,
-            line={"color": colours.categorical[4] if dash == "dot" else colours.text, "width": 1.5, "dash": dash},
-            hovertemplate=f"{name}<br>%{{x:.3g}} ms per token<extra></extra>",
-        )  # fmt: skip
+    figure.add_scatter(
+        x=[bound] * len(frame), y=[safe(name) for name in frame["short"]], mode="lines", name="bound",
+        line={"color": colours.categorical[4], "width": 1.5, "dash": "dot"},
+        hovertemplate="bound<br>%{x:.3g} ms per token<extra></extra>",
+    )  # fmt: skip
     layout(figure, title=title, x="ms per token", y="", theme=theme, bargap=0.35,
            wide=False, height=rows_height(len(frame) + 3, each=30))  # fmt: skip
+    figure.update_layout(margin_t=132)  # beside the names of rows, a narrow window has room for one column of legend
     _rows(figure, frame["short"])
     figure.update_xaxes(rangemode="tozero")
     return figure

@@ -48,7 +48,7 @@ def drawn(found: Study, clock: token_frames.Clocked, theme: Theme) -> list[go.Fi
         figures.hit_rate_curves(frames.hit_rates(found), each=each, theme=theme),
         figures.hit_rate_parts(frames.parts(found), each=each, theme=theme),
         figures.time_by_memory(frames.times(found), asked=1e5, resident=found.resident_ms, theme=theme),
-        caching_ways.ways(frames.ways(found), bound=found.bound_ms, resident=found.resident_ms, theme=theme),
+        caching_ways.ways(frames.ways(found), bound=found.bound_ms, theme=theme),
         caching_ways.domain_times(frames.domains(found), theme=theme),
         caching_ways.domain_hits(frames.domains(found), theme=theme),
         caching_token.token(token_frames.events(clock, 3), title="Token", theme=theme),
@@ -93,7 +93,7 @@ def test_the_parts_sum_to_the_hit_rate(found: Study) -> None:
 def test_ways_stand_in_the_order_of_their_times(found: Study) -> None:
     frame = frames.ways(found)
     assert frame["ms"].is_sorted()
-    figure = caching_ways.ways(frame, bound=found.bound_ms, resident=found.resident_ms)
+    figure = caching_ways.ways(frame, bound=found.bound_ms)
     assert list(figure.layout.yaxis.categoryarray)[::-1] == frame["short"].to_list()
     with_trace = trace(figure, "by the trace")
     assert len(with_trace.y) == frame["needs_trace"].sum()
@@ -165,7 +165,7 @@ def test_domain_names_cannot_become_markup(found: Study) -> None:
     [
         lambda frame: figures.hit_rate_curves(frame, each=1.0), lambda frame: figures.hit_rate_parts(frame, each=1.0),
         lambda frame: figures.time_by_memory(frame, asked=1.0, resident=1.0),
-        lambda frame: caching_ways.ways(frame, bound=1.0, resident=1.0), caching_ways.domain_times,
+        lambda frame: caching_ways.ways(frame, bound=1.0), caching_ways.domain_times,
         caching_ways.domain_hits, lambda frame: caching_token.token(frame, title="Token"),
     ],
 )  # fmt: skip
