@@ -230,7 +230,7 @@ def told(found: Study) -> pl.DataFrame:
     rows = [
         {
             "way": short(one), "ms per token": f"{one.ms:.3g} ({one.low:.3g} to {one.high:.3g})",
-            "p95": float(f"{one.p95_ms:.3g}"), "hits": f"{one.hit_rate:.1%}", "stalled": f"{one.stalled:.0%}",
+            "p95 of a pass": float(f"{one.p95_ms:.3g}"), "hits": f"{one.hit_rate:.1%}", "stalled": f"{one.stalled:.0%}",
             "loaded": size(one.loads_per_token),
             "random experts": None if one.chance_ms is None else float(f"{one.chance_ms:.3g}"),
             "trace": "yes" if one.needs_trace else "no",
