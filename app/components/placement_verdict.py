@@ -77,7 +77,7 @@ def figures(found: Placed) -> None:
 def notes(found: Placed) -> None:
     """What the figures rest on, and what the plan says of itself."""
     where = found.plan.provenance
-    read = f"{found.read:,} of {where.tokens:,}" if found.read else f"{where.tokens:,}"
+    read = f"about {found.read:,} of {where.tokens:,}" if found.read else f"{where.tokens:,}"
     more = f" and {len(where.domains) - DOMAINS} more" if len(where.domains) > DOMAINS else ""
     lines = [f"Rests on {read} tokens of {', '.join(where.domains[:DOMAINS])}{more}."]
     if found.read:

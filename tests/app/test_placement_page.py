@@ -15,6 +15,7 @@ from streamlit.testing.v1 import AppTest
 
 import store
 from app.cli import parser
+from app.components import placement_controls
 from compressor.exporters import EXPORTERS, exporter
 from planner.place.verdict import verdict
 from planner.placing import place
@@ -153,6 +154,22 @@ def test_counts_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         "What has to be moved, per layer",
     ]  # fmt: skip
     assert list(metrics(app)) == ["Balancedness, these counts", "To be sent"]
+
+
+def test_a_model_whose_experts_are_not_known(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    path, _ = place_runs.counts(tmp_path, config={})
+    app = visit(monkeypatch, path.parent)
+    assert "Nothing can be placed: run 'counts' does not know the width" in words(app) and "--config" in words(app)
+    assert not titles(app) and not metrics(app)
+
+
+def test_a_long_trace_is_read_in_part(monkeypatch: pytest.MonkeyPatch, directory: Path) -> None:
+    monkeypatch.setattr(placement_controls, "PAGE_TOKENS", 20_000)
+    app = visit(monkeypatch, directory, devices="4")
+    assert "Rests on about 20,000 of 108,000 tokens" in words(app) and "moescope place reads all" in words(app)
+    with store.open_run(directory / "sample.duckdb") as run:
+        plan = place(run, devices=4, max_tokens=20_000)
+        assert verdict(run, plan, max_tokens=20_000).sentence in words(app)
 
 
 def test_a_run_whose_checks_failed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
