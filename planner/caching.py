@@ -17,7 +17,7 @@ from planner.cache.reasons import reasons
 from planner.cache.setting import Setting, notes_of, setting_of
 from planner.cache.study import CurvePoint, DomainFigures, Study, WayFigures
 from planner.cache.verdict import SizePoint, judge
-from planner.cache.ways import SWEPT, WAYS, Served, Way, serve, way_of
+from planner.cache.ways import RESIDENT, SWEPT, WAYS, Served, Way, serve, way_of
 from planner.machine import Machine
 from planner.simulate.bounds import bounds
 from planner.simulate.controls import UNIFORM, decompose
@@ -132,6 +132,8 @@ def _parts(by_control: Mapping[str, Curve], each: int) -> dict[str, float]:
 def _ways(setting: Setting, slots: int) -> list[Way]:
     """Those that machine and size allow, and LRU with each way to foresee that the run allows."""
     found = _allowed(setting, slots, WAYS)
+    if slots >= setting.all_slots:
+        found = [RESIDENT, *found]
     if slots < setting.least_slots or setting.test.num_layers < 2 or setting.machine.shares_memory:
         return found
     for name in PREFETCHES:

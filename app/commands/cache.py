@@ -12,9 +12,13 @@ from app.commands.options import add_config, add_json, add_store, positive
 from app.commands.plan import memory
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import store
     from compressor.plan import Plan
+    from planner.cache.beside import Beside
     from planner.cache.study import Study
+    from planner.machine import Machine
 
 NAME = "cache"
 SUMMARY = "replay caches of experts on a run's trace and say whether caching pays on a machine, and how fast"
@@ -36,6 +40,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--steps", type=positive, metavar="N", help="layers of tokens that are replayed at most (default 600k)"
     )
+    parser.add_argument(
+        "--beside", action="store_true",
+        help="replay published policies, ways to put sequences together and orders of bit planes too",
+    )  # fmt: skip
     parser.add_argument("--allow-invalid", action="store_true", help="take a run whose checks failed all the same")
     add_store(parser)
     add_config(parser)
@@ -61,11 +69,15 @@ def run(options: argparse.Namespace) -> int:
                 opened, machine, plan=_plan(options.plan), domains=domains_of(opened, options.domains), tell=tell,
                 **_asked(options),
             )  # fmt: skip
+            also = _beside(opened, machine, options, tell) if options.beside else None
         path = store.write_plan(opened.path, json.dumps(found.content()), kind="caching")
     if options.json:
-        print(json.dumps({**found.content(), "paths": {"the study": str(path)}}))
+        more = {} if also is None else {"beside": also.content()}
+        print(json.dumps({**found.content(), **more, "paths": {"the study": str(path)}}))
     else:
         print(words(found, path=path))
+        if also is not None:
+            print(f"\n{beside_words(also)}")
     return 0
 
 
@@ -94,6 +106,28 @@ def words(found: Study, *, path: Path) -> str:
     )))  # fmt: skip
     parts.append(f"the study is written to {path}")
     return "\n\n".join(part for part in parts if part)
+
+
+def beside_words(also: Beside) -> str:
+    """Published policies, ways to put sequences together and orders of bit planes."""
+    from app.frames import caching_beside as frames
+    from app.text import table
+
+    parts = [
+        f"published policies with as many slots\n{table(frames.policies(also), rows=None)}",
+        f"sequences put together, true routes known\n{table(frames.batches(also), rows=None)}",
+    ]
+    if also.planes:
+        parts.append(f"orders of bit planes within a step\n{table(frames.planes(also), rows=None)}")
+    return "\n\n".join(parts)
+
+
+def _beside(run: store.Run, machine: Machine, options: argparse.Namespace, tell: Callable[[str], None]) -> Beside:
+    from planner.cache.beside import beside
+
+    return beside(
+        run, machine, plan=_plan(options.plan), domains=domains_of(run, options.domains), tell=tell, **_asked(options)
+    )
 
 
 def require_usable(run: store.Run, options: argparse.Namespace) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import streamlit as st
 
 from app import data, state
-from app.components import cache_charts, cache_controls, cache_export, cache_token, cache_verdict, header
+from app.components import cache_beside, cache_charts, cache_controls, cache_export, cache_token, cache_verdict, header
 from app.components.page import render
 from app.frames import caching as frames
 from moescope.errors import PlanError
@@ -52,6 +52,7 @@ def _draw(run: Run, found: Study, asked: dict[str, Any]) -> None:
     cache_charts.hits(found)
     cache_charts.domains(found)
     cache_token.section(run, found, asked)
+    cache_beside.section(run, asked)
     cache_export.section(run, found, asked)
 
 

@@ -78,7 +78,7 @@ def way_of(name: str) -> Way:
     Raises:
         PlanError: there is none.
     """
-    for one in WAYS:
+    for one in (*WAYS, RESIDENT):
         if one.name == name:
             return one
     raise PlanError(f"no way to serve {name!r}; there are {', '.join(one.name for one in WAYS)}")

@@ -1,0 +1,36 @@
+"""What else is published, on demand: it takes some seconds more."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import streamlit as st
+
+from app import data, state
+from app.components import chart
+from app.frames import caching_beside as frames
+from planner.cache.beside import Beside
+from store import Run
+
+
+def section(run: Run, asked: dict[str, Any]) -> None:
+    """Draw the section. asked: of :func:`app.frames.caching.answer`."""
+    st.subheader("Published ways beside each other", anchor=False)
+    if not state.choose_flag("Replay them too", key="beside", default=False, help="Some seconds more"):
+        return
+    with st.spinner("Replaying published policies"):
+        found: Beside = data.made(frames.compared, run, **asked)
+    percent = {name: st.column_config.NumberColumn(format="percent") for name in ("hit rate", "steps that wait")}
+    for name, frame, read in (
+        ("policies", frames.policies(found), "Which expert makes room, with the slots of this memory. Below the line "
+         "of those that know the future no engine can be; their distance is what a better policy could win."),
+        ("batches", frames.batches(found), "What runs together. All know the true routes, which flatters them; the "
+         "fewer experts a token reads, the fewer loads."),
+        ("planes", frames.planes(found), "Nested widths of 2, 3 and 4 bits, loaded plane by plane on an empty device. "
+         "Where the link decides, no order of loads gains much."),
+    ):  # fmt: skip
+        if frame.is_empty():
+            continue
+        with st.container(border=True, gap="xsmall"):
+            st.dataframe(frame, hide_index=True, width="stretch", column_config=percent)
+            chart.caption(read, frame, None, key=f"beside-{name}")

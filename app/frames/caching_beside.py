@@ -1,0 +1,59 @@
+"""Published policies, ways to put sequences together and orders of bit planes, as tables."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import polars as pl
+
+import store
+from app.frames.caching import given, narrowed, on_machine
+from planner.cache.beside import Beside, beside
+
+
+def compared(
+    run: store.Run, *, name: str, vram: int, link: str | None = None, bits: int | None = None, **asked: Any
+) -> Beside:
+    """All three comparisons; arguments as :func:`app.frames.caching.answer`.
+
+    Raises:
+        PlanError: as there.
+    """
+    return beside(run, on_machine(name, vram=vram, link=link), plan=narrowed(run, bits), **given(asked))
+
+
+def policies(found: Beside) -> pl.DataFrame:
+    """One row per policy, the best first; those that know the future, which no engine does, at the end."""
+    rows = [
+        {
+            "policy": one.title, "hit rate": one.hit_rate, "95 %": f"{one.low:.1%} to {one.high:.1%}",
+            "steps that wait": one.stalled, "ms per token, loaded": one.ms, "knows the future": one.bound,
+            "shipped by": one.engine, "source": one.source,
+        }
+        for one in found.policies
+    ]  # fmt: skip
+    return pl.DataFrame(rows)
+
+
+def batches(found: Beside) -> pl.DataFrame:
+    """One row per way to put sequences together, order of arrival first."""
+    rows = [
+        {
+            "sequences": one.title, "at once": one.size, "experts read per token and layer": one.unique,
+            "hit rate": one.hit_rate, "MB per token": one.loads_per_token / 1e6, "ms per token": one.ms,
+            "source": one.source,
+        }
+        for one in found.batches
+    ]  # fmt: skip
+    return pl.DataFrame(rows)
+
+
+def planes(found: Beside) -> pl.DataFrame:
+    """One row per order of loads within a step; empty where gate weights are missing."""
+    rows = [
+        {"bit planes": one.order, "ms per step": one.ms, "of which idle": one.idle, "no order beats": one.least}
+        for one in found.planes
+    ]
+    schema = {"bit planes": pl.String, "ms per step": pl.Float64, "of which idle": pl.Float64,
+              "no order beats": pl.Float64}  # fmt: skip
+    return pl.DataFrame(rows, schema=schema)
