@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import polars as pl
 import streamlit as st
 
 from app import state
@@ -109,15 +110,21 @@ def moved(found: Placed) -> None:
             + (f" {idle:,} slots hold an expert that their device has already, and serve nothing." if idle else ""),
             rests_on=f"{found.replicas:,} redundant slots per layer.", alt="Map of layers and experts: slots",
         )  # fmt: skip
+    if found.verdict is None:
+        _movement(changes)
+        return
     with chart.pair():
-        chart.show(
-            figures.movement_bars(changes, theme=theme), changes, key="movement",
-            read="Slots that hold another expert than in the map that engines begin with, and experts that a device "
-            "has to be sent. Engines that load the map at the start pay nothing for it; those that rebalance pay this.",
-            rests_on="Against the contiguous map with as many slots.", alt="Slots that change in every layer",
-        )  # fmt: skip
-        if found.verdict is not None:
-            domains(found)
+        _movement(changes)
+        domains(found)
+
+
+def _movement(changes: pl.DataFrame) -> None:
+    chart.show(
+        figures.movement_bars(changes, theme=state.theme()), changes, key="movement",
+        read="Slots that hold another expert than in the map that engines begin with, and experts that a device has to "
+        "be sent. Engines that load the map at the start pay nothing for it; those that rebalance pay this.",
+        rests_on="Against the contiguous map with as many slots.", alt="Slots that change in every layer",
+    )  # fmt: skip
 
 
 def domains(found: Placed) -> None:

@@ -46,10 +46,10 @@ def figures(found: Placed) -> None:
     moved = frames.movement(found)
     with st.grid(5, min_column_width=160, gap="small"):
         st.metric(
-            "Balancedness" if found.verdict else "Balancedness, these counts", f"{after['balancedness']:.3f}",
+            "Balancedness", f"{after['balancedness']:.3f}",
             f"{before['balancedness']:.3f} as experts lie", **_PLAIN,
             help="Mean over largest load of a device, per window of text and layer; 1 = all carry as much."
-            + (" On later text than the placement was made from." if found.verdict else ""),
+            + f" On {'later text than' if found.verdict else 'the counts that'} the placement was made from.",
         )  # fmt: skip
         if found.verdict is not None:
             st.metric(

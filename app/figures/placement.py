@@ -86,6 +86,8 @@ def layer_curves(frame: pl.DataFrame, *, quantity: str, theme: Theme = "light") 
     frame: ``app.frames.placement.layers``; quantity: balancedness | per_pass | remote | devices.
     """
     title, axis = _QUANTITIES[quantity]
+    if quantity == "balancedness" and not frame["per_pass"].count():
+        title = "Balancedness per layer, the counts"
     shown = frame.drop_nulls(quantity)
     if shown.is_empty():
         return message("Not known without a trace.", title=title, theme=theme)

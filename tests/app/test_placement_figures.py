@@ -163,7 +163,7 @@ def test_counts_alone_are_drawn_and_the_rest_is_a_sentence(counted: Placed) -> N
     drawn: dict[str, Any] = {figure.layout.title.text: figure for figure in every_figure(counted, "light")}
     for title in ("Load per device, as experts lie", "Slots of each expert", "What has to be moved, per layer"):
         assert drawn[title].data, title
-    assert len(drawn["Balancedness per layer, windows of text"].data) == 2
+    assert len(drawn["Balancedness per layer, the counts"].data) == 2
     for title in ("Balancedness by forward pass", "Moves from layer to layer", "By domain: balancedness per pass"):
         assert not drawn[title].data and "Not known without a trace" in drawn[title].layout.annotations[0].text
 

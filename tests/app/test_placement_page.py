@@ -150,10 +150,10 @@ def test_counts_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     }  # fmt: skip
     assert not [one for one in app.number_input if one.key == "requests"]
     assert titles(app) == [
-        "Load per device, as experts lie", "Load per device, this placement", "Balancedness per layer, windows of text",
+        "Load per device, as experts lie", "Load per device, this placement", "Balancedness per layer, the counts",
         "What has to be moved, per layer",
     ]  # fmt: skip
-    assert list(metrics(app)) == ["Balancedness, these counts", "To be sent"]
+    assert list(metrics(app)) == ["Balancedness", "To be sent"]
 
 
 def test_a_model_whose_experts_are_not_known(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
