@@ -129,6 +129,8 @@ class Trials:
         left = max(self.setting.budget.left, 0.0)
         fits = near.total <= left
         slots = self.setting.all_slots if fits else min(int(left // float(near.largest.max())), self.setting.all_slots)
+        if way.policy == "static" and not fits and widths.near == widths.far:
+            slots = self._most(way, near, left, slots)
         if slots < 1:
             raise PlanError("not one expert fits on the device")
         pinned = self._pinned(way, slots)
@@ -164,6 +166,15 @@ class Trials:
 
     def _only(self, train: Workload, test: Workload) -> Setting:
         return replace(self.setting, test=batched(test, size=self.setting.batch), apart=(train, test))
+
+    def _most(self, way: Way, sizes: ExpertSizes, left: float, slots: int) -> int:
+        """How many experts stay on the device where some are smaller than the largest; ``slots`` do for sure."""
+        low, high = slots, self.setting.all_slots
+        while low < high:
+            middle = (low + high + 1) // 2
+            fits = float(sizes.bytes[self._pinned(way, middle)].sum()) <= left
+            low, high = (middle, high) if fits else (low, middle - 1)
+        return low
 
     def _pinned(self, way: Way, slots: int) -> Flags:
         """Experts that will never leave the device: those of static ways, and the pinned part of others."""

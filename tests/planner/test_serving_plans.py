@@ -508,3 +508,20 @@ def test_the_best_plan_goes_to_engines(roomy: Serving, tight: Serving, engine: s
 @pytest.mark.parametrize(("near", "far"), trials.PAIRS)
 def test_pairs_of_widths_are_not_wider_elsewhere(near: int, far: int) -> None:
     assert near >= far
+
+
+def test_what_stays_fills_the_device(roomy: Serving, task: Task) -> None:
+    """Experts of a mixture differ in size: the next most used one, or the next layer, would not fit."""
+    seen = set()
+    for offer in roomy.offers:
+        way = WORDS.get(offer.way)
+        if way is None or way.name not in ("layers_cpu", "static_cpu") or "elsewhere" in offer.widths:
+            continue
+        sizes = expert_sizes(without_cache(offer, task), source_bits=16).bytes
+        pinned, left = flags(offer, "pinned"), roomy.memory["experts"]
+        if way.name == "layers_cpu":
+            assert offer.bytes[0] + sizes[int(pinned.all(axis=1).sum())].sum() > left
+        else:
+            assert offer.bytes[0] + sizes[~pinned].max() > left
+        seen.add((way.name, "on average" in offer.widths))
+    assert {("static_cpu", True), ("static_cpu", False), ("layers_cpu", False)} <= seen
