@@ -204,7 +204,7 @@ def _print_presets(run: store.Run, options: argparse.Namespace) -> int:
 def _print_difference(options: argparse.Namespace) -> int:
     from app.frames.compress import difference, title
     from app.text import table
-    from compressor.plan import Plan
+    from compressor.plan import Plan, ServingStep
 
     first, second = (Plan.load(path) for path in options.diff)
     frame = difference(first, second)
@@ -213,7 +213,11 @@ def _print_difference(options: argparse.Namespace) -> int:
         return 0
     print(f"first:  {title(first)}\nsecond: {title(second)}\n")
     shown = table(frame.rename({"label": "layer"}), rows=ROWS["difference"])
-    print(f"{len(frame):,} units differ\n\n{shown}" if len(frame) else "both do the same")
+    lies = [[step for step in plan.steps if isinstance(step, ServingStep)] for plan in (first, second)]
+    if lies[0] != lies[1]:
+        print("where experts lie while the model runs differs\n")
+    same = "both do the same" if lies[0] == lies[1] else "both do the same to weights"
+    print(f"{len(frame):,} units differ\n\n{shown}" if len(frame) else same)
     return 0
 
 

@@ -171,6 +171,19 @@ def test_the_best_plan_can_be_applied(place: Path, capsys: pytest.CaptureFixture
     assert cache.misses == "cpu" and sum(len(layer.pinned) for layer in cache.layers) == cache.slots
 
 
+def test_plans_that_differ_in_places_alone_are_told_apart(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for vram in ("6MiB", "7MiB"):
+        arguments = ("--vram", vram, "--context", "512", "--keep-widths", "-o", str(place / f"{vram}.json"))
+        assert main(ask(place, *arguments)) == 0
+    capsys.readouterr()
+    one, other = str(place / "6MiB.json"), str(place / "7MiB.json")
+    assert main(["plan", "--diff", one, other]) == 0
+    out = capsys.readouterr().out
+    assert "where experts lie while the model runs differs" in out and "both do the same to weights" in out
+    assert main(["plan", "--diff", one, one]) == 0
+    assert capsys.readouterr().out.endswith("both do the same\n")
+
+
 def test_names_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["recommend", "--machines"]) == 0
     out = capsys.readouterr().out
