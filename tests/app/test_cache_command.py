@@ -151,3 +151,21 @@ def test_a_run_whose_checks_failed(
     assert main(ask(place)) == 2
     assert "counts differ" in capsys.readouterr().err
     assert main(ask(place, "--allow-invalid")) == 0
+
+
+def test_published_ways_stand_beside_it(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    room = ("--vram", "9MiB", "--machine", "rtx3060")
+    assert main(ask(place, "--beside", room=room)) == 0
+    printed = capsys.readouterr().out
+    for words in ("published policies with as many slots", "HOBBIT, distance corrected", "Best possible with sets",
+                  "two-means", "in order of arrival", "the plane that most tokens use first"):  # fmt: skip
+        assert words in printed
+    content = answer(capsys, *ask(place, "--beside", "--json", room=room))
+    lru = next(one for one in content["beside"]["policies"] if one["title"] == "Least recently used")
+    each = content["slots"] // content["layers"]
+    point = next(
+        one for one in content["curves"]
+        if (one["policy"], one["control"], one["slots"]) == ("lru", "observed", each)
+    )  # fmt: skip
+    assert lru["hit_rate"] == pytest.approx(point["rate"], abs=0.02)  # slots that do not divide go to some layers
+    assert "beside" not in answer(capsys, *ask(place, "--json", room=room))

@@ -192,3 +192,14 @@ def test_an_invalid_run_is_answered_only_on_demand(monkeypatch: pytest.MonkeyPat
     assert not app.exception
     assert len(charts(app)) == len(CHARTS)
     assert "--allow-invalid" in words(app)
+
+
+def test_published_ways_are_replayed_on_demand(monkeypatch: pytest.MonkeyPatch, directory: Path) -> None:
+    def columns(app: AppTest) -> list[str]:
+        return [name for frame in app.dataframe for name in frame.value.columns]
+
+    assert not {"policy", "sequences"} & set(columns(visit(monkeypatch, directory, **ASKED)))
+    app = visit(monkeypatch, directory, **ASKED, beside="true")
+    shown = {name: frame.value for frame in app.dataframe for name in frame.value.columns}
+    assert "Least recently used" in set(shown["policy"]["policy"])
+    assert set(shown["sequences"]["sequences"]) >= {"in order of arrival", "the same, then swapped while it helps"}
