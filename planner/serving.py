@@ -257,8 +257,9 @@ def _advice(
         reasons.append(f"The slowest domain is {best.worst.domain}: {best.worst.ms:.3g} ms.")
     if best.kl is None:
         return "with care", (*reasons, UNPRICED)
-    blind = min((one for one in offers if one.kl is None), key=lambda one: one.ms, default=None)
-    if blind is not None and blind.ms < 0.9 * best.ms:
+    faster = [one for one in offers if one.kl is None and one.ms < 0.9 * best.ms]
+    if faster:
+        blind = min(faster, key=lambda one: (one.plan.estimate.bytes_saved, one.ms))  # the widest will cost least
         reasons.append(f"Experts {blind.widths} would take {blind.ms:.3g} ms, {blind.way}. {UNPRICED}")
     if best.kl > quality:
         return "with care", (
