@@ -56,7 +56,7 @@ def study(
         plan: what is done to the checkpoint first.
         seed: of controls and resampling.
         tell: told what is being worked out.
-        asked: context, batch, other_weights, domains, phase, steps: as :func:`planner.cache.setting.setting_of`.
+        asked: context, batch, chunk, other_weights, domains, phase, steps: as :func:`planner.cache.setting.setting_of`.
 
     Raises:
         PlanError: as there.
@@ -224,8 +224,10 @@ def _outside(setting: Setting, phase: str) -> list[str]:
             f" hold: {size(beyond)} would have to be read from disk, which these times leave out; moescope"
             " recommend --vram counts it."
         )
-    if phase == "prompt":
-        told.append("Tokens of prompts are replayed one after another, as in decoding; engines read them in chunks.")
+    if setting.chunk > 1:
+        told.append(f"Text is read {setting.chunk} tokens at a time, as prompts are: times are of reading it.")
+    elif phase == "prompt":
+        told.append("Tokens of prompts are replayed one after another, as in decoding: --chunk reads many at once.")
     if setting.batch > 1:
         told.append(
             f"Sequences run {setting.batch} at a time until the longest of them ends:"

@@ -23,6 +23,7 @@ from planner.candidates import Request
 from planner.guard import Rule
 from planner.machine import Machine
 from planner.recommendation import CARE
+from planner.source import packed_bits
 
 Word = Literal["as it is", "serve", "with care", "leave it"]
 """``as it is``: all experts fit on the device in the width that they have. ``serve``: the first plan costs little.
@@ -165,7 +166,8 @@ def serving(
     request = Request(run=run, memory=0, domains=asked.get("domains"), guard=guard, allow_invalid=allow_invalid)
     task = replace(request.task(), form="packed", bits=16.0)
     tried = Trials(setting, task)
-    for widths in widths_of(task, keep=keep_widths):
+    packed = packed_bits(run)
+    for widths in widths_of(task, keep=keep_widths or packed is not None):
         tell(f"serving experts {widths.words}")
         if tried.all_fit(widths):
             if widths.near == widths.far:

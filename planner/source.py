@@ -68,6 +68,28 @@ def value_bytes(run: store.Run) -> int | None:
     return TYPE_BYTES.get(named.removeprefix("torch."))
 
 
+PACKED_BITS = {"mxfp4": 4.25, "fp8": 8.0, "fbgemm_fp8": 8.0, "bitsandbytes_4bit": 4.5, "bitsandbytes_8bit": 8.0}
+"""Bits of a weight with its scales, by the name of a checkpoint's quantization."""
+
+
+def packed_bits(run: store.Run) -> float | None:
+    """Bits of a weight of the experts where the checkpoint is quantized, scales counted; None where it is not.
+
+    From ``quantization_config``; of those that state ``bits``, one scale of 16 bits and one zero point per group.
+    """
+    given = next((one["quantization_config"] for one in _configs(run.info.model_config)
+                  if isinstance(one.get("quantization_config"), Mapping)), None)  # fmt: skip
+    if given is None:
+        return None
+    method = str(given.get("quant_method", "")).lower()
+    if method == "bitsandbytes":
+        method += "_8bit" if given.get("load_in_8bit") else "_4bit"
+    bits, group = given.get("bits"), given.get("group_size") or 128
+    if method in PACKED_BITS or not isinstance(bits, int) or not isinstance(group, int):
+        return PACKED_BITS.get(method)
+    return bits + (16 + bits) / group if group > 0 else float(bits)
+
+
 def _refuse_other_layouts(run: store.Run) -> None:
     if not run.layers:
         raise PlanError(f"run {run.name!r} has no MoE layer, so there is nothing to plan")

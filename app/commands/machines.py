@@ -32,9 +32,12 @@ def add_machine(parser: argparse.ArgumentParser) -> None:
 
 
 def add_serving(parser: argparse.ArgumentParser) -> None:
-    """--context, --batch and --phase."""
+    """--context, --batch, --chunk and --phase."""
     parser.add_argument("--context", type=positive, metavar="TOKENS", help="whose keys and values are kept (4096)")
     parser.add_argument("--batch", type=positive, metavar="N", help="sequences that are decoded together (default 1)")
+    parser.add_argument(
+        "--chunk", type=positive, metavar="TOKENS", help="read text so many tokens at a time, as prompts"
+    )
     parser.add_argument("--phase", choices=PHASES, help="tokens that are replayed, one after another (default any)")
 
 
@@ -55,7 +58,7 @@ def machine_of(options: argparse.Namespace) -> Machine:
 
 def asked_of(options: argparse.Namespace) -> dict[str, Any]:
     """What the options say of how it is served, without what nobody said."""
-    asked = {name: getattr(options, name, None) for name in ("context", "batch", "phase", "other_weights")}
+    asked = {name: getattr(options, name, None) for name in ("context", "batch", "chunk", "phase", "other_weights")}
     return {name: value for name, value in asked.items() if value is not None}
 
 

@@ -102,7 +102,7 @@ def _consistency_step(run: store.Run) -> list[tuple[str, str]]:
     text = f"SRP over 16 tokens is {value['observed']:.1%}"
     if "shuffled" in value:
         text += f"; popularity alone gives {value['shuffled']:.1%}"
-    return [("Local consistency", text + ". It says whether caching experts can pay.")]
+    return [("Local consistency", text + ". Whether caching experts pays on a machine: page Cache.")]
 
 
 def omissions(run: store.Run) -> pl.DataFrame:

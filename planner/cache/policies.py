@@ -39,11 +39,22 @@ class Rule:
         return ", ".join(parts + (["one cache for all layers"] if self.shared else []))
 
 
+NARROW = 0.25
+"""Bytes of a narrow version by those of a full one: fp16 and int4, or int8 and int2, HOBBIT's pairs."""
+
+FULL = 0.75
+"""Part of the slots that hold full versions, where narrow ones are loaded too; ours: the paper does not say."""
+
+MIXED = {"thresholds": (0.6, 0.9)}
+"""HOBBIT's T1 and T2 for Mixtral."""
+
 RULES: tuple[Rule, ...] = (
     Rule("static", True), Rule("lru"), Rule("lru", True), Rule("lfu"), Rule("lfu", True), Rule("lfu_in_cache", True),
     Rule("arc"), Rule("mixtral_offloading"), Rule("moe_infinity", True, "as published"),
     Rule("moe_infinity", True, "as released", {"behaviour": "released"}), Rule("hobbit", True, "distance corrected"),
-    Rule("hobbit", True, "distance as printed", {"distance": "paper"}), Rule("edgemoe", True, "distance corrected"),
+    Rule("hobbit", True, "distance as printed", {"distance": "paper"}),
+    Rule("hobbit", True, "least weights in a quarter of the bits or left out", MIXED),
+    Rule("edgemoe", True, "distance corrected"),
     Rule("fate"), Rule("window", words="the next pass known", parameters={"foresight": 1}),
     Rule("window", words="the next 4 known", parameters={"foresight": 4}),
     Rule("window", words="the next 16 known", parameters={"foresight": 16}), Rule("min_set"),
@@ -96,9 +107,14 @@ def compare(
     for rule in RULES:
         tell(f"replaying {rule.title}")
         room: dict[str, Any] = {"slots": slots, "shared": True} if rule.shared else {"layer_slots": each.tolist()}
+        if rule.parameters is MIXED:
+            if work.weights is None or (work.pass_tokens > 1).any():
+                continue  # it goes by the gate weights of one token
+            full = round(FULL * slots)
+            room = {"slots": full, "narrow_slots": int((slots - full) / NARROW), "shared": True}
         outcome = replay(work, policy=rule.policy, train=setting.train, seed=seed, **room, **rule.parameters)
         ends = hit_rate_interval(outcome, domains=work.domains, seed=seed)
-        clock = timeline(work, outcome, setting.test_costs, link=setting.machine.link)
+        clock = timeline(work, outcome, setting.test_costs, link=setting.machine.link, narrow_part=NARROW)
         known = policy(rule.policy)
         found.append(
             PolicyFigures(

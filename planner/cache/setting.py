@@ -20,8 +20,8 @@ from planner.machine import Machine
 from planner.simulate.controls import UNIFORM, controls
 from planner.simulate.prefetch.cross_layer_gate import Recorded, recall_of
 from planner.simulate.timeline import StepCosts
-from planner.simulate.workload import Workload, batched, workload_of
-from planner.source import source_of, value_bytes
+from planner.simulate.workload import Workload, batched, prefill, workload_of
+from planner.source import packed_bits, source_of, value_bytes
 from profiler.metrics.controls import uniform_tokens
 
 STEPS = 600_000
@@ -52,6 +52,8 @@ class Setting:
         dense_bits: bits of the weights beside routed experts.
         other: bytes of all of these, if they were given.
         recorded: how well routers that were run one layer early foresaw experts; None where the run has none.
+        chunk: tokens of a prompt that one pass reads; 1 = tokens one after another, as in decoding.
+        packed: bits of a weight of the experts where the checkpoint is quantized already; None where it is not.
         apart: ``train`` and ``test`` before sequences were put together to be decoded together; None = they are not.
     """
 
@@ -68,6 +70,8 @@ class Setting:
     dense_bits: float
     other: int | None
     recorded: Recorded | None = None
+    chunk: int = 1
+    packed: float | None = None
     apart: tuple[Workload, Workload] | None = None
 
     @property
@@ -99,19 +103,22 @@ class Setting:
 
     def costs_of(self, work: Workload) -> StepCosts:
         """Seconds of the steps of other passes of the same model."""
-        return _costs(work, self.machine, self.sizes, self.rest, self.context, self.dense_bits, self.other)
+        return _costs(work, self.machine, self.sizes, self.rest, self.context, self.dense_bits, self.other, self.chunk)
+
+    def together(self, work: Workload) -> Workload:
+        """Single tokens put together as the setting says: sequences side by side, or chunks of prompts."""
+        return _together(work, self.batch, self.chunk)
 
     def with_sizes(self, sizes: ExpertSizes) -> Setting:
         """The same with experts of other widths."""
-        costs = _costs(self.test, self.machine, sizes, self.rest, self.context, self.dense_bits, self.other)
-        return replace(self, sizes=sizes, test_costs=costs)
+        found = replace(self, sizes=sizes)
+        return replace(found, test_costs=found.costs_of(self.test))
 
     def on(self, train: Workload, test: Workload) -> Setting:
-        """The same with other requests, of single tokens: they are put together as ``batch`` says."""
-        mine, theirs = (batched(one, size=self.batch) for one in (train, test))
-        costs = _costs(theirs, self.machine, self.sizes, self.rest, self.context, self.dense_bits, self.other)
-        apart = None if self.batch == 1 else (train, test)
-        return replace(self, train=mine, test=theirs, test_costs=costs, apart=apart)
+        """The same with other requests, of single tokens: they are put together as the setting says."""
+        mine, theirs = self.together(train), self.together(test)
+        apart = None if self.batch == self.chunk == 1 else (train, test)
+        return replace(self, train=mine, test=theirs, test_costs=self.costs_of(theirs), apart=apart)
 
     def controls(self, *, seed: int) -> dict[str, Setting]:
         """The same on each control: tokens shuffled in their requests and over all, and random experts.
@@ -143,6 +150,7 @@ def setting_of(
     plan: Plan | None = None,
     context: int = CONTEXT,
     batch: int = 1,
+    chunk: int = 1,
     other_weights: int | None = None,
     domains: Sequence[str] | None = None,
     phase: str = "any",
@@ -157,6 +165,7 @@ def setting_of(
         plan: what is done to the checkpoint first: its widths are what experts take; None = nothing.
         context: tokens whose keys and values are kept, per sequence.
         batch: sequences that are decoded together.
+        chunk: tokens of a prompt that one pass reads, as in prefill; 1 = tokens one after another, as in decoding.
         other_weights: bytes of all weights beside routed experts; None = estimated from the configuration.
         domains: whose requests count; None = all.
         phase: ``any``, ``prompt`` or ``decode``: which tokens are replayed, one after another, as in decoding.
@@ -173,25 +182,39 @@ def setting_of(
     weight = value_bytes(run)
     if weight is None:
         raise PlanError(f"run {run.name!r} does not know the type of its model's weights: import it with --config")
-    sizes = expert_sizes(plan or source, source_bits=8.0 * weight)
+    packed = packed_bits(run)
+    if plan is not None and packed is not None and plan.for_checkpoint:
+        raise PlanError(f"the experts of {source.model} are packed in {packed:g} bits already, and the plan edits them")
+    sizes = expert_sizes(plan or source, source_bits=8.0 * weight if packed is None else packed)
     rest = _rest(run, source, other_weights)
-    budget = _budget(machine, rest, source, context, batch, 8.0 * weight, other_weights)
+    if batch > 1 and chunk > 1:
+        raise PlanError(f"batch {batch} and chunk {chunk}: sequences are decoded together or prompts read, ask for one")
+    budget = _budget(machine, rest, source, context, batch, chunk, 8.0 * weight, other_weights)
     _require_room(budget, source, sizes, narrow)
     work = workload_of(run, domains=domains, phase=phase, max_tokens=max(2 * steps // max(len(run.layers), 1), 2))
     apart = _halves(_with_weights(work, sizes), run.name)
-    train, test = (batched(half, size=batch) for half in apart)
-    costs = _costs(test, machine, sizes, rest, context, 8.0 * weight, other_weights)
+    train, test = (_together(half, batch, chunk) for half in apart)
+    costs = _costs(test, machine, sizes, rest, context, 8.0 * weight, other_weights, chunk)
     return Setting(
         machine=machine, source=source, sizes=sizes, rest=rest, budget=budget, train=train, test=test, test_costs=costs,
         context=context, batch=batch, dense_bits=8.0 * weight, other=other_weights,
-        recorded=_recorded(run, test), apart=None if batch == 1 else apart,
+        recorded=_recorded(run, test), chunk=chunk, packed=packed, apart=None if batch == chunk == 1 else apart,
     )  # fmt: skip
+
+
+def _together(work: Workload, batch: int, chunk: int) -> Workload:
+    return prefill(work, chunk=chunk) if chunk != 1 else batched(work, size=batch)
 
 
 def notes_of(setting: Setting) -> tuple[str, ...]:
     """What was assumed of machine and memory, in sentences."""
     machine, budget = setting.machine, setting.budget
     notes = [f"{machine.title[:1].upper()}{machine.title[1:]}: {machine.note}."] if machine.note else []
+    if setting.packed is not None:
+        notes.append(
+            f"The checkpoint keeps experts in {setting.packed:g} bits already: narrower ones take the weights that it"
+            " comes from."
+        )
     if budget.estimated:
         notes.append("What lies on the device beside experts is estimated from the model's configuration.")
     return (*notes, *(f"{one[0].upper()}{one[1:].rstrip('.')}." for one in budget.assumed))
@@ -272,11 +295,13 @@ def _rest(run: store.Run, source: Source, other: int | None) -> DensePart | None
 
 
 def _budget(
-    machine: Machine, rest: DensePart | None, source: Source, context: int, batch: int, bits: float, other: int | None
-) -> MemoryBudget:
+    machine: Machine, rest: DensePart | None, source: Source, context: int, batch: int, chunk: int, bits: float,
+    other: int | None,
+) -> MemoryBudget:  # fmt: skip
     """What is left may be less than nothing."""
     if rest is not None:
-        found = memory_budget(_ENDLESS, rest, source, context=context, batch=batch, dense_bits=bits, other=other)
+        found = memory_budget(_ENDLESS, rest, source, context=context, batch=batch, chunk=chunk, dense_bits=bits,
+                              other=other)  # fmt: skip
         return replace(found, total=machine.vram)
     return MemoryBudget(
         total=machine.vram, other=float(other or 0), kv=0.0, activations=0.0, estimated=False,
@@ -286,6 +311,10 @@ def _budget(
 
 def _costs(
     work: Workload, machine: Machine, sizes: ExpertSizes, rest: DensePart | None, context: int, bits: float,
-    other: int | None,
+    other: int | None, chunk: int,
 ) -> StepCosts:  # fmt: skip
-    return step_costs(work, machine, sizes=sizes, rest=rest, context=context, dense_bits=bits, other=other)
+    """Chunks of a prompt read keys and values of one sequence, whatever their length."""
+    return step_costs(
+        work, machine, sizes=sizes, rest=rest, context=context, dense_bits=bits, other=other,
+        sequences=None if chunk == 1 else 1,
+    )  # fmt: skip

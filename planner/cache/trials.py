@@ -18,7 +18,7 @@ from planner.cache.ways import Flags, Served, Way, allotted, serve
 from planner.entry import make
 from planner.estimate.memory import ExpertSizes, expert_sizes
 from planner.presets import DEFAULT_QUANTIZER
-from planner.simulate.workload import Workload, batched
+from planner.simulate.workload import Workload
 from planner.source import value_bytes
 from planner.task import Task
 
@@ -165,7 +165,7 @@ class Trials:
         return tuple(sorted((domains_of(one)[0] for one in found), key=lambda row: -row.ms))
 
     def _only(self, train: Workload, test: Workload) -> Setting:
-        return replace(self.setting, test=batched(test, size=self.setting.batch), apart=(train, test))
+        return replace(self.setting, test=self.setting.together(test), apart=(train, test))
 
     def _most(self, way: Way, sizes: ExpertSizes, left: float, slots: int) -> int:
         """How many experts stay on the device where some are smaller than the largest; ``slots`` do for sure."""

@@ -16,7 +16,7 @@ from planner.simulate.curves import curve
 from planner.simulate.outcome import Outcome
 from planner.simulate.split import split
 from planner.simulate.timeline import Timeline, prefetching, timeline
-from planner.simulate.workload import Workload, batched
+from planner.simulate.workload import Workload
 from profiler.metrics._arrays import FloatArray, ratio
 
 Flags = NDArray[np.bool_]
@@ -285,7 +285,7 @@ def _prefetched(setting: Setting, way: Way, layer_slots: Slots) -> Timeline:
     width = min(max(single.top_k), single.num_experts)
     foreseen = find(way.prefetch).predict(single, train=train, ahead=1, width=width, **given)
     if setting.apart is not None:
-        united = together(foreseen, single, lambda tokens: batched(tokens, size=setting.batch))
+        united = together(foreseen, single, setting.together)
         foreseen = united.first(int(work.needed.max()))
     return prefetching(
         work, setting.test_costs, predicted=foreseen.ids, slots=layer_slots, link=setting.machine.link, ahead=1

@@ -220,7 +220,7 @@ def test_sentences_are_sentences(tmp_path: Path, share: float, options: dict[str
         assert re.fullmatch(r"[A-Z].*[^.]\.", text), text
         assert not re.search(r"nan|inf\b|None|-0\b|  |%%|\b1 experts|\be[+-]\d", text), text
     assert not found.verdict.sentence.endswith(".")
-    assert any("read them in chunks" in note for note in found.notes) is ("phase" in options)
+    assert any("as in decoding: --chunk" in note for note in found.notes) is ("phase" in options)
     assert any("Sequences run 3 at a time" in note for note in found.notes) is ("batch" in options)
 
 
