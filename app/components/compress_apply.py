@@ -14,7 +14,7 @@ import store
 from app import jobs, state
 from app.components import chart, compress_export
 from app.job_paths import checked_destination, checked_source, checked_texts
-from app.text import duration
+from app.text import duration, from_here
 from compressor.plan import Plan
 from moescope.errors import MoescopeError
 from store import Run
@@ -98,12 +98,6 @@ def _planning(target: str, asked: dict[str, Any]) -> str:
     settings = {name: value for name, value in asked.items() if name not in _OPTIONS}
     words += [f"--set {name}={shlex.quote(json.dumps(value))}" for name, value in settings.items()]
     return f"moescope plan {target} {' '.join(words)} -o plan.json"
-
-
-def from_here(path: Path) -> str:
-    """A path as it is typed in the folder that the dashboard was started in."""
-    here = Path.cwd()
-    return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)
 
 
 def running_jobs(run: Run) -> None:

@@ -8,10 +8,9 @@ from typing import Any
 import streamlit as st
 
 from app import jobs, state
-from app.components.compress_apply import from_here
 from app.frames import compress_curve as frames
 from app.job_paths import checked_source, checked_texts
-from app.text import size
+from app.text import from_here, size
 from moescope.errors import MoescopeError
 from planner.recommendation import Candidate, Recommendation
 from store import Run

@@ -10,6 +10,7 @@ import streamlit as st
 from app import state
 from app.components import chart
 from app.frames.placement import Placed
+from app.text import from_here
 from compressor.exporters import EXPORTERS
 from moescope.errors import MoescopeError
 from planner.placing import BATCH
@@ -58,7 +59,7 @@ def _one(engine: Any, found: Placed) -> None:
 
 def command(run: Run, asked: dict[str, Any]) -> str:
     """The command that makes the placement of the page; of the whole trace."""
-    words = ["moescope", "place", str(run.path), "--devices", str(asked["devices"]), "--method", asked["method"]]
+    words = ["moescope", "place", from_here(run.path), "--devices", str(asked["devices"]), "--method", asked["method"]]
     for name, default in (("nodes", 1), ("redundant", 0), ("batch", BATCH)):
         if asked.get(name, default) != default:
             words += [f"--{name}", str(asked[name])]

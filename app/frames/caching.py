@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import shlex
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import polars as pl
 
 import planner
 import store
-from app.text import size
+from app.text import from_here, size
 from compressor.plan import Plan
 from moescope.errors import PlanError
 from planner.cache.chosen import chosen_plan
@@ -149,8 +148,7 @@ def commands(
     if asked.get("other_weights") is not None:
         words.append(f"--other-weights {asked['other_weights']}")
     words += ["--allow-invalid"] if run.badge.status == "invalid" else []
-    path = Path.cwd()
-    target = shlex.quote(str(run.path.relative_to(path) if run.path.is_relative_to(path) else run.path))
+    target = shlex.quote(from_here(run.path))
     narrow = []
     if bits is not None:
         narrow = [f"moescope plan {target} --preset uniform_bits --bits {_ROOM} --set widths=[{bits}] -o narrow.json"]
