@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from app.commands.inputs import require_usable
 from app.commands.machines import add_machine, add_serving, asked_of, list_machines, machine_of
 from app.commands.options import add_config, add_json, add_store, positive
 from app.commands.plan import memory
@@ -64,6 +65,7 @@ def run(options: argparse.Namespace) -> int:
     machine = machine_of(options)
     with Stoppable(), store.open_run(store.Catalog(options.store).resolve(options.target)) as opened:
         require_usable(opened, options)
+        _require_trace(opened)
         with Telling() as tell:
             found = study(
                 opened, machine, plan=_plan(options.plan), domains=domains_of(opened, options.domains), tell=tell,
@@ -130,24 +132,13 @@ def _beside(run: store.Run, machine: Machine, options: argparse.Namespace, tell:
     )
 
 
-def require_usable(run: store.Run, options: argparse.Namespace) -> None:
-    """Refuse a run on which nothing can rest.
-
-    Raises:
-        InputError: it is still being collected, has no trace, or its checks failed.
-    """
+def _require_trace(run: store.Run) -> None:
     from moescope.errors import InputError
 
-    if run.live:
-        raise InputError(f"run {run.name!r} is still being collected: ask when it is finished")
     if not run.has_trace:
         raise InputError(
             f"run {run.name!r} holds counts and no trace, and caches depend on the order of tokens: record or import"
             " selections token by token; moescope place needs counts alone"
-        )
-    if run.badge.status == "invalid" and not options.allow_invalid:
-        raise InputError(
-            f"the checks of run {run.name!r} failed ({run.badge.reason}): collect it again, or give --allow-invalid"
         )
 
 

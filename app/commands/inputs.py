@@ -11,6 +11,7 @@ from app.commands.options import positive
 if TYPE_CHECKING:
     from torch import nn
 
+    import store
     from profiler.corpus import Corpus
 
 
@@ -77,6 +78,22 @@ def require_placement(options: argparse.Namespace) -> None:
     from profiler.capture.placement import plan_placement
 
     plan_placement(options.device, options.device_map, options.memory_limit, options.offload_folder)
+
+
+def require_usable(run: store.Run, options: argparse.Namespace) -> None:
+    """Refuse a run that nothing can rest on, before anything is tried in vain; options: with ``allow_invalid``.
+
+    Raises:
+        InputError: it is still being collected, or its checks failed.
+    """
+    from moescope.errors import InputError
+
+    if run.live:
+        raise InputError(f"run {run.name!r} is still being collected: ask when it is finished")
+    if run.badge.status == "invalid" and not options.allow_invalid:
+        raise InputError(
+            f"the checks of run {run.name!r} failed ({run.badge.reason}): collect it again, or give --allow-invalid"
+        )
 
 
 def open_text(options: argparse.Namespace, tokenizer: Any, *, generation_prompt: bool = False) -> Corpus:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from app.commands import serving_advice
-from app.commands.inputs import add_corpus, add_model, open_model, open_text, require_placement
+from app.commands.inputs import add_corpus, add_model, open_model, open_text, require_placement, require_usable
 from app.commands.machines import add_machine, add_serving, list_machines
 from app.commands.options import add_config, add_json, add_store, positive
 from app.commands.plan import ENGINES, memory
@@ -99,7 +99,7 @@ def run(options: argparse.Namespace) -> int:
         return 0
     _refuse(options)
     with Stoppable(), store.open_run(store.Catalog(options.store).resolve(options.target)) as opened:
-        _require_usable(opened, options)
+        require_usable(opened, options)
         if serving_advice.wanted(options):
             return serving_advice.run(opened, options, _domains(opened, options))
         request, notes = _request(opened, options)
@@ -206,22 +206,6 @@ def _request(run: store.Run, options: argparse.Namespace) -> tuple[Request, list
         guard=not options.no_guard, allow_invalid=options.allow_invalid,
     )  # fmt: skip
     return request, notes
-
-
-def _require_usable(run: store.Run, options: argparse.Namespace) -> None:
-    """Refuse a run that no plan can rest on, before every method is tried in vain.
-
-    Raises:
-        InputError: it is still being collected, or its checks failed.
-    """
-    from moescope.errors import InputError
-
-    if run.live:
-        raise InputError(f"run {run.name!r} is still being collected: ask when it is finished")
-    if run.badge.status == "invalid" and not options.allow_invalid:
-        raise InputError(
-            f"the checks of run {run.name!r} failed ({run.badge.reason}): collect it again, or give --allow-invalid"
-        )
 
 
 def _domains(run: store.Run, options: argparse.Namespace) -> list[str] | None:

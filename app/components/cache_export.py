@@ -8,16 +8,13 @@ import streamlit as st
 
 import store
 from app import data, state
-from app.components import chart
+from app.components import chart, engine_file
 from app.frames import caching as frames
 from compressor.exporters import EXPORTERS
 from compressor.plan import Plan
 from moescope.errors import MoescopeError
 from planner.cache.study import Study
 from store import Run
-
-SHOWN = 6
-"""Sentences about what is left out that are listed for each engine."""
 
 
 def section(run: Run, found: Study, asked: dict[str, Any]) -> None:
@@ -37,7 +34,7 @@ def section(run: Run, found: Study, asked: dict[str, Any]) -> None:
     with st.expander("Files for engines", icon=":material/upload_file:"):
         for engine in EXPORTERS:
             if engine.step == "cache":
-                _file(engine, plan)
+                engine_file.show(engine, plan)
     st.markdown("In a terminal:")
     st.code(frames.commands(run, **asked), language="bash")
 
@@ -54,21 +51,3 @@ def _plan(run: Run, plan: Plan) -> None:
             key="download-cache-plan", icon=":material/download:", on_click="ignore",
         )  # fmt: skip
         st.caption(f"Plan {plan.digest[:12]}; the same run and the same choice give the same bytes.")
-
-
-def _file(engine: Any, plan: Plan) -> None:
-    """One engine's file, or why there is none."""
-    try:
-        exported = engine.export(plan)
-    except MoescopeError as error:
-        st.markdown(f"- **{state.plain(engine.title)}**: {state.plain(str(error), 400)}")
-        return
-    st.download_button(
-        state.plain(engine.title), exported.content, f"{chart.file_name(engine.name)}{engine.suffix}",
-        "application/octet-stream" if exported.binary is not None else "text/plain",
-        key=f"export-{engine.name}", icon=":material/download:", on_click="ignore",
-    )  # fmt: skip
-    lines = [*exported.notes, *(f"left out: {one}" for one in exported.left_out[:SHOWN])]
-    if len(exported.left_out) > SHOWN:
-        lines.append(f"left out: {len(exported.left_out) - SHOWN} more; moescope export --json lists all")
-    st.caption("\n".join(f"- {state.plain(line, 300)}" for line in lines))

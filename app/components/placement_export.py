@@ -7,17 +7,12 @@ from typing import Any
 
 import streamlit as st
 
-from app import state
-from app.components import chart
+from app.components import chart, engine_file
 from app.frames.placement import Placed
 from app.text import from_here
 from compressor.exporters import EXPORTERS
-from moescope.errors import MoescopeError
 from planner.placing import BATCH
 from store import Run
-
-SHOWN = 6
-"""Sentences about what is left out that are listed."""
 
 
 def section(run: Run, found: Placed, asked: dict[str, Any]) -> None:
@@ -28,7 +23,7 @@ def section(run: Run, found: Placed, asked: dict[str, Any]) -> None:
         for engine in EXPORTERS:
             if engine.step == "place":
                 with st.container(border=True, gap="xsmall", height="stretch"):
-                    _one(engine, found)
+                    engine_file.show(engine, found.plan)
         with st.container(border=True, gap="xsmall", height="stretch"):
             st.download_button(
                 "Plan of moescope", found.plan.text(), f"{chart.file_name('placement')}.json", "application/json",
@@ -37,24 +32,6 @@ def section(run: Run, found: Placed, asked: dict[str, Any]) -> None:
             st.caption("- For moescope export, and as a record of what this rests on.")
     st.caption("The same from a terminal, where the plan is kept beside the run:")
     st.code(command(run, asked), language="bash")
-
-
-def _one(engine: Any, found: Placed) -> None:
-    try:
-        exported = engine.export(found.plan)
-    except MoescopeError as error:
-        st.markdown(f"**{state.plain(engine.title)}**")
-        st.caption(f"Cannot be written: {state.plain(str(error), 400)}")
-        return
-    st.download_button(
-        engine.title, exported.content, f"{chart.file_name(engine.name)}{engine.suffix}",
-        "application/octet-stream" if exported.binary is not None else "text/plain",
-        key=f"export-{engine.name}", icon=":material/download:", on_click="ignore",
-    )  # fmt: skip
-    lines = [*exported.notes, *(f"left out: {one}" for one in exported.left_out[:SHOWN])]
-    if len(exported.left_out) > SHOWN:
-        lines.append(f"left out: {len(exported.left_out) - SHOWN} more; moescope export --json lists all")
-    st.caption("\n".join(f"- {state.plain(line, 400)}" for line in lines))
 
 
 def command(run: Run, asked: dict[str, Any]) -> str:
