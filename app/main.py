@@ -10,6 +10,7 @@ import streamlit as st
 from app import data, state
 from app.components import header
 from app.components.theme_watch import theme_watch
+from app.sample import remarks
 from app.views import PAGES
 from moescope import __version__
 from moescope.errors import MoescopeError
@@ -49,6 +50,8 @@ def _about(entry: Entry) -> None:
         header.badge(run.badge)
         size = "" if run.live else f" · {run.info.tokens:,} tokens · {run.info.sequences:,} sequences"
         st.caption(state.plain(run.info.model) + size)
+        for remark in remarks(run):
+            st.caption(remark)
     except MoescopeError:
         st.badge("cannot be read", color="red")
 

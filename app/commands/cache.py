@@ -13,7 +13,7 @@ from app.commands.options import add_config, add_json, add_store, positive
 from app.commands.plan import memory
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     import store
     from compressor.plan import Plan
@@ -55,6 +55,7 @@ def run(options: argparse.Namespace) -> int:
     """Replay, time, and print the verdict; the study is kept beside the run."""
     import store
     from app.progress import Stoppable
+    from app.sample import remarks
     from app.telling import Telling
     from planner.caching import study
 
@@ -77,13 +78,13 @@ def run(options: argparse.Namespace) -> int:
         more = {} if also is None else {"beside": also.content()}
         print(json.dumps({**found.content(), **more, "paths": {"the study": str(path)}}))
     else:
-        print(words(found, path=path))
+        print(words(found, path=path, remarks=remarks(opened)))
         if also is not None:
             print(f"\n{beside_words(also)}")
     return 0
 
 
-def words(found: Study, *, path: Path) -> str:
+def words(found: Study, *, path: Path, remarks: Sequence[str] = ()) -> str:
     """The study on one screen: the verdict and why, ways, sizes, domains, and what was assumed."""
     from app.frames import caching as frames
     from app.text import size, table
@@ -104,7 +105,7 @@ def words(found: Study, *, path: Path) -> str:
         parts.append(f"by domain, {best.title}\n{table(frames.domains(found), rows=None)}")
     parts.append("\n".join((
         f"judged on {found.tokens:,} tokens of {found.requests:,} requests, fitted on others; 95 % intervals over"
-        " requests", *(f"note: {note}" for note in found.notes),
+        " requests", *(f"note: {note}" for note in (*found.notes, *remarks)),
     )))  # fmt: skip
     parts.append(f"the study is written to {path}")
     return "\n\n".join(part for part in parts if part)

@@ -92,6 +92,7 @@ def run(options: argparse.Namespace) -> int:
 def _place(run: store.Run, options: argparse.Namespace) -> int:
     import store
     from app.frames.placement import placed
+    from app.sample import remarks
     from planner.placing import BATCH
 
     names = [name.strip() for name in (options.domains or "").split(",") if name.strip()]
@@ -106,7 +107,7 @@ def _place(run: store.Run, options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps({"path": str(path), **content(found)}))
     else:
-        print(words(found))
+        print("\n".join((words(found), *remarks(run))))
         print("\n" + "\n".join(f"written to {one}" for one in (path, options.output) if one is not None))
     return 0
 

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 from app.commands.machines import asked_of, machine_of
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import store
     from planner.serving import Serving
 
@@ -58,6 +60,7 @@ def refuse_alone(options: argparse.Namespace) -> None:
 
 def run(opened: store.Run, options: argparse.Namespace, domains: list[str] | None) -> int:
     """Try, print and keep."""
+    from app.sample import remarks
     from app.telling import Telling
     from planner.serving import serving
 
@@ -77,11 +80,11 @@ def run(opened: store.Run, options: argparse.Namespace, domains: list[str] | Non
     if options.json:
         print(json.dumps({**found.content(), "paths": {key: str(at) for key, at in paths.items()}}))
     else:
-        print(words(found, paths=paths))
+        print(words(found, paths=paths, remarks=remarks(opened)))
     return 0
 
 
-def words(found: Serving, *, paths: dict[str, Path]) -> str:
+def words(found: Serving, *, paths: dict[str, Path], remarks: Sequence[str] = ()) -> str:
     """The advice on one screen: where the memory goes, why, offers, and what was assumed."""
     from app.frames.serving import offers
     from app.text import size, table
@@ -94,7 +97,7 @@ def words(found: Serving, *, paths: dict[str, Path]) -> str:
     if found.offers:
         title = "KL divergence is predicted, nats per token; * = none is both faster and cheaper"
         parts.append(f"{title}\n{table(offers(found), rows=ROWS)}")
-    parts.append("\n".join(f"note: {note}" for note in found.notes))
+    parts.append("\n".join(f"note: {note}" for note in (*found.notes, *remarks)))
     if found.refused:
         parts.append(f"{len(found.refused)} combinations do not go; --json says why.")
     parts.append("\n".join(f"{what} is written to {path}" for what, path in paths.items()))
