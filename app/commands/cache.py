@@ -102,7 +102,7 @@ def words(found: Study, *, path: Path, remarks: Sequence[str] = ()) -> str:
     ]
     if len(found.domains) > 1:
         best = next((one for one in found.ways if one.needs_trace), found.best)
-        parts.append(f"by domain, {best.title}\n{table(frames.domains(found), rows=None)}")
+        parts.append(f"by domain, {best.title}\n{table(frames.told_domains(found), rows=None)}")
     parts.append("\n".join((
         f"judged on {found.tokens:,} tokens of {found.requests:,} requests, fitted on others; 95 % intervals over"
         " requests", *(f"note: {note}" for note in (*found.notes, *remarks)),
@@ -117,7 +117,7 @@ def beside_words(also: Beside) -> str:
     from app.text import table
 
     parts = [
-        f"published policies with as many slots\n{table(frames.policies(also), rows=None)}",
+        f"published policies with as many slots\n{table(frames.told_policies(also), rows=None)}",
         f"sequences put together, true routes known\n{table(frames.batches(also), rows=None)}",
     ]
     if also.planes:

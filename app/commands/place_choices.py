@@ -9,6 +9,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from planner.place.heterogeneous import Assignment, Choices
 
+_UNITS = {"loss": "nats", "latency": "s", "memory": "bytes", "energy": "J"}
+"""Of figures that are printed; per token, but for memory."""
+
 
 def print_assignment(path: Path, *, as_json: bool) -> int:
     """Solve a file of choices and print which variant serves which domain on which device.
@@ -28,7 +31,7 @@ def print_assignment(path: Path, *, as_json: bool) -> int:
         return 0
     served, used = tables(choices, found)
     print(f"{found.loss:.4f} nats per token over all domains, the least that the limits allow\n")
-    print(f"{table(served)}\n\n{table(used)}")
+    print("\n\n".join(table(frame.rename(_with_units(frame.columns))) for frame in (served, used)))
     return 0
 
 
@@ -76,6 +79,10 @@ def read(path: Path) -> str:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
+
+
+def _with_units(names: list[str]) -> dict[str, str]:
+    return {name: f"{name}, {_UNITS[name.split()[0]]}" for name in names if name.split()[0] in _UNITS}
 
 
 def _limit(value: float) -> float | None:

@@ -52,7 +52,7 @@ def refuse_alone(options: argparse.Namespace) -> None:
     """
     from moescope.errors import InputError
 
-    for name in ("context", "batch", "phase", "keep_widths"):
+    for name in ("context", "batch", "chunk", "phase", "keep_widths"):
         if getattr(options, name):
             flag = name.replace("_", "-")
             raise InputError(f"--{flag} is about serving on a machine: give --vram or --machine too, or leave it out")
@@ -86,7 +86,7 @@ def run(opened: store.Run, options: argparse.Namespace, domains: list[str] | Non
 
 def words(found: Serving, *, paths: dict[str, Path], remarks: Sequence[str] = ()) -> str:
     """The advice on one screen: where the memory goes, why, offers, and what was assumed."""
-    from app.frames.serving import offers
+    from app.frames.serving import told
     from app.text import size, table
 
     uses = [f"{size(found.memory[name])} {title}" for name, title in (
@@ -95,8 +95,13 @@ def words(found: Serving, *, paths: dict[str, Path], remarks: Sequence[str] = ()
     parts = [f"{found.word}: {found.machine[1]}, {size(found.memory['total'])}: {', '.join(uses)}"]
     parts.append("\n".join(found.reasons))
     if found.offers:
-        title = "KL divergence is predicted, nats per token; * = none is both faster and cheaper"
-        parts.append(f"{title}\n{table(offers(found), rows=ROWS)}")
+        title = (
+            "ms per token with a 95 % interval; KL divergence is predicted, nats per token;"
+            " * = none is both faster and cheaper"
+        )
+        if any("elsewhere" in one.widths for one in found.offers):
+            title += "\n4 + 2 bits: 4 on the device, 2 elsewhere"
+        parts.append(f"{title}\n{table(told(found), rows=ROWS)}")
     parts.append("\n".join(f"note: {note}" for note in (*found.notes, *remarks)))
     if found.refused:
         parts.append(f"{len(found.refused)} combinations do not go; --json says why.")

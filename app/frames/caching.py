@@ -228,10 +228,11 @@ def told(found: Study) -> pl.DataFrame:
     rows = [
         {
             "way": short(one), "ms per token": f"{one.ms:.3g} ({one.low:.3g} to {one.high:.3g})",
-            "p95 of a pass": float(f"{one.p95_ms:.3g}"), "hits": f"{one.hit_rate:.1%}", "stalled": f"{one.stalled:.0%}",
-            "loaded": size(one.loads_per_token),
+            "p95 of a pass, ms": float(f"{one.p95_ms:.3g}"),
+            "hits": f"{one.hit_rate:.1%}", "stalled": f"{one.stalled:.0%}",
+            "loaded per token": size(one.loads_per_token),
             "random experts": None if one.chance_ms is None else float(f"{one.chance_ms:.3g}"),
-            "trace": "yes" if one.needs_trace else "no",
+            "by the trace": "yes" if one.needs_trace else "no",
         }
         for one in found.ways
     ]  # fmt: skip
@@ -249,6 +250,18 @@ def told_times(found: Study) -> pl.DataFrame:
             "bound": float(f"{one.bound:.3g}"), "pays": "yes" if one.pays else "no",
         }
         for one in found.points
+    ]  # fmt: skip
+    return pl.DataFrame(rows)
+
+
+def told_domains(found: Study) -> pl.DataFrame:
+    """The domains as they are printed."""
+    rows = [
+        {
+            "domain": one.domain, "tokens": one.tokens, "ms per token": float(f"{one.ms:.3g}"),
+            "hits": f"{one.hit_rate:.1%}", "hits, served alone": f"{one.alone:.1%}",
+        }
+        for one in found.domains
     ]  # fmt: skip
     return pl.DataFrame(rows)
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import re
+
 import polars as pl
 
+from app.frames.caching import SHORT
 from app.text import size
+from planner.cache.ways import RESIDENT, WAYS
 from planner.serving import Serving
 
 
@@ -29,3 +33,28 @@ def offers(found: Serving) -> pl.DataFrame:
               "95 %": pl.String, "KL": pl.Float64, "device": pl.String, "host": pl.String, "disk": pl.String,
               "slowest domain": pl.String, "its ms": pl.Float64}  # fmt: skip
     return pl.DataFrame(rows, schema=schema)
+
+
+def told(found: Serving) -> pl.DataFrame:
+    """The offers as they are printed: short words, and the interval beside the time."""
+    short = {way.title: SHORT[way.name] for way in (*WAYS, RESIDENT)}
+    frame = offers(found)
+    rows = [
+        {
+            "#": row["#"], "way": short.get(row["way"], row["way"].replace("LRU caches, prefetching by", "LRU +")),
+            "experts": _few(row["experts"]),
+            "tokens/s": row["tokens/s"], "ms per token": f"{row['ms']:.3g} ({row['95 %']})",
+            "KL": None if row["KL"] is None else float(f"{row['KL']:.2g}"), "device": row["device"],
+            "host": row["host"], "disk": row["disk"],
+            "slowest domain": f"{row['slowest domain']}, {row['its ms']:.3g} ms",
+        }
+        for row in frame.to_dicts()
+    ]  # fmt: skip
+    table = pl.DataFrame(rows, schema_overrides={"KL": pl.Float64})
+    return table.select(name for name in table.columns if name not in ("host", "disk") or any(table[name]))
+
+
+def _few(widths: str) -> str:
+    """``in 4 bits on the device and 2 elsewhere`` as ``4 + 2 bits``, as docs/caching.md writes it."""
+    words = re.sub(r"(\d+) bits on the device and (\d+) elsewhere", r"\1 + \2 bits", widths)
+    return words.removeprefix("in ").split(", by ")[0]

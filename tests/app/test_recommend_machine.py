@@ -14,7 +14,7 @@ import synthetic
 import store
 from app.cli import main
 from app.commands.machines import list_machines
-from app.frames.serving import offers
+from app.frames.serving import offers, told
 from compressor.plan import CacheStep, Plan
 from planner.cache import trials
 from planner.machines import DISKS, LINKS, MACHINES, as_json, machine
@@ -108,6 +108,12 @@ def test_the_table_has_a_row_for_every_offer(place: Path) -> None:
             str(count) if count else "" for count in one.experts
         ]
         assert row["its ms"] == max(part.ms for part in one.domains)
+    printed = told(found)
+    assert printed["#"].to_list() == table["#"].to_list()
+    for row, one in zip(printed.to_dicts(), found.offers, strict=True):
+        assert row["ms per token"] == f"{one.ms:.3g} ({one.low:.3g} to {one.high:.3g})"
+        assert row["slowest domain"].startswith(f"{one.worst.domain}, ")
+    assert max(map(len, printed["way"])) <= 30 < max(map(len, table["way"]))
 
 
 def test_widths_are_kept_where_that_is_asked(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -218,6 +224,7 @@ def test_names_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
         (("--vram", "6MiB", "-o", "nowhere/plan.json"), "there is no folder"),
         (("--memory", "6MiB", "--keep-widths"), "--keep-widths is about serving on a machine"),
         (("--memory", "6MiB", "--context", "12"), "--context is about serving on a machine"),
+        (("--memory", "6MiB", "--chunk", "16"), "--chunk is about serving on a machine"),
         ((), "--vram 12GiB"),
     ],
 )
