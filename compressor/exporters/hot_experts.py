@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from compressor.exporters.exported import Exported, require_some
 from compressor.exporters.residents import counts, residents
-from compressor.exporters.serving import cache_step, served, unsaid_cache, unsaid_others, unsaid_slots
+from compressor.exporters.serving import cache_step, named, served, unsaid_cache, unsaid_others, unsaid_slots
 from compressor.plan import CacheStep, LayerKey, Plan
 
 HEADER = "layer,expert,count"
@@ -51,8 +51,7 @@ def _otherwise(found: dict[LayerKey, dict[int, int]], first: dict[LayerKey, list
         ranked = sorted(found[key], key=lambda expert: (-found[key][expert], expert))[: len(experts)]
         colder = sorted(set(experts) - set(ranked))
         if colder:
-            words = ", ".join(map(str, colder))
             result.append(
-                f"layer {key[0]} (experts {words} on the device): others are chosen more often and rank first"
+                f"layer {key[0]} ({named(colder)} on the device): others are chosen more often and rank first"
             )
     return result

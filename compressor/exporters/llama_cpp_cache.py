@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from compressor.exporters.exported import Exported, require_some
 from compressor.exporters.residents import residents
-from compressor.exporters.serving import cache_step, served, unsaid_cache, unsaid_others
+from compressor.exporters.serving import cache_step, named, served, unsaid_cache, unsaid_others
 from compressor.plan import CacheStep, LayerKey, Plan
 
 ENGINE = "the llama.cpp fork"
@@ -35,8 +35,8 @@ def export(plan: Plan) -> Exported:
     left_out = unsaid_others(plan, CacheStep)
     left_out += unsaid_cache(step, where, ENGINE, policies=("static",), misses=("cpu",))
     left_out += [
-        f"layer {key[0]} (experts {', '.join(map(str, experts[slots:]))} on the device): the fork has as many slots in"
-        f" every layer, {slots} where the device holds no more than the plan"
+        f"layer {key[0]} ({named(experts[slots:])} on the device): the fork has as many slots in every layer,"
+        f" {slots} where the device holds no more than the plan"
         for key, experts in first.items()
         if len(experts) > slots
     ]

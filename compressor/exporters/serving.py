@@ -185,5 +185,10 @@ _MISSES = {"load": "missing experts are loaded over the link", "cpu": "missing e
 _DONE = {"load": "are loaded", "cpu": "run on the CPU"}
 
 
+def named(experts: Collection[int]) -> str:
+    """Experts by their numbers, as ``expert 3`` or ``experts 3, 7``."""
+    return f"expert{'' if len(experts) == 1 else 's'} {', '.join(map(str, experts))}"
+
+
 def _list(experts: Collection[int]) -> str:
     return ", ".join(map(str, experts))

@@ -38,8 +38,8 @@ def export(plan: Plan) -> Exported:
         }  # fmt: skip
         words += f" --enable-eplb --eplb-config '{json.dumps(options, separators=(',', ':'))}'"
         left_out.append(
-            f"{where}: which device holds which experts; vLLM takes no map, only {redundant} redundant experts and"
-            " makes its own from what it counts"
+            f"{where}: which device holds which experts; vLLM takes no map, only the number of redundant"
+            f" experts ({redundant}), and makes its own from what it counts"
         )
         notes.append("vLLM starts with experts in order and moves them for the first time after some hundred passes")
     return Exported(f"{words}\n", tuple(left_out), tuple(notes))

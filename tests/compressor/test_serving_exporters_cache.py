@@ -172,7 +172,7 @@ def test_the_fork_of_llama_cpp_holds_no_more_than_the_plan() -> None:
     exported = exporter("llama.cpp-cache").export(counted(deep(3), rows, cache({1: (0, 1, 3), 2: (0,)})))
     assert fork(exported.text, 2, 4) == {1: {1, 3}, 2: {0}}  # the hottest pinned two of layer 1; one pin in layer 2
     assert exported.left_out == (
-        "layer 1 (experts 0 on the device): the fork has as many slots in every layer, 2 where the device holds no more"
+        "layer 1 (expert 0 on the device): the fork has as many slots in every layer, 2 where the device holds no more"
         " than the plan",
     )
     with pytest.raises(PlanError, match="1 slots are fewer than one for each of 2 layers"):
@@ -188,7 +188,7 @@ def test_hot_experts_are_a_table_of_counts() -> None:
     for row in csv.DictReader(io.StringIO(exported.text)):
         found.setdefault(int(row["layer"]), {})[int(row["expert"])] = int(row["count"])
     assert {layer: list(row.values()) for layer, row in found.items()} == {k: list(row) for k, row in rows.items()}
-    assert "layer 2 (experts 1 on the device): others are chosen more often and rank first" in exported.left_out
+    assert "layer 2 (expert 1 on the device): others are chosen more often and rank first" in exported.left_out
     assert not any("layer 1 (experts" in line for line in exported.left_out)  # the two hottest are pinned
     assert any("not verified" in note for note in exported.notes)
     bare = exporter("hot-experts").export(plan(deep(3), step))
