@@ -194,12 +194,17 @@ def _what_binds(choices: Choices) -> str:
             if found is not None:
                 need = getattr(described(choices, *found), kind)[device]
                 return (
-                    f"nothing meets all limits: {choices.name('device', device)} has {limits[device]:g} {unit} of"
-                    f" {kind}, and with {need:g} there would be a solution"
+                    f"nothing meets all limits: {choices.name('device', device)} has {_figure(limits[device])} {unit}"
+                    f" of {kind}, and with {_figure(need)} there would be a solution"
                 )
         if _solved(replace(choices, **{f"{kind}_limit": np.full_like(limits, np.inf)})) is not None:  # type: ignore[arg-type]
             return f"nothing meets all limits: the {kind} of several devices is too small; give several of them more"
     return "nothing meets all limits: memory and energy stand in the way together; allow more of both, or more time"
+
+
+def _figure(value: float) -> str:
+    """Bytes in full, since a figure that is rounded down would not do; small figures as they are."""
+    return f"{int(np.ceil(value)):,}" if value >= 1e6 else f"{value:g}"
 
 
 def _scale(limit: float) -> float:

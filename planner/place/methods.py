@@ -103,7 +103,8 @@ class Method:
             how = "them as options" if len(missing) > 1 else "it as an option"
             raise PlanError(f"placement {self.name!r} needs {' and '.join(missing)}: give {how}")
         if problem.redundant and not self.replicates:
-            able = " or ".join(one.name for one in METHODS if one.replicates)
+            *others, last = (one.name for one in METHODS if one.replicates)
+            able = f"{', '.join(others)} or {last}"
             raise PlanError(f"placement {self.name!r} gives each expert one slot: leave redundant out, or use {able}")
         if self.needs_trace and problem.work is None:
             raise PlanError(
@@ -141,7 +142,11 @@ def _eplb(problem: Problem) -> Found:
         num_nodes=problem.nodes, num_gpus=problem.devices,
     ).physical_to_logical  # fmt: skip
     whole = problem.groups % problem.nodes == 0 and problem.nodes > 1
-    how = f"groups of experts stay on one of {problem.nodes} nodes" if whole else "replicas lie anywhere"
+    how = (
+        f"hierarchical, each group of experts on one of {problem.nodes} nodes"
+        if whole
+        else "global, replicas lie on any device"
+    )
     return Found(Placement(slots, experts, problem.devices, problem.nodes), (f"EPLB: {how}.",))
 
 
@@ -199,7 +204,8 @@ def _hecate(
     )  # fmt: skip
     limit = min(int(limits.min()), experts - experts // problem.devices)
     placement = lasting(load=problem.load.astype(np.float64), devices=problem.devices, limit=limit)
-    notes = [f"{limit} experts per layer can be copied to a device while attention runs and kept by it."]
+    copied = "1 expert" if limit == 1 else f"{limit} experts"
+    notes = [f"{copied} per layer can be copied to a device while attention runs and kept by it."]
     if problem.work is not None and limit:
         done = hecate(
             loads=pass_loads(problem.work, batch=problem.batch), devices=problem.devices, limits=limits, window=window

@@ -133,6 +133,10 @@ def _change(gain: float) -> str:
     return f"{abs(gain):.1%} {'less' if gain > 0 else 'more'}"
 
 
+def _slots(replicas: int) -> str:
+    return f"{replicas} redundant slot{'' if replicas == 1 else 's'}"
+
+
 def saved(before: Score, after: Score) -> float:
     """Part of the time of ``before`` that ``after`` saves where all wait for the busiest device; NaN without load."""
     whole = int(before.pass_largest.sum())
@@ -158,8 +162,8 @@ def sentence(before: Score, after: Score, packed: Score, chance: Score, replicas
     if replicas and gain - alone < WORTH:
         return (
             f"Yes, but without replicas: {figures}; experts moved and none replicated, it is"
-            f" {packed.pass_balancedness:.0%}. The {replicas} redundant slots per layer save"
-            f" {gain - alone:.1%} of the busiest device's work beyond that."
+            f" {packed.pass_balancedness:.0%}. With {_slots(replicas)} per layer the busiest device has"
+            f" {_change(gain - alone)} to do than with these, and {WORTH:.0%} less is what we take to be worth it."
         )
-    with_them = f", {gain - alone:.1%} of it by {replicas} redundant slots per layer" if replicas else ""
+    with_them = f", {gain - alone:.1%} of it by {_slots(replicas)} per layer" if replicas else ""
     return f"Yes: {figures}. The busiest device has {gain:.1%} less to do{with_them}."

@@ -108,6 +108,10 @@ def test_a_skewed_model_gets_a_yes_and_replicas_are_judged_for_themselves() -> N
     assert sentence(before, packed, packed, chance, 0).startswith("Yes: per pass")
     assert sentence(before, packed, packed, chance, 8).startswith("Yes, but without replicas")
     # a placement that does not help while LPT does, and text on which nothing helps, are no "balanced enough"
+    assert "With 1 redundant slot per layer the busiest device has as much to do" in sentence(
+        before, packed, packed, chance, 1
+    )
+    assert "% more to do than with these" in sentence(before, before, packed, chance, 8)  # replicas that cost
     assert sentence(before, before, packed, chance, 0).startswith("Not this placement: per pass")
     even = score(uniform(work), contiguous(num_layers=1, num_experts=16, devices=4))
     assert sentence(before, before, before, even, 0).startswith("No: later text loads other experts")

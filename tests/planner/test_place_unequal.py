@@ -77,6 +77,16 @@ def test_a_variant_that_serves_two_domains_takes_memory_once() -> None:
     assert found == described(choices, (0, 0), (0, 0)) or found.variant == (0, 0)
 
 
+def test_bytes_that_would_do_are_not_rounded_down() -> None:
+    choices = Choices(
+        loss=np.array([[1.0]]), latency=np.ones((1, 1)), energy=np.zeros((1, 1)), memory=np.array([41_000_000_123.0]),
+        share=np.ones(1), latency_limit=np.full(1, 2.0), energy_limit=np.full(1, 9.0), memory_limit=np.full(1, 16e9),
+        domains=("code",), devices=("phone",),
+    )  # fmt: skip
+    with pytest.raises(PlanError, match=r"16,000,000,000 bytes of memory, and with 41,000,000,123 there"):
+        assign(choices)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
