@@ -56,7 +56,7 @@ KEPT = 12
 """Offers whose plans are kept whole in a file, beside those on the front."""
 
 PREFETCHES: tuple[Prefetch, ...] = ("transitions", "cross_layer_gate")
-"""Tried beside the best way, where that loads experts."""
+"""Tried beside the best way, where that is an LRU cache per layer with nothing pinned."""
 
 
 @dataclass(frozen=True)
@@ -176,7 +176,7 @@ def serving(
         for name in (*PLAIN, *STATIC, *(MOVING if widths.near == widths.far else ())):
             tried.take(way_of(name), widths)
     ranked = _ranked(tried.offers, quality)
-    if ranked and tried.way(ranked[0]).policy == "lru":
+    if ranked and tried.way(ranked[0]).can_prefetch:
         tell("prefetching")
         for name in PREFETCHES:
             tried.take_prefetching(ranked[0], name)

@@ -36,7 +36,10 @@ def chosen_plan(
     request = Request(run=run, memory=0, domains=asked.get("domains"), allow_invalid=allow_invalid)
     tried = Trials(setting, replace(request.task(), form="packed", bits=16.0))
     width = cast("Bits | None", bits)
-    tried.take(chosen, Widths("as they are" if bits is None else f"in {bits} bits", width, width))
+    widths = Widths("as they are" if bits is None else f"in {bits} bits", width, width)
+    if chosen is RESIDENT and not tried.all_fit(widths):
+        raise PlanError(f"the experts {widths.words} do not all fit on the device: choose another way, or more memory")
+    tried.take(chosen, widths)
     if not tried.offers:
         raise PlanError(next(iter(tried.refused.values()), f"{chosen.title}: the machine does not allow it"))
     return tried.offers[0].plan
@@ -49,7 +52,9 @@ def _way(name: str) -> Way:
     found = way_of(cache)
     if not foreseen:
         return found
-    if foreseen not in get_args(Prefetch) or foreseen == "none" or found.policy != "lru":
-        raise PlanError(f"no way to serve {name!r}: LRU caches alone prefetch, by {', '.join(get_args(Prefetch)[1:])}")
+    if foreseen not in get_args(Prefetch) or foreseen == "none" or not found.can_prefetch:
+        raise PlanError(
+            f"no way to serve {name!r}: LRU caches per layer alone prefetch, by {', '.join(get_args(Prefetch)[1:])}"
+        )
     title = f"{found.title}, prefetching by {foreseen.replace('_', ' ')}"
     return replace(found, name=name, title=title, prefetch=cast("Prefetch", foreseen))

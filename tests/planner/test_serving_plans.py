@@ -19,6 +19,7 @@ from compressor.exporters import EXPORTERS
 from compressor.plan import CacheStep, Plan, QuantizeStep, Source, Target
 from moescope.errors import PlanError
 from planner.cache import trials
+from planner.cache.chosen import chosen_plan
 from planner.cache.offer import Offer, plan_of
 from planner.cache.setting import Setting, setting_of
 from planner.cache.ways import RESIDENT, WAYS, Served, serve
@@ -404,6 +405,19 @@ def test_prefetching_is_tried_beside_the_best_cache(run: store.Run, monkeypatch:
     assert tried | refused == set(PREFETCHES) and tried
     for one in found.offers:
         assert (cache_of(one).prefetch == "none") == ("prefetching by" not in one.way)
+
+
+@pytest.mark.parametrize(
+    ("way", "words"),
+    [
+        ("half_pinned+transitions", "LRU caches per layer alone prefetch"),
+        ("lru_shared+transitions", "LRU caches per layer alone prefetch"),
+        ("resident", "experts as they are do not all fit"),
+    ],
+)
+def test_ways_that_are_not_what_was_replayed_are_refused(run: store.Run, way: str, words: str) -> None:
+    with pytest.raises(PlanError, match=words):
+        chosen_plan(run, machine("rtx3060", vram=6 * MIB), way=way, context=CONTEXT, steps=STEPS)
 
 
 def test_memory_that_is_shared_has_no_copies_and_no_second_processor(run: store.Run) -> None:
