@@ -23,6 +23,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from moescope.errors import PlanError
+from moescope.sizes import size
 from planner.machine import EFFICIENCY, GIB, Link, Machine, Processor
 
 NOTE = f"nominal figures x {EFFICIENCY}, not measured here"
@@ -131,7 +132,7 @@ def machine(
     Args:
         name: of a preset; None = the machine of the file.
         vram: bytes of the device's memory that may be used.
-        ram: bytes of host memory that experts may take.
+        ram: bytes of host memory that experts may take; none where device and CPU share one memory.
         link: host memory to device, by name.
         disk: by name; ``none`` = no disk is used.
         file: of ``moescope measure-device``. With a name, what was measured replaces the preset's figures.
@@ -150,9 +151,9 @@ def machine(
             found, measured=measured.measured, note=f"{found.note}; measured: {', '.join(measured.measured)}",
             **{part: getattr(measured, part) for part in measured.measured},
         )  # fmt: skip
-    for what, size in (("vram", vram), ("ram", ram)):
-        if size is not None and size < (1 if what == "vram" else 0):
-            raise PlanError(f"{what} of {size} bytes is none: give a size such as 12GiB")
+    for what, given in (("vram", vram), ("ram", ram)):
+        if given is not None and given < (1 if what == "vram" else 0):
+            raise PlanError(f"{what} of {given} bytes is none: give a size such as 12GiB")
     changes: dict[str, Any] = {}
     if vram is not None:
         changes["vram"] = int(vram)
@@ -163,7 +164,15 @@ def machine(
     if disk is not None:
         changes["disk"] = None if disk == "none" else _named(disk, DISKS, "disk") if isinstance(disk, str) else disk
     left = tuple(part for part in found.measured if part not in changes)
-    return replace(found, measured=left, **changes)
+    made = replace(found, measured=left, **changes)
+    if not made.shares_memory:
+        return made
+    if ram:
+        raise PlanError(
+            f"machine {made.name!r} has one memory for device and CPU, and no {size(ram)} beside it: give all of it as"
+            " vram"
+        )
+    return replace(made, ram=0)
 
 
 def _named(name: str, known: dict[str, Any], what: str) -> Any:
@@ -239,7 +248,10 @@ def load(path: str | Path) -> Machine:
     try:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise PlanError(f"machine file {path} cannot be read: {error}") from error
+        raise PlanError(
+            f"machine file {path} cannot be read: {getattr(error, 'strerror', None) or error};"
+            " moescope measure-device -o FILE writes one"
+        ) from error
     try:
         record = _MachineRecord.model_validate_json(text)
     except ValidationError as error:

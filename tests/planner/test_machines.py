@@ -101,3 +101,10 @@ def test_nonsense_is_refused_in_one_line(tmp_path: Path) -> None:
         path.write_text(text)
         with pytest.raises(PlanError, match=r"bad\.json"):
             load(path)
+
+
+def test_one_memory_is_not_counted_twice() -> None:
+    with pytest.raises(PlanError, match="one memory for device and CPU, and no 64 GiB beside it"):
+        machine("cpu-desktop", ram=64 * GIB)
+    assert machine("cpu-desktop", vram=64 * GIB, ram=0).vram == 64 * GIB
+    assert machine("rtx4090", link="unified").ram == 0
