@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -25,7 +25,7 @@ class Bound:
         dense + U / (1 / e + 1 / c)                            all experts run somewhere
         (m + dense / c) / (1 / tau + 1 / c)                    each miss is copied, T / tau at most, or run by the CPU
 
-    with the fastest layer's e, c and tau. Ours.
+    with e, c and tau of the smallest expert of the fastest layer. Ours.
 
     Attributes:
         misses: (sizes + 1,) m by number of slots, of caches filled beforehand.
@@ -50,15 +50,17 @@ class Bound:
         """From the requests for judging; ``known`` of the same requests on another machine or in other widths."""
         work, costs = setting.test, setting.test_costs
         uses, ran = int(work.needed.sum()), work.needed > 0
+        smallest = np.where(work.counts() > 0, costs.size, np.inf).min(axis=1, keepdims=True)
+        if setting.has_mixed_sizes:
+            costs = setting.with_sizes(replace(setting.sizes, bytes=np.minimum(costs.size, smallest))).test_costs
         alone = costs.cpu is None or setting.machine.shares_memory
-        smallest = np.where(work.counts() > 0, costs.size, np.inf).min()
         return Bound(
             misses=_least_misses(work) if known is None else known.misses,
             uses=uses,
             dense=float(costs.dense.sum() + costs.tail.sum()),
             run=float(np.broadcast_to(costs.expert, ran.shape)[ran].min()),
             cpu=float("inf") if alone else float(np.broadcast_to(costs.cpu, ran.shape)[ran].min()),  # type: ignore[arg-type]
-            copy=setting.machine.link.seconds(float(smallest)),
+            copy=setting.machine.link.seconds(float(smallest.min())),
             tokens=max(int(work.pass_tokens.sum()), 1),
         )
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -20,7 +19,7 @@ from planner.machine import Machine
 from planner.simulate.controls import UNIFORM, controls
 from planner.simulate.prefetch.cross_layer_gate import Recorded, recall_of
 from planner.simulate.timeline import StepCosts
-from planner.simulate.workload import Workload, batched, prefill, workload_of
+from planner.simulate.workload import Workload, batched, prefill, strata, workload_of
 from planner.source import packed_bits, source_of, value_bytes
 from profiler.metrics.controls import uniform_tokens
 
@@ -78,6 +77,12 @@ class Setting:
     def slot_bytes(self) -> float:
         """Bytes of one slot: the largest expert."""
         return float(self.sizes.largest.max())
+
+    @property
+    def has_mixed_sizes(self) -> bool:
+        """Experts of one layer differ in size."""
+        size = self.sizes.bytes
+        return bool(((size > 0) & (size < size.max(axis=1, keepdims=True))).any())
 
     @property
     def all_slots(self) -> int:
@@ -251,9 +256,7 @@ def _halves(work: Workload, name: str) -> tuple[Workload, Workload]:
             " or choose more domains"
         )
     names = dict(zip(work.sequences.tolist(), work.domains, strict=True))
-    requests = Counter(work.domains)
-    several = tuple(name if requests[name] > 1 else "" for name in work.domains)
-    train, test = replace(work, domains=several).halves()
+    train, test = replace(work, domains=strata(work.domains)).halves()
     mine, theirs = (tuple(names[one] for one in half.sequences.tolist()) for half in (train, test))
     return replace(train, domains=mine), replace(test, domains=theirs)
 

@@ -83,6 +83,7 @@ class Study:
         srp: (value, its place, the highest first, among how many published figures); None where the run has none.
         sch: likewise.
         verdict: the answer.
+        asked: settings of the study that were given.
     """
 
     run: str

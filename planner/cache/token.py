@@ -11,6 +11,7 @@ import numpy as np
 from moescope.errors import PlanError
 from planner.cache.setting import Setting
 from planner.cache.ways import Served
+from planner.simulate.timeline import copy_size
 
 Lane = Literal["device", "link", "cpu"]
 Kind = Literal["dense", "hit", "load", "loaded", "cpu", "tail"]
@@ -63,11 +64,12 @@ def token_events(setting: Setting, served: Served, *, at: int, overlap: bool = T
 
 def _events(setting: Setting, served: Served, at: int, overlap: bool) -> Iterator[Event]:
     assert served.there is not None
-    work, costs = setting.test, setting.test_costs
+    work, costs = setting.test, served.costs
     shape = (work.num_layers, work.num_passes)
     dense, expert = np.broadcast_to(costs.dense, shape)[:, at], np.broadcast_to(costs.expert, shape)[:, at]
     cpu = np.broadcast_to(0.0 if costs.cpu is None else costs.cpu, shape)[:, at]
-    copies = _copies(setting)
+    link = setting.machine.link
+    copies = [link.seconds(size) for size in copy_size(work, costs).tolist()]
     now = 0.0
     for layer in range(work.num_layers):
         answered = now + float(dense[layer])
@@ -111,13 +113,3 @@ def _on_cpu(hits: list[int], misses: list[int], run: float, host: float) -> Iter
         yield "device", "hit", one, number * run, (number + 1) * run
     for number, one in enumerate(misses):
         yield "cpu", "cpu", one, number * host, (number + 1) * host
-
-
-def _copies(setting: Setting) -> list[float]:
-    """Seconds of one copy in each layer: of its experts' bytes weighted by uses, as in the timeline."""
-    work, costs = setting.test, setting.test_costs
-    uses = work.counts()
-    size = np.broadcast_to(costs.size, uses.shape)
-    mean = (size * uses).sum(axis=1) / np.maximum(uses.sum(axis=1), 1)
-    link = setting.machine.link
-    return [link.latency + float(one) / link.bandwidth for one in mean]

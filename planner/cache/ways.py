@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -15,8 +14,8 @@ from planner.cache.setting import Setting
 from planner.simulate.curves import curve
 from planner.simulate.outcome import Outcome
 from planner.simulate.split import split
-from planner.simulate.timeline import Timeline, prefetching, timeline
-from planner.simulate.workload import Workload
+from planner.simulate.timeline import StepCosts, Timeline, copy_size, prefetching, timeline
+from planner.simulate.workload import Workload, strata
 from profiler.metrics._arrays import FloatArray, ratio
 
 Flags = NDArray[np.bool_]
@@ -36,7 +35,7 @@ class Way:
         split: how slots are shared out over layers: ``equal``, ``fitted`` to the training requests, or ``prefix`` =
             whole layers, the first ones.
         pinned: part of the slots that hold the most used experts for good.
-        prefetch: what is loaded before it is asked for; takes policy ``lru``.
+        prefetch: what is loaded before it is asked for; only where :attr:`can_prefetch`.
         needs_trace: it goes by what was recorded; others are what engines do without.
     """
 
@@ -49,6 +48,11 @@ class Way:
     pinned: float = 0.0
     prefetch: Prefetch = "none"
     needs_trace: bool = True
+
+    @property
+    def can_prefetch(self) -> bool:
+        """Prefetching is simulated beside LRU caches per layer in which nothing is pinned."""
+        return self.policy == "lru" and self.scope == "layer" and not self.pinned
 
 
 WAYS: tuple[Way, ...] = (
@@ -95,6 +99,7 @@ class Served:
         pinned: (layers, E) experts that never leave.
         outcome: hits and loads.
         clock: times.
+        costs: of the steps, that the times are made of.
         offsets: (requests + 1,) first pass of each request.
         domains: (requests,) of each.
         there: (layers, passes, width) which experts of each step were on the device when it began; None with
@@ -107,6 +112,7 @@ class Served:
     pinned: Flags
     outcome: Outcome
     clock: Timeline
+    costs: StepCosts
     offsets: NDArray[np.int64]
     domains: tuple[str, ...]
     there: Flags | None = None
@@ -173,17 +179,19 @@ def serve(setting: Setting, way: Way, *, slots: int, disk: Flags | None = None) 
             raise PlanError(f"{way.title}: prefetching from disk is not simulated; take a way without it")
         clock = _prefetched(setting, way, layer_slots)
         outcome = _counted(work, way, slots, clock.missing)
-        return Served(way, slots, layer_slots, pinned, outcome, clock, work.offsets, work.domains)
+        return Served(way, slots, layer_slots, pinned, outcome, clock, setting.test_costs, work.offsets, work.domains)
     outcome, there = _replayed(setting, way, slots, layer_slots, pinned)
     missing_on_disk = None
     if disk is not None:
         lies = disk[np.arange(work.num_layers)[:, None, None], np.maximum(work.ids, 0)]
         missing_on_disk = ((work.ids >= 0) & ~there & lies).sum(axis=2)
+    costs = _costs_where(setting, way, there)
     clock = timeline(
-        work, outcome, setting.test_costs, link=setting.machine.link, disk=setting.machine.disk,
+        work, outcome, costs, link=setting.machine.link, disk=setting.machine.disk,
         from_disk=missing_on_disk, fallback="cpu" if way.misses == "cpu" else "link",
     )  # fmt: skip
-    return Served(way, slots, layer_slots, pinned, outcome, clock, work.offsets, work.domains, there)
+    clock = replace(clock, resident=setting.test_costs.resident(work.needed))
+    return Served(way, slots, layer_slots, pinned, outcome, clock, costs, work.offsets, work.domains, there)
 
 
 def allotted(setting: Setting, way: Way, slots: int) -> tuple[Slots, Flags]:
@@ -254,6 +262,25 @@ def _replayed(setting: Setting, way: Way, slots: int, layer_slots: Slots, pinned
     return _counted(work, way, slots, _missing(work, there), overflow=overflow), there
 
 
+def _costs_where(setting: Setting, way: Way, there: Flags) -> StepCosts:
+    """Costs of the steps where experts of a layer differ in size: what is missing may be narrower than what is there.
+
+    Copies and the CPU take the mean size of the experts that were missing, the device that of those that it runs.
+    """
+    work, costs = setting.test, setting.test_costs
+    if not setting.has_mixed_sizes:
+        return costs
+    missing = _only(work, ~there)
+    if way.misses == "cpu":
+        costs = replace(costs, expert=setting.costs_of(_only(work, there)).expert, cpu=setting.costs_of(missing).cpu)
+    return replace(costs, copied=copy_size(missing, costs))
+
+
+def _only(work: Workload, those: Flags) -> Workload:
+    """The uses of some entries of ``ids`` alone."""
+    return replace(work, ids=np.where(those, work.ids, np.int16(-1)), tokens=np.where(those, work.tokens, np.uint16(0)))
+
+
 def _missing(work: Workload, there: Flags) -> NDArray[np.int64]:
     """(layers, passes) experts that each step needs and that were not there."""
     missing: NDArray[np.int64] = np.count_nonzero((work.ids >= 0) & ~there, axis=2)
@@ -299,8 +326,7 @@ def _draws(domains: tuple[str, ...], resamples: int, seed: int) -> FloatArray:
     """
     generator = np.random.default_rng(seed)
     result = np.zeros((resamples, len(domains)))
-    requests = Counter(domains)
-    several = np.array([name if requests[name] > 1 else "" for name in domains])
+    several = np.array(strata(domains))
     for name in sorted(set(several.tolist())):
         mine = np.flatnonzero(several == name)
         result[:, mine] = generator.multinomial(len(mine), np.full(len(mine), 1 / len(mine)), size=resamples)

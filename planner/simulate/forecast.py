@@ -30,7 +30,7 @@ from moescope.errors import PlanError
 from planner.simulate.bounds import BOUNDS, bounds
 from planner.simulate.curves import curve, popularity
 from planner.simulate.outcome import Curve, Outcome
-from planner.simulate.workload import Workload
+from planner.simulate.workload import Workload, strata
 from profiler.metrics._arrays import BoolArray, FloatArray, ratio
 from profiler.metrics._intervals import interval
 
@@ -100,7 +100,8 @@ def hit_rate_interval(
 
     Args:
         measured: hits per request.
-        domains: (requests,) of each: as many are drawn of each domain as there are. None = drawn from all alike.
+        domains: (requests,) of each: as many are drawn of each domain as there are; domains of one request each, which
+            alone would vary by nothing, are drawn as one. None = drawn from all alike.
         confidence: 0..1.
         num_resamples: from 2.
         seed: of the draws; the same seed draws the same requests for every policy.
@@ -112,7 +113,7 @@ def hit_rate_interval(
     if num_resamples < 2:
         raise PlanError(f"num_resamples is {num_resamples}: an interval takes at least 2, usually 1000")
     hits, uses = _tallies(measured)
-    names = np.asarray(domains if domains is not None else ["all"] * len(uses))
+    names = np.asarray(strata(domains) if domains is not None else ["all"] * len(uses))
     if len(names) != len(uses):
         raise PlanError(f"{len(names)} domains are given for {len(uses)} requests: give one for each")
     drawn = np.zeros((num_resamples, len(uses)))

@@ -41,6 +41,7 @@ class StepCosts:
         cpu: (layers, passes) CPU seconds of one expert; None = the CPU runs none.
         tail: (passes,) seconds after the last layer.
         size: (layers, E) bytes of each routed expert.
+        copied: (layers,) bytes of what :func:`timeline` copies, where that is known; None = see :func:`copy_size`.
     """
 
     dense: FloatArray
@@ -48,6 +49,7 @@ class StepCosts:
     tail: FloatArray
     size: FloatArray
     cpu: FloatArray | None = None
+    copied: FloatArray | None = None
 
     def __post_init__(self) -> None:
         for name, values in (("dense", self.dense), ("expert", self.expert), ("tail", self.tail), ("size", self.size)):
@@ -161,8 +163,8 @@ def timeline(
     """Times of a replay whose misses are answered on demand.
 
     Copies of a step come in the order: full width from memory, narrow from memory, full from disk, narrow from disk. An
-    expert on disk is read first, then copied; the disk reads while the link copies others, each one at a time. Bytes of
-    a copy are those of the layer's experts, weighted by their uses.
+    expert on disk is read first, then copied; the disk reads while the link copies others, each one at a time. A copy
+    has the bytes of :func:`copy_size`.
 
     Args:
         work: what was replayed.
@@ -194,7 +196,7 @@ def timeline(
         raise PlanError(f"fallback {fallback!r} needs the CPU's seconds per expert: give costs with cpu")
     if from_disk is not None and disk is None:
         raise PlanError("experts are on disk, and no disk is given: give its link")
-    mean = _mean_size(work, costs)
+    mean = copy_size(work, costs)
     size = np.stack([mean, mean * narrow_part], axis=1)
     read = np.zeros_like(size) if disk is None else disk.latency + size / disk.bandwidth
     seconds, waiting, totals = np.zeros(shape), np.zeros(shape), np.zeros(len(kernel.Total))
@@ -296,8 +298,10 @@ def bound_seconds(
     return max(dense, float((least * both).sum()))
 
 
-def _mean_size(work: Workload, costs: StepCosts) -> FloatArray:
-    """(layers,) bytes of an expert, weighted by uses."""
+def copy_size(work: Workload, costs: StepCosts) -> FloatArray:
+    """(layers,) bytes of one copy: as the costs say, else the mean of the layer's experts, weighted by uses."""
+    if costs.copied is not None:
+        return costs.copied
     size = _full(costs.size, (work.num_layers, work.num_experts))
     uses = work.counts()
     mean: FloatArray = (size * uses).sum(axis=1) / np.maximum(uses.sum(axis=1), 1)

@@ -9,6 +9,7 @@ together), :func:`prefill` (prompts in chunks).
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -22,6 +23,8 @@ from moescope.errors import PlanError
 from profiler.metrics._trace import check_selections
 
 Ids = NDArray[np.int16]
+
+_MOST_TOKENS = 65_535  # tokens of a pass are counted in 16 bits
 
 
 @dataclass(frozen=True)
@@ -219,6 +222,12 @@ def decode(
     )  # fmt: skip
 
 
+def strata(domains: Sequence[str]) -> tuple[str, ...]:
+    """(requests,) what each is halved and drawn with: its domain; domains of one request each count as one together."""
+    requests = Counter(domains)
+    return tuple(name if requests[name] > 1 else "" for name in domains)
+
+
 def batched(workload: Workload, *, size: int) -> Workload:
     """Requests decoded ``size`` at a time, in order, each until its end; a pass needs the union of its tokens' experts.
 
@@ -267,6 +276,9 @@ def _united(
 ) -> Workload:
     """Passes put together: groups[request][pass] = passes of the workload that run as one."""
     passes = [members for request in groups for members in request]
+    most = max(map(len, passes))
+    if most > _MOST_TOKENS:
+        raise PlanError(f"a pass of {most:,} tokens is too long: give {_MOST_TOKENS:,} at most")
     owner = np.repeat(np.arange(len(passes)), [len(members) for members in passes])
     flat = np.concatenate([np.asarray(members, np.int64) for members in passes])
     experts, width = workload.num_experts, 0

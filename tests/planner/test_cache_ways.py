@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from workloads import drawn_workload, of_selections
 
 from moescope.errors import PlanError
+from planner.cache.bound import Bound
 from planner.cache.setting import Setting
 from planner.cache.ways import WAYS, Served, Way, _even, most_used, serve, way_of
 from planner.simulate.replay import replay
@@ -278,3 +279,25 @@ def test_no_cache_holds_more_than_it_is_given(seed: int, slots: int, name: str) 
     assert not served.pinned[size == 0].any()
     if way.scope == "layer" and way.policy != "static" and slots >= setting.least_slots:
         assert served.layer_slots.sum() == slots
+
+
+@pytest.mark.parametrize("name", ["static_cpu", "half_pinned"])
+def test_what_is_missing_takes_as_long_as_its_own_width_does(name: str) -> None:
+    """Experts that stay on the device are four times as large as the others, which alone are copied or left to it."""
+    even = drawn_setting(3)
+    pinned = serve(even, way_of(name), slots=SLOTS).pinned
+    size = np.where(pinned, 1e6, 0.25e6)
+    setting = drawn_setting(3, size=size)
+    served = serve(setting, way_of(name), slots=SLOTS)
+    np.testing.assert_array_equal(served.pinned, pinned)
+    missing = served.outcome.missing
+    if name == "static_cpu":  # 1 TB/s on the device, 1 GB/s on the CPU
+        device, cpu = (setting.test.needed - missing) * 1e6 / 1e12, missing * 0.25e6 / 1e9
+        np.testing.assert_allclose(served.clock.seconds, np.maximum(device, cpu), rtol=1e-9)
+    else:  # what was cached and evicted is narrow, too
+        assert served.clock.bytes == pytest.approx(0.25e6 * missing.sum(), rel=1e-12)
+    assert Bound.of(setting).ms(SLOTS) <= served.ms
+
+
+def test_prefetching_is_for_lru_caches_per_layer_without_pins() -> None:
+    assert {way.name for way in WAYS if way.can_prefetch} == {"lru", "lru_split"}

@@ -59,7 +59,7 @@ def test_the_last_end_is_the_time_of_the_pass(way: Any, seed: int) -> None:
 def test_without_overlap_too() -> None:
     given = setting(3)
     served = serve(given, way_of("lru"), slots=SLOTS)
-    clock = timeline(given.test, served.outcome, given.test_costs, link=given.machine.link, overlap=False)
+    clock = timeline(given.test, served.outcome, served.costs, link=given.machine.link, overlap=False)
     ends = [
         max(one.end for one in token_events(given, served, at=at, overlap=False)) for at in range(given.test.num_passes)
     ]

@@ -144,6 +144,13 @@ def test_what_cannot_be_a_workload() -> None:
         decode(selections=ids, num_experts=5)
 
 
+def test_passes_of_more_tokens_than_can_be_counted() -> None:
+    work = decode(selections=np.zeros((1, 1, 65_536, 1), np.int16), num_experts=2)
+    assert prefill(work, chunk=65_535).tokens.max() == 65_535
+    with pytest.raises(PlanError, match="a pass of 65,536 tokens is too long: give 65,535 at most"):
+        prefill(work, chunk=1 << 20)
+
+
 def _sum(column: str):
     import polars as pl
 

@@ -179,3 +179,12 @@ def test_forecast_refusals() -> None:
         hit_rate_interval(measure(work, work), domains=("a", "b"))
     with pytest.raises(PlanError, match="num_resamples is 1: an interval takes at least 2"):
         hit_rate_interval(measure(work, work), num_resamples=1)
+
+
+def test_domains_of_one_request_each_are_drawn_as_one() -> None:
+    """Drawn alone, each would come back the same, and the interval would have no width."""
+    hits = np.array([10, 90, 50, 30, 70])[:, None, None]
+    measured = Curve("told", np.full((5, 1), 100), hits.astype(np.float64))
+    apart = hit_rate_interval(measured, domains=("a", "b", "c", "d", "e"))
+    alike = hit_rate_interval(measured)
+    assert apart.lower == alike.lower < 0.4 and apart.upper == alike.upper > 0.6
