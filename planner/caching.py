@@ -185,7 +185,7 @@ def _point(setting: Setting, chance: Setting, slots: int, bound: Bound, swept: S
     return SizePoint(
         bytes=round(slots * setting.slot_bytes), slots=slots, way=best.way.title, ms=best.ms, low=low, high=high,
         plain=min(one.ms for one in served if not one.way.needs_trace),
-        chance=serve(chance, best.way, slots=slots).ms, bound=bound.ms(slots),
+        chance=serve(chance, best.way, slots=slots).ms, bound=bound.ms(slots), requests=setting.test.num_requests,
     )  # fmt: skip
 
 

@@ -43,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--beside", action="store_true",
-        help="replay published policies, ways to put sequences together and orders of bit planes too",
+        help="published policies, ways to foresee experts, forecasts, sequences put together and bit planes too",
     )  # fmt: skip
     parser.add_argument("--allow-invalid", action="store_true", help="take a run whose checks failed all the same")
     add_store(parser)
@@ -96,8 +96,8 @@ def words(found: Study, *, path: Path, remarks: Sequence[str] = ()) -> str:
         found.verdict.sentence,
         f"{found.machine[1]}, {size(found.memory['total'])}: {', '.join(uses)}; room for {room}",
         "\n".join(found.verdict.reasons),
-        f"ways to serve with this memory; no way takes less than {found.bound_ms:.3g} ms per token, and with all"
-        f" experts on the device it is {found.resident_ms:.3g}\n{table(frames.told(found), rows=None)}",
+        f"ways to serve with this memory; no way takes less than {found.bound_ms:.3g} ms per token, the CPU's help"
+        f" counted; all experts on the device take {found.resident_ms:.3g}\n{table(frames.told(found), rows=None)}",
         f"memory for experts, ms per token\n{table(frames.told_times(found), rows=None)}",
     ]
     if len(found.domains) > 1:
@@ -118,8 +118,12 @@ def beside_words(also: Beside) -> str:
 
     parts = [
         f"published policies with as many slots\n{table(frames.told_policies(also), rows=None)}",
+        f"hit rates of text yet to come, forecast from half of the requests\n{table(frames.outlook(also), rows=None)}",
         f"sequences put together, true routes known\n{table(frames.batches(also), rows=None)}",
     ]
+    if also.foreseen:
+        rows = table(frames.told_foreseen(also), rows=None)
+        parts.insert(1, f"experts foreseen one layer ahead, beside LRU caches\n{rows}")
     if also.planes:
         parts.append(f"orders of bit planes within a step\n{table(frames.planes(also), rows=None)}")
     return "\n\n".join(parts)

@@ -25,7 +25,7 @@ def add_machine(parser: argparse.ArgumentParser) -> None:
         help=f"a machine by name, or a file of moescope measure-device (default {DEFAULT}); --machines lists the names",
     )  # fmt: skip
     parser.add_argument("--vram", type=memory, metavar="SIZE", help="memory of the device that may be used, as 12GiB")
-    parser.add_argument("--ram", type=memory, metavar="SIZE", help="host memory that experts may take, as 32GiB")
+    parser.add_argument("--ram", type=_host, metavar="SIZE", help="host memory that experts may take; none = none")
     parser.add_argument("--link", metavar="NAME", help="host memory to device, as pcie4x16")
     parser.add_argument("--disk", metavar="NAME", help="disk for experts that host memory does not hold; none = none")
     parser.add_argument("--machines", action="store_true", help="list machines, links and disks by name")
@@ -39,6 +39,10 @@ def add_serving(parser: argparse.ArgumentParser) -> None:
         "--chunk", type=positive, metavar="TOKENS", help="read text so many tokens at a time, as prompts"
     )
     parser.add_argument("--phase", choices=PHASES, help="tokens that are replayed, one after another (default any)")
+
+
+def _host(text: str) -> int:
+    return 0 if text.strip().lower() in ("none", "0") else memory(text)
 
 
 def machine_of(options: argparse.Namespace) -> Machine:

@@ -67,6 +67,8 @@ def run(options: argparse.Namespace) -> int:
     """Place and print, list what there is, or answer for unequal devices and adapters."""
     from moescope.errors import InputError
 
+    if (options.choices or options.adapters) and (options.output or options.method):
+        raise InputError("--choices and --adapters print an answer and place nothing: leave out --method and -o")
     if options.choices:
         from app.commands.place_choices import print_assignment
 

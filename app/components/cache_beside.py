@@ -20,10 +20,26 @@ def section(run: Run, asked: dict[str, Any]) -> None:
         return
     with st.spinner("Replaying published policies"):
         found: Beside = data.made(frames.compared, run, **asked)
-    percent = {name: st.column_config.NumberColumn(format="percent") for name in ("hit rate", "steps that wait")}
+    percent = {
+        name: st.column_config.NumberColumn(format="percent")
+        for name in (
+            "hit rate",
+            "steps that wait",
+            "recall",
+            "chance",
+            "precision",
+            "steps whole",
+            "of what LRU lacks",
+        )
+    }
     for name, frame, read in (
         ("policies", frames.policies(found), "Which expert makes room, with the slots of this memory. Below the line "
          "of those that know the future no engine can be; their distance is what a better policy could win."),
+        ("foreseen", frames.foreseen(found), "Which experts come next, one layer ahead, as many as a token uses. Only "
+         "what an LRU cache lacks can be saved; what is wasted delays what is needed. Drawn: true routes with as many "
+         "mistakes as were recorded or are named."),
+        ("outlook", frames.outlook(found), "Hit rates of text yet to come, forecast from the requests for fitting; "
+         "came: what the requests for judging gave."),
         ("batches", frames.batches(found), "What runs together. All know the true routes, which flatters them; the "
          "fewer experts a token reads, the fewer loads."),
         ("planes", frames.planes(found), "Nested widths of 2, 3 and 4 bits, loaded plane by plane on an empty device. "

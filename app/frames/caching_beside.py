@@ -48,6 +48,41 @@ def told_policies(found: Beside) -> pl.DataFrame:
     return pl.DataFrame(rows)
 
 
+def foreseen(found: Beside) -> pl.DataFrame:
+    """One row per way to foresee experts one layer ahead; empty where nothing can be prefetched."""
+    rows = [
+        {
+            "foreseen by": f"{one.title}{' (drawn)' if one.drawn else ''}", "recall": one.recall, "chance": one.chance,
+            "precision": one.precision, "steps whole": one.exact, "of what LRU lacks": one.recall_of_missing,
+            "hit rate": one.hit_rate, "MB per token": one.loads_per_token / 1e6,
+            "of which wasted": one.wasted_per_token / 1e6, "ms per token": one.ms, "source": one.source,
+        }
+        for one in found.foreseen
+    ]  # fmt: skip
+    return pl.DataFrame(rows)
+
+
+def told_foreseen(found: Beside) -> pl.DataFrame:
+    """The same as it is printed: shares in per cent."""
+    frame = foreseen(found)
+    shares = ("recall", "chance", "precision", "steps whole", "of what LRU lacks", "hit rate")
+    percent = [pl.Series(name, [f"{value:.1%}" for value in frame[name].to_list()]) for name in shares]
+    return frame.with_columns(percent).drop("source", "chance")
+
+
+def outlook(found: Beside) -> pl.DataFrame:
+    """One row per policy and kind of text yet to come."""
+    rows = [
+        {
+            "caches": one.policy, "text": one.text, "expected": f"{one.rate:.1%}",
+            "95 %": f"{one.low:.1%} to {one.high:.1%}", "came": None if one.came is None else f"{one.came:.1%}",
+        }
+        for one in found.outlook
+    ]  # fmt: skip
+    schema = dict.fromkeys(("caches", "text", "expected", "95 %", "came"), pl.String)
+    return pl.DataFrame(rows, schema=schema)
+
+
 def batches(found: Beside) -> pl.DataFrame:
     """One row per way to put sequences together, order of arrival first."""
     rows = [

@@ -105,6 +105,8 @@ def compare(
     each = np.minimum(equal_split(num_layers=work.num_layers, slots=slots), work.num_experts)
     found = []
     for rule in RULES:
+        if rule.policy == "fate" and slots < setting.least_slots:
+            continue  # it leaves every layer what a token needs
         tell(f"replaying {rule.title}")
         room: dict[str, Any] = {"slots": slots, "shared": True} if rule.shared else {"layer_slots": each.tolist()}
         if rule.parameters is MIXED:

@@ -18,6 +18,10 @@ GAIN = 0.9
 tenth less is what one feels, and more than presets of machines are right about."""
 
 
+FEW = 3
+"""Requests that have to be judged for caching to be said to pay."""
+
+
 @dataclass(frozen=True)
 class SizePoint:
     """One size of the device's memory for experts.
@@ -30,6 +34,7 @@ class SizePoint:
         plain: the fastest way that needs no trace: whole layers on the device, the CPU runs the others.
         chance: ``way`` on uniformly random experts.
         bound: what no policy can beat at this size.
+        requests: judged; of fewer than :data:`FEW` an interval says nothing.
     """
 
     bytes: int
@@ -41,6 +46,7 @@ class SizePoint:
     plain: float
     chance: float
     bound: float
+    requests: int = 3
 
     @property
     def without(self) -> float:
@@ -50,7 +56,7 @@ class SizePoint:
     @property
     def pays(self) -> bool:
         """The whole interval is below :data:`GAIN` times that."""
-        return self.high <= GAIN * self.without
+        return self.requests >= FEW and self.high <= GAIN * self.without
 
 
 @dataclass(frozen=True)
@@ -99,13 +105,15 @@ def judge(
     if shared:
         words = (
             "Device and CPU share one memory: what is in it is never copied, so there is nothing to cache. All experts"
-            f" take {size(total)}, and the memory has {size(room)} for them; the others would be read from disk."
+            f" take {size(total)}, and the memory has {size(room)} for them; the others would be read from disk,"
+            " which moescope recommend counts."
         )
         return Verdict("does not pay", None, (words,))
     here = min(points, key=lambda point: abs(point.bytes - asked))
     above = _from_where([point for point in points if point.bytes < whole])
     word: Word = "pays" if here.pays else "does not pay" if above is None else "pays above"
-    return Verdict(word, above, (*_why(here), *_elsewhere(points, here, above), *told))
+    few = (f"Only {here.requests} requests were judged, too few to say that it pays.",) if here.requests < FEW else ()
+    return Verdict(word, above, (*few, *_why(here), *_elsewhere(points, here, above), *told))
 
 
 def _from_where(points: Sequence[SizePoint]) -> int | None:

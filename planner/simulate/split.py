@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from moescope.errors import PlanError
 from planner.allocation import allocate
 from planner.simulate.outcome import Curve
+from planner.simulate.policies.lists import shallow_first
 from profiler.metrics._arrays import FloatArray
 
 Slots = NDArray[np.int64]
@@ -70,12 +71,7 @@ def fate_split(*, num_layers: int, num_experts: int, top_k: Sequence[int], slots
             f"{slots} slots cannot be split over {num_layers} layers of {num_experts} experts: give {floors.sum()} to"
             f" {num_layers * num_experts}"
         )
-    found, spare = floors.copy(), slots - int(floors.sum())
-    for layer in range(num_layers):
-        given = min(spare, num_experts - int(floors[layer]))
-        found[layer] += given
-        spare -= given
-    return found
+    return shallow_first(slots, floors, num_experts)
 
 
 def equal_split(*, num_layers: int, slots: int) -> Slots:

@@ -254,3 +254,12 @@ def test_a_fast_link_leaves_nothing_to_save(tmp_path: Path) -> None:
     found = told(tmp_path, ids, given)
     assert found.verdict.word == "does not pay"
     assert found.bound_ms > GAIN * found.best.ms
+
+
+@pytest.mark.parametrize("requests", [1, 2, 3])
+def test_few_requests_say_nothing(requests: int) -> None:
+    times = {"ms": 1.0, "low": 1.0, "high": 1.0, "plain": 9.0, "chance": 9.0, "bound": 0.5}
+    point = SizePoint(bytes=10, slots=1, way="w", requests=requests, **times)
+    found = judge([point], asked=10, whole=20)
+    assert (found.word == "pays") is (requests == 3)
+    assert found.reasons[0].startswith("Only") is (requests < 3)
