@@ -73,7 +73,7 @@ def bit_planes(setting: Setting, *, size: int = 8) -> list[PlaneFigures]:
 
 
 def _steps(work: Workload, size: int) -> list[tuple[int, NDArray[np.int64]]]:
-    """(layer, passes that run together): successive tokens of a request, as in reading a prompt."""
+    """(layer, passes that run together): successive tokens, as in reading text; some span two requests."""
     count = min(STEPS, work.num_layers * (work.num_passes // size))
     starts = np.linspace(0, work.num_passes - size, count).astype(np.int64)
     return [(place % work.num_layers, np.arange(start, start + size)) for place, start in enumerate(starts.tolist())]

@@ -24,12 +24,14 @@ class Rule:
         policy: its name.
         shared: one cache for all layers, as its source has it.
         words: what else is said of it.
+        narrow: small gate weights load a narrower version or none, and a part of the memory holds such versions.
         parameters: of the policy.
     """
 
     policy: str
     shared: bool = False
     words: str = ""
+    narrow: bool = False
     parameters: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -45,15 +47,16 @@ NARROW = 0.25
 FULL = 0.75
 """Part of the slots that hold full versions, where narrow ones are loaded too; ours: the paper does not say."""
 
-MIXED = {"thresholds": (0.6, 0.9)}
+THRESHOLDS = (0.6, 0.9)
 """HOBBIT's T1 and T2 for Mixtral."""
 
 RULES: tuple[Rule, ...] = (
     Rule("static", True), Rule("lru"), Rule("lru", True), Rule("lfu"), Rule("lfu", True), Rule("lfu_in_cache", True),
     Rule("arc"), Rule("mixtral_offloading"), Rule("moe_infinity", True, "as published"),
-    Rule("moe_infinity", True, "as released", {"behaviour": "released"}), Rule("hobbit", True, "distance corrected"),
-    Rule("hobbit", True, "distance as printed", {"distance": "paper"}),
-    Rule("hobbit", True, "least weights in a quarter of the bits or left out", MIXED),
+    Rule("moe_infinity", True, "as released", parameters={"behaviour": "released"}),
+    Rule("hobbit", True, "distance corrected"),
+    Rule("hobbit", True, "distance as printed", parameters={"distance": "paper"}),
+    Rule("hobbit", True, "least weights in a quarter of the bits or left out", True, {"thresholds": THRESHOLDS}),
     Rule("edgemoe", True, "distance corrected"),
     Rule("fate"), Rule("window", words="the next pass known", parameters={"foresight": 1}),
     Rule("window", words="the next 4 known", parameters={"foresight": 4}),
@@ -109,7 +112,7 @@ def compare(
             continue  # it leaves every layer what a token needs
         tell(f"replaying {rule.title}")
         room: dict[str, Any] = {"slots": slots, "shared": True} if rule.shared else {"layer_slots": each.tolist()}
-        if rule.parameters is MIXED:
+        if rule.narrow:
             if work.weights is None or (work.pass_tokens > 1).any():
                 continue  # it goes by the gate weights of one token
             full = round(FULL * slots)

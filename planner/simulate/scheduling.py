@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moescope.errors import PlanError
-from planner.simulate.workload import Ids, Workload, _united
+from planner.simulate.workload import Ids, Workload, united
 from profiler.metrics._arrays import FloatArray, ratio
 
 Bools = NDArray[np.bool_]
@@ -96,7 +96,7 @@ def token_schedule(workload: Workload, *, size: int, routes: Ids | None = None, 
         after.append(chosen)
         names.append(_domain(workload, members))
         numbers.append(int(workload.sequences[first]))
-    return TokenSchedule(_united(workload, before, names, numbers), _united(workload, after, names, numbers))
+    return TokenSchedule(united(workload, before, names, numbers), united(workload, after, names, numbers))
 
 
 def two_batches(routes: Ids, *, num_experts: int, swaps: bool = True) -> Bools:
@@ -185,7 +185,7 @@ def queue_schedule(workload: Workload, *, size: int, window: int) -> Workload:
                 opened.append(next_one)
                 next_one += 1
     everyone = np.arange(workload.num_requests)
-    return _united(workload, [passes], [_domain(workload, everyone)], workload.sequences[:1].tolist())
+    return united(workload, [passes], [_domain(workload, everyone)], workload.sequences[:1].tolist())
 
 
 def _longest_queue(workload: Workload, opened: Whole, position: Whole, waited: Whole, size: int, window: int) -> Whole:

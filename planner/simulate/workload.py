@@ -251,7 +251,7 @@ def batched(workload: Workload, *, size: int) -> Workload:
         names = {workload.domains[one] for one in members}
         domains.append(names.pop() if len(names) == 1 else "mixed")
         sequences.append(workload.sequences[first])
-    return _united(workload, groups, domains, sequences)
+    return united(workload, groups, domains, sequences)
 
 
 def prefill(workload: Workload, *, chunk: int) -> Workload:
@@ -268,12 +268,10 @@ def prefill(workload: Workload, *, chunk: int) -> Workload:
     for one in range(workload.num_requests):
         first, last = int(workload.offsets[one]), int(workload.offsets[one + 1])
         groups.append([list(range(at, min(at + chunk, last))) for at in range(first, last, chunk)])
-    return _united(workload, groups, list(workload.domains), list(workload.sequences))
+    return united(workload, groups, list(workload.domains), list(workload.sequences))
 
 
-def _united(
-    workload: Workload, groups: list[list[list[int]]], domains: list[str], sequences: Sequence[Any]
-) -> Workload:
+def united(workload: Workload, groups: list[list[list[int]]], domains: list[str], sequences: Sequence[Any]) -> Workload:
     """Passes put together: groups[request][pass] = passes of the workload that run as one."""
     passes = [members for request in groups for members in request]
     most = max(map(len, passes))
@@ -282,7 +280,7 @@ def _united(
     owner = np.repeat(np.arange(len(passes)), [len(members) for members in passes])
     flat = np.concatenate([np.asarray(members, np.int64) for members in passes])
     experts, width = workload.num_experts, 0
-    united = []
+    layers = []
     for layer in range(workload.num_layers):
         ids = workload.ids[layer][flat]  # shape: (tokens, k)
         used = ids >= 0
@@ -293,11 +291,11 @@ def _united(
             np.maximum.at(gates, inverse, workload.weights[layer][flat][used])
         at = found // experts
         rank = np.arange(len(found)) - np.searchsorted(at, at)
-        united.append((at, rank, (found % experts).astype(np.int16), counts, gates))
+        layers.append((at, rank, (found % experts).astype(np.int16), counts, gates))
         width = max(width, int(rank.max(initial=-1)) + 1)
     shape = (workload.num_layers, len(passes), width)
     ids, tokens, weights = np.full(shape, -1, np.int16), np.zeros(shape, np.uint16), np.zeros(shape, np.float32)
-    for layer, (at, rank, mine, counts, gates) in enumerate(united):
+    for layer, (at, rank, mine, counts, gates) in enumerate(layers):
         ids[layer, at, rank], tokens[layer, at, rank], weights[layer, at, rank] = mine, counts, gates
     lengths = [len(request) for request in groups]
     return replace(

@@ -11,6 +11,7 @@ import polars as pl
 import pytest
 import synthetic
 from streamlit.testing.v1 import AppTest
+from visiting import visited
 
 import store
 from app.figures import ablation as figures
@@ -18,8 +19,6 @@ from app.frames import ablation as frames
 from app.frames import super_experts
 from app.state import plain
 from moescope.errors import StoreError
-
-MAIN = Path(__file__).parents[2] / "app" / "main.py"
 
 
 def one_pass(
@@ -89,14 +88,7 @@ def path(tmp_path: Path) -> Path:
 
 
 def visit(monkeypatch: pytest.MonkeyPatch, directory: Path, **parameters: str) -> AppTest:
-    monkeypatch.setenv("MOESCOPE_STORE", str(directory))
-    app = AppTest.from_file(str(MAIN), default_timeout=60)
-    for name, value in parameters.items():
-        app.query_params[name] = value
-    app.run()
-    app.switch_page("views/super_experts.py").run()
-    assert not app.exception, app.exception[0].message
-    return app
+    return visited(monkeypatch, directory, "super_experts", **parameters)
 
 
 def words(app: AppTest) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import synthetic
 from streamlit.testing.v1 import AppTest
+from visiting import visited
 
 import store
 from app.frames import caching as frames
@@ -18,7 +19,6 @@ from compressor.plan import CacheStep, Plan, QuantizeStep
 from moescope.errors import MoescopeError
 from planner.cache.study import Study
 
-MAIN = Path(__file__).parents[2] / "app" / "main.py"
 OTHER = 2.0**20
 """Bytes beside the experts: the synthetic run does not say."""
 
@@ -38,14 +38,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def visit(monkeypatch: pytest.MonkeyPatch, directory: Path, **parameters: str) -> AppTest:
-    monkeypatch.setenv("MOESCOPE_STORE", str(directory))
-    app = AppTest.from_file(str(MAIN), default_timeout=100)
-    for name, value in parameters.items():
-        app.query_params[name] = value
-    app.run()
-    app.switch_page("views/cache.py").run()
-    assert not app.exception, app.exception[0].message
-    return app
+    return visited(monkeypatch, directory, "cache", **parameters)
 
 
 def words(app: AppTest) -> str:

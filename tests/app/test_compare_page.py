@@ -11,12 +11,12 @@ import polars as pl
 import pytest
 import synthetic
 from streamlit.testing.v1 import AppTest
+from visiting import visited
 
 from app.figures import comparison as figures
 from app.frames import comparison as frames
 from tests.profiler.paired import LAYERS, routed, texts, write
 
-MAIN = Path(__file__).parents[2] / "app" / "main.py"
 TITLES = [
     "Agreement of the selections",
     "Gate weight that left, all layers",
@@ -44,13 +44,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def visit(monkeypatch: pytest.MonkeyPatch, directory: Path, **parameters: str) -> AppTest:
-    monkeypatch.setenv("MOESCOPE_STORE", str(directory))
-    app = AppTest.from_file(str(MAIN), default_timeout=60)
-    for name, value in parameters.items():
-        app.query_params[name] = value
-    app.run()
-    app.switch_page("views/compare.py").run()
-    assert not app.exception, app.exception[0].message
+    app = visited(monkeypatch, directory, "compare", **parameters)
     assert not app.error
     return app
 

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import synthetic
 from streamlit.testing.v1 import AppTest
+from visiting import visited
 
 import planner
 import store
@@ -26,7 +27,6 @@ from planner.presets import DEFAULT, PRESETS
 from planner.recommendation import Recommendation
 from sample_data import MODEL, RUN
 
-MAIN = Path(__file__).parents[2] / "app" / "main.py"
 WHOLE = 96 * 3 * 128 * 128 * 2
 
 
@@ -53,14 +53,7 @@ def few(monkeypatch: pytest.MonkeyPatch, directory: Path) -> None:
 
 
 def visit(monkeypatch: pytest.MonkeyPatch, directory: Path, **parameters: str) -> AppTest:
-    monkeypatch.setenv("MOESCOPE_STORE", str(directory))
-    app = AppTest.from_file(str(MAIN), default_timeout=100)
-    for name, value in parameters.items():
-        app.query_params[name] = value
-    app.run()
-    app.switch_page("views/compress.py").run()
-    assert not app.exception, app.exception[0].message
-    return app
+    return visited(monkeypatch, directory, "compress", **parameters)
 
 
 def words(app: AppTest) -> str:

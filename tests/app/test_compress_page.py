@@ -12,6 +12,7 @@ import polars as pl
 import pytest
 import synthetic
 from streamlit.testing.v1 import AppTest
+from visiting import visited
 
 import planner
 import store
@@ -33,7 +34,6 @@ MEASURES = (*("repeated_4grams", "longest_loop", "distinct_1", "distinct_2", "en
 SIZE = dict.fromkeys(
     ("file_bytes", "memory_bytes", "parameters", "active_parameters", "expert_parameters", "experts"), 1000
 )
-MAIN = Path(__file__).parents[2] / "app" / "main.py"
 
 
 @pytest.fixture(scope="module")
@@ -64,14 +64,7 @@ def clean(directory: Path) -> Path:
 
 
 def visit(monkeypatch: pytest.MonkeyPatch, directory: Path, **parameters: str | list[str]) -> AppTest:
-    monkeypatch.setenv("MOESCOPE_STORE", str(directory))
-    app = AppTest.from_file(str(MAIN), default_timeout=100)
-    for name, value in ({"plan": "of a preset"} | parameters).items():
-        app.query_params[name] = value
-    app.run()
-    app.switch_page("views/compress.py").run()
-    assert not app.exception, app.exception[0].message
-    return app
+    return visited(monkeypatch, directory, "compress", **({"plan": "of a preset"} | parameters))
 
 
 def words(app: AppTest) -> str:

@@ -11,6 +11,7 @@ import polars as pl
 import pytest
 import synthetic
 from streamlit.testing.v1 import AppTest
+from visiting import visited
 
 import store
 from app.commands.show import view
@@ -21,8 +22,6 @@ from profiler.headline import compute_and_store
 from profiler.importers.job import import_run
 from profiler.importers.recording import ImportOptions
 from profiler.metrics.coverage import TARGET, lengthened
-
-MAIN = Path(__file__).parents[2] / "app" / "main.py"
 
 
 @pytest.fixture(scope="module")
@@ -40,13 +39,7 @@ def run(path: Path) -> Iterator[store.Run]:
 
 
 def visit(monkeypatch: pytest.MonkeyPatch, directory: Path, **parameters: str) -> AppTest:
-    monkeypatch.setenv("MOESCOPE_STORE", str(directory))
-    app = AppTest.from_file(str(MAIN), default_timeout=60)
-    for name, value in parameters.items():
-        app.query_params[name] = value
-    app.run()
-    assert not app.exception, app.exception[0].message
-    return app
+    return visited(monkeypatch, directory, **parameters)
 
 
 def words(app: AppTest) -> str:

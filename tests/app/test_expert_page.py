@@ -12,6 +12,7 @@ import polars as pl
 import pytest
 import synthetic
 from streamlit.testing.v1 import AppTest
+from visiting import visited
 
 import store
 from app.cli import main
@@ -23,7 +24,6 @@ from profiler.importers.job import import_run
 from profiler.importers.recording import ImportOptions
 from sample_data import RUN
 
-MAIN = Path(__file__).parents[2] / "app" / "main.py"
 LAYER, EXPERT = "2", 5
 AXIS = synthetic.LAYERS.index(int(LAYER))
 WHERE: dict[str, Any] = {"label": LAYER, "expert": EXPERT}
@@ -40,14 +40,7 @@ def counted(run: store.Run) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[st
 
 
 def visit(monkeypatch: pytest.MonkeyPatch, directory: Path, page: str = "expert", **parameters: str) -> AppTest:
-    monkeypatch.setenv("MOESCOPE_STORE", str(directory))
-    app = AppTest.from_file(str(MAIN), default_timeout=60)
-    for name, value in parameters.items():
-        app.query_params[name] = value
-    app.run()
-    app.switch_page(f"views/{page}.py").run()
-    assert not app.exception, app.exception[0].message
-    return app
+    return visited(monkeypatch, directory, page, **parameters)
 
 
 def words(app: AppTest) -> str:

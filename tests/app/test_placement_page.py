@@ -12,6 +12,7 @@ import place_runs
 import pytest
 import synthetic
 from streamlit.testing.v1 import AppTest
+from visiting import visited
 
 import store
 from app.cli import parser
@@ -20,8 +21,6 @@ from compressor.exporters import EXPORTERS, exporter
 from planner.place.verdict import verdict
 from planner.placing import place
 from sample_data import RUN
-
-MAIN = Path(__file__).parents[2] / "app" / "main.py"
 
 
 @pytest.fixture(scope="module")
@@ -34,14 +33,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def visit(monkeypatch: pytest.MonkeyPatch, directory: Path, **parameters: str | list[str]) -> AppTest:
-    monkeypatch.setenv("MOESCOPE_STORE", str(directory))
-    app = AppTest.from_file(str(MAIN), default_timeout=100)
-    for name, value in parameters.items():
-        app.query_params[name] = value
-    app.run()
-    app.switch_page("views/placement.py").run()
-    assert not app.exception, app.exception[0].message
-    return app
+    return visited(monkeypatch, directory, "placement", **parameters)
 
 
 def words(app: AppTest) -> str:

@@ -12,6 +12,7 @@ import polars as pl
 import pytest
 import synthetic
 from streamlit.testing.v1 import AppTest
+from visiting import visited
 
 import store
 from app.commands.show import view
@@ -21,7 +22,6 @@ from profiler.headline import compute_and_store
 from profiler.headline.similarity_kinds import KINDS, SimilarityTables, chance, matrices
 from profiler.metrics.similarity import linear_hsic, normalised_gram, random_absolute_cosine
 
-MAIN = Path(__file__).parents[2] / "app" / "main.py"
 TWINS = (3, 9)
 LEVELS = "routing,activations,similarity"
 ALL = [kind.name for kind in KINDS if not kind.part]
@@ -120,14 +120,7 @@ def run(path: Path) -> Iterator[store.Run]:
 
 
 def visit(monkeypatch: pytest.MonkeyPatch, directory: Path, **parameters: str) -> AppTest:
-    monkeypatch.setenv("MOESCOPE_STORE", str(directory))
-    app = AppTest.from_file(str(MAIN), default_timeout=60)
-    for name, value in parameters.items():
-        app.query_params[name] = value
-    app.run()
-    app.switch_page("views/similarity.py").run()
-    assert not app.exception, app.exception[0].message
-    return app
+    return visited(monkeypatch, directory, "similarity", **parameters)
 
 
 def words(app: AppTest) -> str:

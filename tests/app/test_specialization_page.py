@@ -11,14 +11,13 @@ import polars as pl
 import pytest
 import synthetic
 from streamlit.testing.v1 import AppTest
+from visiting import visited
 
 import store
 from app.commands.show import view
 from app.figures import specialization as figures
 from app.frames import specialization as frames
 from profiler.headline import compute_and_store
-
-MAIN = Path(__file__).parents[2] / "app" / "main.py"
 
 
 @pytest.fixture(scope="module")
@@ -36,13 +35,7 @@ def special(path: Path) -> Iterator[store.Run]:
 
 
 def visit(monkeypatch: pytest.MonkeyPatch, directory: Path, **parameters: str) -> tuple[AppTest, str]:
-    monkeypatch.setenv("MOESCOPE_STORE", str(directory))
-    app = AppTest.from_file(str(MAIN), default_timeout=60)
-    for name, value in parameters.items():
-        app.query_params[name] = value
-    app.run()
-    app.switch_page("views/routing.py").run()
-    assert not app.exception, app.exception[0].message
+    app = visited(monkeypatch, directory, "routing", **parameters)
     kinds = (app.markdown, app.info, app.caption)
     return app, "\n".join(str(element.value) for kind in kinds for element in kind)
 

@@ -1,0 +1,24 @@
+"""The dashboard without a browser: a page drawn by Streamlit's own test runner, and the words on it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from streamlit.testing.v1 import AppTest
+
+MAIN = Path(__file__).parents[2] / "app" / "main.py"
+SECONDS = 100
+
+
+def visited(monkeypatch: pytest.MonkeyPatch, directory: Path, view: str = "", **parameters: str | list[str]) -> AppTest:
+    """A page of a store, drawn; view: its file, without one the first page; parameters: of its address."""
+    monkeypatch.setenv("MOESCOPE_STORE", str(directory))
+    app = AppTest.from_file(str(MAIN), default_timeout=SECONDS)
+    for name, value in parameters.items():
+        app.query_params[name] = value
+    app.run()
+    if view:
+        app.switch_page(f"views/{view}.py").run()
+    assert not app.exception, app.exception[0].message
+    return app
