@@ -46,7 +46,9 @@ def _published(srp: Place | None, sch: Place | None) -> list[str]:
     """Beside published models, of which number 1 is the most consistent."""
     told = []
     if srp is not None:
-        told.append(f"SRP over {SEGMENT} tokens is {srp[0]:.1%}, number {srp[1]} beside {srp[2]} of published models")
+        told.append(
+            f"SRP over {SEGMENT} tokens is {srp[0]:.1%}, number {srp[1]} beside {srp[2]} figures of published models"
+        )
     if sch is not None:
         told.append(
             f"SCH of a shared cache of {RATIO:g} times what a token uses {sch[0]:.1%}, number {sch[1]} beside {sch[2]}"
