@@ -14,6 +14,8 @@ import polars as pl
 import streamlit as st
 
 import store
+from app.exhibits.exhibit import Exhibit
+from app.figures.style import Theme
 from compressor.plan import Plan
 from store import Catalog, Entry, Run
 
@@ -93,6 +95,16 @@ def detail(maker: FrameMaker, run: Run, **arguments: Any) -> pl.DataFrame:
     """As :func:`frame`, for frames of one sequence: they are large, so only the last few are kept."""
     key = (f"{maker.__module__}.{maker.__qualname__}", tuple(sorted(arguments.items())))
     return _detail(str(run.path), run.version, key, _maker=maker, _run=run, _arguments=arguments)
+
+
+def exhibit(maker: Callable[..., Exhibit], run: Run, *, theme: Theme, **choices: Any) -> Exhibit:
+    """What ``maker`` draws of a run, once per version of the run, theme and choices; its frames are kept too.
+
+    Raises:
+        Absent: the run cannot fill it.
+    """
+    key = (f"{maker.__module__}.{maker.__qualname__}", theme, tuple(sorted(choices.items())))
+    return _exhibit(str(run.path), run.version, key, _maker=maker, _run=run, _theme=theme, _choices=choices)
 
 
 def frame_list(maker: Callable[[Run], list[str]], run: Run) -> list[str]:
@@ -186,6 +198,19 @@ def _detail(
     _arguments: dict[str, Any],
 ) -> pl.DataFrame:
     return _maker(_run, **_arguments)
+
+
+@st.cache_resource(max_entries=96, show_spinner=False)
+def _exhibit(
+    path: str,
+    version: tuple[object, ...],
+    key: tuple[object, ...],
+    _maker: Callable[..., Exhibit],
+    _run: Run,
+    _theme: Theme,
+    _choices: dict[str, Any],
+) -> Exhibit:
+    return _maker(_run, frames=frame, theme=_theme, **_choices)
 
 
 @st.cache_data(max_entries=64, show_spinner=False)

@@ -9,6 +9,8 @@ import streamlit as st
 
 from app import data, state
 from app.components import header
+from app.components.focus_bar import focus_bar
+from app.components.picks import picks
 from app.components.theme_watch import theme_watch
 from app.sample import remarks
 from app.views import PAGES
@@ -41,7 +43,17 @@ def main() -> None:
     if chosen is None:
         header.empty_store([str(path) for path in data.store_directories()])
         return
+    with st.container(gap=None):
+        _focus(chosen.entry)
     chosen_page.run()
+    picks()
+
+
+def _focus(entry: Entry) -> None:
+    try:
+        focus_bar(data.open_run(entry.path))
+    except MoescopeError:
+        return  # the page says what is wrong with the run
 
 
 def _about(entry: Entry) -> None:

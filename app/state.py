@@ -16,8 +16,6 @@ from app.figures.style import Theme
 from store import Entry
 
 ALL = "all"
-KEYS = ("run", "domain", "phase", "layer", "sequence", "token")
-"""Query parameters that several pages share."""
 
 
 @dataclass(frozen=True)
@@ -72,12 +70,18 @@ def choose(
     words: Callable[[str], str] = str,
     help: str | None = None,
     segmented: bool = False,
+    hidden: bool = False,
 ) -> str:
-    """One of ``options``, bound to the query parameter ``key``; a value that is not among them reads as the default."""
+    """One of ``options``, bound to the query parameter ``key``; a value that is not among them reads as the default.
+
+    ``hidden``: the label is for screen readers only.
+    """
     options = list(options)
     first = default if default in options else options[0]
     _keep_valid(key, options, default=first)
     common: dict[str, Any] = {"key": key, "format_func": words, "help": help, "bind": "query-params"}
+    if hidden:
+        common["label_visibility"] = "collapsed"
     if segmented:
         value = st.segmented_control(label, options, default=first, required=True, **common)
     else:

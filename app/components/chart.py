@@ -4,13 +4,42 @@ from __future__ import annotations
 
 import io
 import re
+from collections.abc import Callable
 from typing import Any
 
 import plotly.graph_objects as go
 import polars as pl
 import streamlit as st
 
-from app import state
+from app import data, state
+from app.exhibits.exhibit import Absent, Exhibit
+from store import Run
+
+
+def exhibit(maker: Callable[..., Exhibit], run: Run, *, key: str, bordered: bool = True, **choices: Any) -> bool:
+    """Draw one exhibit of a run, or say why it is not there; whether it was drawn.
+
+    Args:
+        maker: from ``app/exhibits/``.
+        key: unique on the page; names the downloaded files.
+        choices: what ``maker`` is told.
+    """
+    try:
+        made = data.exhibit(maker, run, theme=state.theme(), **choices)
+    except Absent as missing:
+        absent(missing)
+        return False
+    show(
+        made.figure, made.frame, key=key, read=made.read, alt=made.alt, rests_on=made.rests_on, bordered=bordered
+    )  # fmt: skip
+    return True
+
+
+def absent(missing: Absent) -> None:
+    """Why something is not there, and the command that would change it."""
+    st.info(state.plain(missing.reason, 400), icon=":material/visibility_off:")
+    if missing.remedy:
+        st.code(missing.remedy, language="bash")
 
 
 def show(

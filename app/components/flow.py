@@ -5,7 +5,7 @@ from __future__ import annotations
 import polars as pl
 import streamlit as st
 
-from app import data, state
+from app import data, focus, state
 from app.components import chart, header
 from app.figures import flow as figures
 from app.figures.style import safe
@@ -45,7 +45,7 @@ def section(run: Run, *, domain: str | None, phase: str | None) -> None:
         return
     labels = layer_labels(run)
     with st.container(horizontal=True, gap="medium", vertical_alignment="bottom"):
-        label = state.choose("Layer", labels, key="layer", default=labels[min(1, len(labels) - 1)])
+        label = focus.current().layer or labels[min(1, len(labels) - 1)]
         measure = state.choose("Pairs by", list(frames.MEASURES), key="pairs", words=frames.MEASURES.__getitem__)
     if phase:
         st.caption("Pairs, and what follows, are counted over both phases.")

@@ -9,7 +9,7 @@ import plotly.graph_objects as go
 import polars as pl
 from numpy.typing import NDArray
 
-from app.figures.style import Theme, colorbar, layout, message, palette, rows_height, safe, scale
+from app.figures.style import Theme, colorbar, layout, message, palette, pickable, rows_height, safe, scale
 
 MAX_DETAIL_CELLS = 8192
 """Up to so many cells the hover text carries a second figure; beyond, the map carries its values only."""
@@ -134,4 +134,4 @@ def expert_map(figure: go.Figure, *, title: str, labels: list[str], width: int, 
         showgrid=False, zeroline=False, ticks="", type="category" if figure.data[0].x is not None else "linear"
     )
     figure.update_xaxes(nticks=24)
-    return figure
+    return pickable(figure, layer="y", expert="x")

@@ -243,6 +243,17 @@ def message(text: str, *, title: str, theme: Theme = "light", height: int = 220)
     return figure
 
 
+def pickable(figure: go.Figure, **sources: str) -> go.Figure:
+    """Say what a click on the figure picks: ``layer``, ``expert``, ``sequence`` or ``token``, each with its source.
+
+    A source is "x" or "y", the point's place on that axis (a category by its text); "customdata.N", the N-th value of
+    the point's customdata; or "=TEXT", the same for the whole figure. Pages then mark what is picked: where x or y is
+    a layer or an expert, its cell, row or column.
+    """
+    figure.update_layout(meta={"pick": sources})
+    return figure
+
+
 def rows_height(rows: int, *, each: int = 20, least: int = 260, most: int = 760) -> int:
     """The height of a map with so many rows, pixels."""
     return int(min(max(rows * each + 110, least), most))

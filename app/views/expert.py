@@ -6,13 +6,11 @@ from typing import Any
 
 import streamlit as st
 
-from app import data, state
+from app import data, focus, state
 from app.components import chart, expert_errors, expert_text, header
 from app.components.page import render
 from app.figures import expert as drawings
 from app.frames import expert as frames
-from app.frames.axes import layer_labels
-from app.frames.expert_trace import layer_info
 from app.frames.similarity import kinds
 from store import Run
 
@@ -25,10 +23,7 @@ def page(run: Run) -> None:
     if not run.layers:
         st.info("No layer has been recorded yet.", icon=":material/hourglass_top:")
         return
-    with st.container(horizontal=True, gap="medium", vertical_alignment="bottom"):
-        label = state.choose("Layer", layer_labels(run), key="layer")
-        last = layer_info(run, label).num_experts - 1
-        expert = state.choose_number("Expert", key="expert", low=0, high=last, help=f"0 to {last} in this layer.")
+    label, expert = focus.current().layer_in(run), focus.current().expert_in(run)
     where = {"label": label, "expert": expert}
     _figures(run, where)
     _domains(run, where)

@@ -10,6 +10,7 @@ import streamlit as st
 from app import data, state
 from app.components import chart, flow, header, specialization
 from app.components.page import render
+from app.exhibits import routing as exhibits
 from app.figures import consistency as consistency_figures
 from app.figures import curves, heatmap
 from app.figures.style import safe
@@ -36,7 +37,7 @@ def page(run: Run) -> None:
         phase = state.choose_phase(data.frame_list(axes.phases, run))
         scale = state.choose("Scale", list(_SCALES), key="scale", words=_SCALES.__getitem__, segmented=True)
     where = ", ".join(part for part in (domain, phase) if part) or "all text"
-    _load(run, domain=domain, phase=phase, scale=scale, where=where)
+    _load(run, domain=domain, phase=phase, scale=scale)
     _balance(run, domain=domain, phase=phase, where=where)
     _specialization(run, domain=domain, phase=phase)
     specialization.section(run)
@@ -45,20 +46,8 @@ def page(run: Run) -> None:
     flow.section(run, domain=domain, phase=phase)
 
 
-def _load(run: Run, *, domain: str | None, phase: str | None, scale: str, where: str) -> None:
-    frame = data.frame(load.expert_load, run, domain=domain, phase=phase)
-    read = {
-        "relative": "Orange experts get less than their uniform share, blue ones more, in factors of two.",
-        "share": "The darker (in dark mode: the brighter), the larger the expert's part of its layer's selections.",
-    }[scale]
-    chart.show(
-        heatmap.load_map(frame, value=scale, where=safe(where), theme=state.theme()),
-        frame,
-        key="load",
-        read=read,
-        rests_on=f"{frame['tokens'].sum():,} selections.",
-        alt=f"Map of layers and experts: load, {where}",
-    )
+def _load(run: Run, *, domain: str | None, phase: str | None, scale: str) -> None:
+    chart.exhibit(exhibits.load, run, key="load", domain=domain, phase=phase, scale=scale)
     shared = data.frame(load.shared_load, run)
     if len(shared):
         st.caption(f"{len(shared):,} shared experts see every token and stand in no map of load.")

@@ -5,13 +5,12 @@ from __future__ import annotations
 import polars as pl
 import streamlit as st
 
-from app import data, state
+from app import data, focus, state
 from app.components import chart, header
 from app.components.page import render
 from app.figures import similarity as figures
 from app.figures.style import safe
 from app.frames import similarity as frames
-from app.frames.axes import layer_labels
 from store import Run
 
 _READ = {
@@ -41,7 +40,7 @@ def page(run: Run) -> None:
     titles = dict(known.select("kind", "title").iter_rows())
     names = here["kind"].to_list()
     with st.container(horizontal=True, gap="medium", vertical_alignment="bottom"):
-        label = state.choose("Layer", layer_labels(run), key="layer")
+        label = focus.current().layer_in(run)
         kind = _choose_kind("Similarity of", names, titles, key="kind", preferred=("debiased_cka", "router_logit"))
         other = _choose_kind("Beside it", names, titles, key="beside", preferred=("weight_matched", "router_row"))
         scale = state.choose(

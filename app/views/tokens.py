@@ -5,7 +5,7 @@ from __future__ import annotations
 import polars as pl
 import streamlit as st
 
-from app import data, state
+from app import data, focus, state
 from app.components import chart, header
 from app.components.page import render
 from app.components.token_strip import token_strip
@@ -40,7 +40,7 @@ def page(run: Run) -> None:
             st.info("No sequence has been recorded yet.", icon=":material/hourglass_top:")
             return
         sequence = _choose_sequence(listed)
-        layer = state.choose("Layer", axes.layer_labels(run), key="layer")
+        layer = focus.current().layer_in(run)
         modes = list(_MODES)[:1] if "weights" in run.omissions else list(_MODES)
         mode = state.choose("Colour by", modes, key="colour", words=_MODES.__getitem__)
     chosen = listed.filter(pl.col("sequence") == sequence).row(0, named=True)
@@ -58,12 +58,8 @@ def page(run: Run) -> None:
 def _choose_sequence(listed: pl.DataFrame) -> int:
     """A sequence by its number; of a number that the domain lacks, the next one that it has."""
     numbers = listed["sequence"]
-    first, last = int(numbers[0]), int(numbers[-1])
-    words = (
-        f"{len(listed):,} sequences of this choice, numbered {first} to {last}; the next one is taken where one lacks."
-    )
-    asked = state.choose_number("Sequence", key="sequence", low=first, high=last, default=first, help=words)
-    return int(numbers.filter(numbers >= asked)[0])
+    asked = focus.current().sequence or 0
+    return int(numbers.filter(numbers >= min(asked, int(numbers[-1])))[0])
 
 
 def _sequence(run: Run, sequence: int, *, layer: str, mode: str) -> None:
@@ -108,12 +104,8 @@ def _choose_part(length: int) -> int:
 
 def _selected(length: int) -> int | None:
     """The kept token, from the URL or from a click; None when there is none or it lies outside the sequence."""
-    position = st.session_state.get("token", st.query_params.get("token"))
-    try:
-        value = int(position) if position is not None else -1
-    except ValueError:
-        value = -1
-    return value if 0 <= value < length else None
+    value = focus.current().token
+    return value if value is not None and value < length else None
 
 
 def _keep() -> None:
@@ -121,8 +113,7 @@ def _keep() -> None:
     strip = st.session_state.get("strip")
     position = getattr(strip, "selected", None)
     if isinstance(position, int):
-        st.session_state["token"] = position
-        st.query_params["token"] = str(position)
+        focus.pick(token=position)
 
 
 def _route_of(route: pl.DataFrame, position: int, *, layer: str) -> None:

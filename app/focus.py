@@ -1,0 +1,68 @@
+"""What the user looks at: a layer, an expert, a sequence and a token, the same on every page and in the address.
+
+The bar on top of every page holds them as widgets bound to the address; a click in a chart, a table or a text sets
+them through :func:`pick`. None means that nothing is chosen: pages then show their own first layer or expert.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import streamlit as st
+
+from app.frames.axes import layer_labels
+from store import Run
+
+KEYS = ("layer", "expert", "sequence", "token")
+
+
+@dataclass(frozen=True)
+class Focus:
+    """What is chosen; ``layer`` by its label ("3", or "2.1" where a layer has steps), the others by number."""
+
+    layer: str | None = None
+    expert: int | None = None
+    sequence: int | None = None
+    token: int | None = None
+
+    def layer_in(self, run: Run) -> str:
+        """The chosen layer, or the run's first."""
+        return self.layer if self.layer is not None else layer_labels(run)[0]
+
+    def expert_in(self, run: Run) -> int:
+        """The chosen expert, or 0 where none is chosen or the layer has fewer."""
+        return self.expert if self.expert is not None and self.expert < experts_of(run, self.layer_in(run)) else 0
+
+
+def current() -> Focus:
+    """The focus as the bar's widgets hold it."""
+    state = st.session_state
+    expert = state.get("expert")
+    return Focus(
+        layer=state.get("layer"),
+        expert=int(expert) if expert is not None else None,
+        sequence=state.get("sequence"),
+        token=state.get("token"),
+    )
+
+
+def experts_of(run: Run, label: str | None) -> int:
+    """The number of routed experts of a layer; of the largest layer for None."""
+    counts = dict(zip(layer_labels(run), (layer.num_experts for layer in run.layers), strict=True))
+    return max(counts.values(), default=0) if label is None else counts.get(label, 0)
+
+
+def pick(**chosen: Any) -> None:
+    """Set parts of the focus; only from a callback, before the widgets are drawn. What cannot be is left out later."""
+    for key in KEYS:
+        if key in chosen and chosen[key] is not None:
+            st.session_state[key] = _typed(key, chosen[key])
+
+
+def _typed(key: str, value: Any) -> Any:
+    """As the widget of that key holds it: layers and experts are options and thus text."""
+    try:
+        return str(value) if key == "layer" else str(int(value)) if key == "expert" else int(value)
+    except (TypeError, ValueError):
+        return None
