@@ -13,6 +13,7 @@ from typing import Any
 import streamlit as st
 
 from app.figures.style import Theme
+from app.markdown import code, plain
 from store import Entry
 
 ALL = "all"
@@ -169,14 +170,21 @@ def _explain_missing(names: Sequence[str]) -> None:
         st.warning(f"No run named {code(str(asked), 80)} in the store (deleted or renamed?). Showing the newest one.")
 
 
-def plain(text: str, limit: int = 80) -> str:
-    """Text from data for Markdown: one line, without the characters that Markdown or HTML read."""
-    line = " ".join(text.split())
-    line = line if len(line) <= limit else line[: limit - 1] + "…"
-    return "".join("\\" + letter if letter in r"\`*_{}[]()<>#+-.!|~:$" else letter for letter in line)
-
-
-def code(text: str, limit: int = 200) -> str:
-    """Text from data as inline code for Markdown, where nothing but the backtick has a meaning."""
-    line = " ".join(text.split()).replace("`", "'")
-    return f"`{line if len(line) <= limit else line[: limit - 1] + '…'}`"
+__all__ = [
+    "ALL",
+    "Chosen",
+    "choose",
+    "choose_domain",
+    "choose_flag",
+    "choose_number",
+    "choose_phase",
+    "choose_run",
+    "choose_share",
+    "choose_size",
+    "choose_some",
+    "code",
+    "domain_of",
+    "plain",
+    "show_run",
+    "theme",
+]
