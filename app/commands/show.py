@@ -46,6 +46,7 @@ VIEWS = {
     "plans": ("app.frames.compress_measured", "plans"),
     "recommendations": ("app.frames.recommendations", "recommendations"),
     "evaluations": ("app.frames.evaluation", "evaluations"),
+    "methods": ("app.frames.methods", "methods"),
     "metrics": ("app.commands.show", "metrics"),
 }
 """Views by name: the module and the function that makes the frame."""
