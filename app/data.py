@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import polars as pl
 import streamlit as st
@@ -23,6 +23,7 @@ STORE_VARIABLE = "MOESCOPE_STORE"
 
 FrameMaker = Callable[..., pl.DataFrame]
 FramesMaker = Callable[..., dict[str, pl.DataFrame]]
+Made = TypeVar("Made")
 
 
 def store_directories() -> list[Path]:
@@ -49,10 +50,11 @@ def open_run(path: Path) -> Run:
     return _open(str(path), store.version_of(path))
 
 
-def frame(maker: FrameMaker, run: Run, **arguments: Any) -> pl.DataFrame:
+def frame(maker: Callable[..., Made], run: Run, /, **arguments: Any) -> Made:
     """What ``maker(run, **arguments)`` returns, computed once per version of the run. Do not change it in place."""
-    key = (f"{maker.__module__}.{maker.__qualname__}", tuple(sorted(arguments.items())))
-    return _frame(str(run.path), run.version, key, _maker=maker, _run=run, _arguments=arguments)
+    key = (_named(maker), tuple(sorted(arguments.items())))
+    found: Made = _frame(str(run.path), run.version, key, _maker=maker, _run=run, _arguments=arguments)
+    return found
 
 
 def plan(run: Run, **arguments: Any) -> Plan:
@@ -85,10 +87,13 @@ def large(maker: Callable[..., Any], run: Run, **arguments: Any) -> Any:
     return _large(str(run.path), run.version, key, _maker=maker, _run=run, _arguments=arguments)
 
 
-def of_plan(maker: FrameMaker, run: Run, plan: Plan, **arguments: Any) -> pl.DataFrame:
+def of_plan(maker: Callable[..., Made], run: Run, plan: Plan, **arguments: Any) -> Made:
     """What ``maker(run, plan, **arguments)`` returns, computed once per version of the run and per plan."""
-    key = (f"{maker.__module__}.{maker.__qualname__}", plan.digest, tuple(sorted(arguments.items())))
-    return _of_plan(str(run.path), run.version, key, _maker=maker, _run=run, _plan=plan, _arguments=arguments)
+    key = (_named(maker), plan.digest, tuple(sorted(arguments.items())))
+    found: Made = _of_plan(
+        str(run.path), run.version, key, _maker=maker, _run=run, _plan=plan, _arguments=arguments
+    )  # fmt: skip
+    return found
 
 
 def detail(maker: FrameMaker, run: Run, **arguments: Any) -> pl.DataFrame:
@@ -135,10 +140,10 @@ def _frame(
     path: str,
     version: tuple[object, ...],
     key: tuple[object, ...],
-    _maker: FrameMaker,
+    _maker: Callable[..., Any],
     _run: Run,
     _arguments: dict[str, Any],
-) -> pl.DataFrame:
+) -> Any:
     return _maker(_run, **_arguments)
 
 
@@ -175,16 +180,16 @@ def _large(
     return _maker(_run, **_arguments)
 
 
-@st.cache_resource(max_entries=32, show_spinner=False)
+@st.cache_resource(max_entries=64, show_spinner=False)
 def _of_plan(
     path: str,
     version: tuple[object, ...],
     key: tuple[object, ...],
-    _maker: FrameMaker,
+    _maker: Callable[..., Any],
     _run: Run,
     _plan: Plan,
     _arguments: dict[str, Any],
-) -> pl.DataFrame:
+) -> Any:
     return _maker(_run, _plan, **_arguments)
 
 
@@ -234,6 +239,10 @@ def _frames_of_two(
 @st.cache_resource(max_entries=16, show_spinner=False)
 def _reference(name: str, _maker: FrameMaker) -> pl.DataFrame:
     return _maker()
+
+
+def _named(maker: Callable[..., Any]) -> str:
+    return f"{maker.__module__}.{maker.__qualname__}"
 
 
 def _age(path: Path) -> float:

@@ -29,10 +29,15 @@ def exhibit(maker: Callable[..., Exhibit], run: Run, *, key: str, bordered: bool
     except Absent as missing:
         absent(missing)
         return False
+    draw(made, key=key, bordered=bordered)
+    return True
+
+
+def draw(made: Exhibit, *, key: str, bordered: bool = True) -> None:
+    """Draw an exhibit that was made already."""
     show(
         made.figure, made.frame, key=key, read=made.read, alt=made.alt, rests_on=made.rests_on, bordered=bordered
     )  # fmt: skip
-    return True
 
 
 def absent(missing: Absent) -> None:

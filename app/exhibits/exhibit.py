@@ -7,13 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import plotly.graph_objects as go
 import polars as pl
 
 import store
 from moescope.errors import InputError
+
+Made = TypeVar("Made")
 
 
 @dataclass(frozen=True)
@@ -49,15 +51,15 @@ class Absent(InputError):
 
 
 class Frames(Protocol):
-    """How an exhibit gets its frames: :func:`fresh`, or a page's cache."""
+    """How an exhibit gets its frames, and what else several of them share: :func:`fresh`, or a page's cache."""
 
-    def __call__(self, maker: Callable[..., pl.DataFrame], run: store.Run, /, **arguments: Any) -> pl.DataFrame:
+    def __call__(self, maker: Callable[..., Made], run: store.Run, /, **arguments: Any) -> Made:
         """What ``maker(run, **arguments)`` returns."""
         ...
 
 
-def fresh(maker: Callable[..., pl.DataFrame], run: store.Run, /, **arguments: Any) -> pl.DataFrame:
-    """The frame, made now."""
+def fresh(maker: Callable[..., Made], run: store.Run, /, **arguments: Any) -> Made:
+    """What ``maker`` makes, made now."""
     return maker(run, **arguments)
 
 
