@@ -15,6 +15,7 @@ from app.frames.axes import layer_labels
 from store import Run
 
 KEYS = ("layer", "expert", "sequence", "token")
+_DRAWN = "focus-drawn"
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,16 @@ def pick(**chosen: Any) -> None:
     for key in KEYS:
         if key in chosen and chosen[key] is not None:
             st.session_state[key] = _typed(key, chosen[key])
+
+
+def drawn() -> None:
+    """Say that the bar shows the current focus; after it was drawn."""
+    st.session_state[_DRAWN] = current()
+
+
+def moved() -> bool:
+    """Whether the focus has changed since the bar was drawn: what runs in a fragment draws the bar no more."""
+    return bool(st.session_state.get(_DRAWN, current()) != current())
 
 
 def _typed(key: str, value: Any) -> Any:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import streamlit as st
 
-from app import data, state
+from app import data, focus, state
 from app.components import header
 from app.components.focus_bar import focus_bar
 from app.components.picks import picks
@@ -45,6 +45,7 @@ def main() -> None:
         return
     with st.container(gap=None):
         _focus(chosen.entry)
+    focus.drawn()
     chosen_page.run()
     picks()
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import streamlit as st
 
-from app import data, state
+from app import data, focus, state
 from app.components import header
 from moescope.errors import MoescopeError
 from store import Run
@@ -27,6 +27,8 @@ def render(body: Callable[[Run], None]) -> None:
 
 def _guarded(body: Callable[[Run], None], name: str, was_live: bool) -> None:
     """One drawing of the page; what can go wrong with a file becomes a sentence."""
+    if focus.moved():
+        st.rerun(scope="app")
     entry = data.entries().get(name)
     if entry is None:
         _gone(name)

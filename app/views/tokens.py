@@ -73,7 +73,9 @@ def _sequence(run: Run, sequence: int, *, layer: str, mode: str) -> None:
     shown, shown_routes = text.filter(inside), routes.filter(inside)
     colours = tokens.layer_routes(shown_routes, layer)
     selected = _selected(len(text))
-    token_strip(shown, shown_routes, colours, layer=layer, mode=mode, selected=selected, on_select=_keep)
+    token_strip(
+        shown, shown_routes, colours, layer=layer, mode=mode, selected=selected, on_select=_keep, total=len(text)
+    )
     chart.caption(
         f"{_READ[mode]} Underlined: tokens with the same first expert as the one under the pointer. `{tokens.SPLIT}` "
         "is a token that holds only a part of a character.",
