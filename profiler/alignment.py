@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 import store
 from moescope.errors import InputError
+from profiler.expert_pairs import LayerPair, Made, pair_layers
 
 BLOCK_TOKENS = 1 << 18
 """Tokens, with padding, that are in memory at once, of one layer of both runs."""
@@ -27,6 +28,7 @@ class Alignment:
 
     pairs (sequences, 2): their numbers in the first and in the second run, ascending in the first. lengths
     (sequences,): tokens. by: what was compared, "token ids" or "position". left_out: sequences of each without partner.
+    layers: the MoE layers of both.
     """
 
     first: store.Run
@@ -35,6 +37,7 @@ class Alignment:
     lengths: NDArray[np.int64]
     by: str
     left_out: tuple[int, int]
+    layers: list[LayerPair]
 
     @property
     def tokens(self) -> int:
@@ -59,11 +62,13 @@ class Alignment:
         return [slice(low, high) for low, high in itertools.pairwise([*edges, len(self.lengths)])]
 
 
-def align(first: store.Run, second: store.Run, *, by_position: bool = False) -> Alignment:
+def align(first: store.Run, second: store.Run, *, by_position: bool = False, made: Made | None = None) -> Alignment:
     """Pair the sequences of two runs that have the same token ids (or, of imports that know texts of tokens alone, the
     same texts token by token), in any order, each once.
 
     by_position: pair sequences of the same number and length instead, for runs that keep no token ids.
+    made: how the model of one run was made of the other's, where experts or layers went; experts are then compared by
+    their numbers in the original.
 
     Raises:
         InputError: a run has no trace or no order of tokens, their MoE layers or experts differ in number, their
@@ -71,14 +76,15 @@ def align(first: store.Run, second: store.Run, *, by_position: bool = False) -> 
     """
     for run in (first, second):
         _require_trace(run)
-    _require_same_layers(first, second)
+    layers = pair_layers(first, second, made)
     if by_position:
         pairs, lengths = _by_position(first, second)
     else:
         _require_token_ids(first, second)
         pairs, lengths = _by_tokens(first, second)
     left_out = first.info.sequences - len(pairs), second.info.sequences - len(pairs)
-    return Alignment(first, second, pairs, lengths, "position" if by_position else "token ids", left_out)
+    by = "position" if by_position else "token ids"
+    return Alignment(first, second, pairs, lengths, by, left_out, layers)
 
 
 def token_ids(run: store.Run, numbers: NDArray[np.int64]) -> Iterator[tuple[int, NDArray[np.int32]]]:
@@ -167,24 +173,6 @@ def _require_trace(run: store.Run) -> None:
             raise InputError(f"run {run.name!r} has no tokens to compare: {run.omissions[subject]}")
     if not run.has_trace:
         raise InputError(f"run {run.name!r} has no trace yet; compare it when tokens have been collected")
-
-
-def _require_same_layers(first: store.Run, second: store.Run) -> None:
-    names = f"{first.name!r} and {second.name!r}"
-    if len(first.layers) != len(second.layers):
-        raise InputError(
-            f"runs {names} have {len(first.layers)} and {len(second.layers)} MoE layers; only runs of models of one "
-            "shape can be compared"
-        )
-    for one, other in zip(first.layers, second.layers, strict=True):
-        for what in ("layer", "step", "num_experts"):
-            here, there = getattr(one, what), getattr(other, what)
-            if here != there:
-                words = "experts" if what == "num_experts" else "as index of a MoE layer"
-                raise InputError(
-                    f"runs {names} have {here} and {there} {words} (layer {one.layer}); only runs of models of one "
-                    "shape can be compared"
-                )
 
 
 def _require_token_ids(first: store.Run, second: store.Run) -> None:

@@ -13,23 +13,27 @@ from numpy.typing import NDArray
 import store
 from moescope.errors import StoreError
 from profiler.alignment import Alignment, token_ids
+from profiler.expert_pairs import LayerPair, renamed
 from profiler.headline.subject import Groups
 from profiler.metrics import comparison
 
 MAX_GROUPS = 128
 """Sequences beyond so many are drawn anew in random groups; sums by group and expert are held for all layers."""
 
+MAX_FLIPS = 200
+"""Single tokens that are kept as those that flip most."""
+
 
 @dataclass
 class LayerComparison:
     """Sums over the tokens of one layer; what :mod:`profiler.metrics.comparison` makes figures of.
 
-    sums (groups, 5): ``agreement_sums``. loads: (groups, experts) selections in each run. firsts: (experts,) first
-    choices in each run. margins: by name of ``MARGINS``, (2, bins) histograms over tokens that flip, and that do
-    not (of the boundary margin alone: the others are 0 there).
+    pair: the layer in both runs; experts are numbered as it says. sums (groups, 5): ``agreement_sums``. loads: (groups,
+    experts) selections in each run. firsts: (experts,) first choices in each run. margins: by name of ``MARGINS``,
+    (2, bins) histograms over tokens that flip, and that do not (of the boundary margin alone: the others are 0 there).
     """
 
-    layer: store.LayerInfo
+    pair: LayerPair
     top_k: tuple[int, int]
     sums: NDArray[np.float64]
     loads: tuple[NDArray[np.int64], NDArray[np.int64]]
@@ -37,12 +41,12 @@ class LayerComparison:
     margins: dict[str, NDArray[np.int64]]
 
     @classmethod
-    def empty(cls, layer: store.LayerInfo, other: store.LayerInfo, groups: int) -> LayerComparison:
+    def empty(cls, pair: LayerPair, groups: int) -> LayerComparison:
         """Nothing counted yet."""
-        load, firsts = np.zeros((groups, layer.num_experts), np.int64), np.zeros(layer.num_experts, np.int64)
+        load, firsts = np.zeros((groups, pair.num_experts), np.int64), np.zeros(pair.num_experts, np.int64)
         return cls(
-            layer,
-            (layer.top_k, other.top_k),
+            pair,
+            (pair.first.top_k, pair.second.top_k),
             np.zeros((groups, len(comparison.AGREEMENTS) + 1)),
             (load, load.copy()),
             (firsts, firsts.copy()),
@@ -63,13 +67,39 @@ class TokenChanges:
 
 
 @dataclass(frozen=True)
+class TokenFlips:
+    """The single tokens that flip in most layers, those first; all (tokens,).
+
+    pair: row of the alignment's pairs. position: in the sequence. counted, flipped: layers; overlap: mean over the
+    layers counted.
+    """
+
+    pair: NDArray[np.int64]
+    position: NDArray[np.int64]
+    counted: NDArray[np.int64]
+    flipped: NDArray[np.int64]
+    overlap: NDArray[np.float64]
+
+
+@dataclass(frozen=True)
 class Comparison:
-    """How the routing of two runs differs. groups: of the paired sequences; changes: None without token ids."""
+    """How the routing of two runs differs.
+
+    groups: of the paired sequences. changes: None without token ids. sequences (pairs, 3): sums over tokens and layers
+    of counted, ``overlap`` and ``exact``. flips: the tokens that flip most.
+    """
 
     alignment: Alignment
     groups: Groups
     layers: list[LayerComparison]
     changes: TokenChanges | None
+    sequences: NDArray[np.float64]
+    flips: TokenFlips
+
+    @property
+    def by_layer(self) -> dict[tuple[int, int], LayerComparison]:
+        """The layers by (layer, step) of the first run."""
+        return {(one.pair.first.layer, one.pair.first.step): one for one in self.layers}
 
 
 @dataclass(frozen=True)
@@ -95,31 +125,30 @@ def compare(alignment: Alignment, *, margins: bool = True) -> Comparison:
 
     margins: read gate weights and router scores too, where the runs hold them, and count how close flips were.
     """
-    first, second = alignment.first, alignment.second
+    first = alignment.first
     groups = Groups.of(alignment.domains, MAX_GROUPS)
-    layers = [
-        LayerComparison.empty(layer, other, groups.count)
-        for layer, other in zip(first.layers, second.layers, strict=True)
-    ]
+    layers = [LayerComparison.empty(pair, groups.count) for pair in alignment.layers]
     held = _Held.of(alignment) if margins else _Held()
     known = alignment.by == "token ids"
     vocabulary = int(first.table("vocabulary")["token_id"].max() or 0) + 1 if known else 0  # type: ignore[arg-type]
-    changes = np.zeros((4, vocabulary))
+    changes, per_sequence, most = np.zeros((4, vocabulary)), np.zeros((len(alignment.pairs), 3)), []
     for block in alignment.blocks:
-        tokens = np.repeat(groups.group[block], alignment.lengths[block])
+        lengths = alignment.lengths[block]
+        tokens = np.repeat(groups.group[block], lengths)
         summed = np.zeros((3, len(tokens)))
-        for found, other in zip(layers, second.layers, strict=True):
-            summed += _add(found, other, alignment, block, tokens, held)
+        for found in layers:
+            summed += _add(found, alignment, block, tokens, held)
         if known:
             changes += _by_token_id(first, alignment.pairs[block, 0], summed, vocabulary)
+        per_sequence[block] = np.add.reduceat(summed, np.cumsum(lengths) - lengths, axis=1).T
+        most.append(_most_flipped(summed, block.start, lengths))
     seen = np.flatnonzero(changes[0])
     per_id = TokenChanges(seen, changes[0, seen].astype(np.int64), *changes[1:, seen]) if known else None
-    return Comparison(alignment, groups, layers, per_id)
+    return Comparison(alignment, groups, layers, per_id, per_sequence, _flips(np.concatenate(most)))
 
 
 def _add(
     found: LayerComparison,
-    other: store.LayerInfo,
     alignment: Alignment,
     block: slice,
     group: NDArray[np.int64],
@@ -127,8 +156,12 @@ def _add(
 ) -> NDArray[np.float64]:
     """Add one layer's tokens of one block; (3, tokens): counted, overlap, exact of each."""
     here, there = alignment.pairs[block].T
-    ids, weights = _read(alignment.first, found.layer, here, weights=held.first_weights)
-    ids_there, weights_there = _read(alignment.second, other, there, weights=held.second_weights)
+    pair = found.pair
+    own, own_weights = _read(alignment.first, pair.first, here, weights=held.first_weights)
+    ids, weights = renamed(own, own_weights, pair.names[0])
+    ids_there, weights_there = renamed(
+        *_read(alignment.second, pair.second, there, weights=held.second_weights), pair.names[1]
+    )
     tokens = comparison.token_agreement(first=ids, second=ids_there)
     found.sums += comparison.agreement_sums(tokens=tokens, group=group, num_groups=len(found.sums))
     for one, load, firsts in zip((ids, ids_there), found.loads, found.firsts, strict=True):
@@ -144,7 +177,7 @@ def _add(
                 first=mine, first_weights=mine_weights, second=ids_there[flips], second_weights=weights_there[flips]
             )
     if held.logits:
-        margin = _boundary_margin(alignment.first, found.layer, here, ids)
+        margin = _boundary_margin(alignment.first, pair.first, here, own)
         values["boundary_margin"] = margin[flips]
         found.margins["boundary_margin"][1] += comparison.histogram(
             values=margin[tokens.exact], edges=comparison.LOGITS
@@ -152,6 +185,29 @@ def _add(
     for name, value in values.items():
         found.margins[name][0] += comparison.histogram(values=value, edges=comparison.MARGINS[name])
     return np.stack([tokens.counted, tokens.overlap, tokens.exact])
+
+
+def _most_flipped(summed: NDArray[np.float64], start: int, lengths: NDArray[np.int64]) -> NDArray[np.float64]:
+    """(tokens, 5) of the tokens of one block that flip in most layers: flipped, counted, overlap, pair, position.
+
+    summed (3, tokens): counted, overlap and exact, summed over the layers; start: pair that the block begins with.
+    """
+    counted, overlap, exact = summed
+    row = np.repeat(np.arange(len(lengths)), lengths)
+    position = np.arange(len(row)) - (np.cumsum(lengths) - lengths)[row]
+    rows = np.stack([counted - exact, counted, overlap, start + row, position], axis=1)
+    return _first_rows(rows[counted > exact])
+
+
+def _first_rows(rows: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The first ``MAX_FLIPS`` rows: most layers flipped, then least overlap, then in the order of the text."""
+    return rows[np.lexsort((rows[:, 4], rows[:, 3], rows[:, 2], -rows[:, 0]))[:MAX_FLIPS]]
+
+
+def _flips(rows: NDArray[np.float64]) -> TokenFlips:
+    flipped, counted, overlap, pair, position = _first_rows(rows).T
+    whole = [one.astype(np.int64) for one in (pair, position, counted, flipped)]
+    return TokenFlips(whole[0], whole[1], whole[2], whole[3], overlap / np.maximum(counted, 1))
 
 
 def _boundary_margin(

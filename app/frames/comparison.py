@@ -71,7 +71,7 @@ def layers(compared: Comparison) -> pl.DataFrame:
     found = metrics.agreement(sums=sums)
     rows = []
     for axis, layer in enumerate(compared.layers):
-        at = layer.layer
+        at = layer.pair.first
         moved = metrics.load_difference(first=layer.loads[0], second=layer.loads[1]).total_variation
         rows.append(
             (
@@ -108,7 +108,9 @@ def margins(compared: Comparison) -> pl.DataFrame:
     """
     parts = []
     for name, edges in metrics.MARGINS.items():
-        histograms = {layer_label(one.layer.layer, one.layer.step): one.margins[name] for one in compared.layers}
+        histograms = {
+            layer_label(one.pair.first.layer, one.pair.first.step): one.margins[name] for one in compared.layers
+        }
         pooled = np.asarray(sum(histograms.values()))
         if pooled.any():
             parts += [_histogram(name, label, edges, one) for label, one in {"all": pooled, **histograms}.items()]
@@ -120,7 +122,7 @@ def load(compared: Comparison) -> pl.DataFrame:
     selections in each, difference = second minus first."""
     parts = []
     for layer in compared.layers:
-        at, (first, second) = layer.layer, (load.sum(0) for load in layer.loads)
+        at, (first, second) = layer.pair.first, (load.sum(0) for load in layer.loads)
         size = len(first)
         parts.append(
             pl.DataFrame(
@@ -196,7 +198,7 @@ def saturation(runs: Sequence[store.Run], *, by_position: bool = False) -> pl.Da
 
 def _baselines(layer: LayerComparison) -> tuple[float, float, float, float]:
     """Overlap by chance and by popularity, first choice by chance and by popularity."""
-    experts, tokens = layer.layer.num_experts, int(layer.sums[:, -1].sum())
+    experts, tokens = layer.pair.num_experts, int(layer.sums[:, -1].sum())
     first, second = (load.sum(0) for load in layer.loads)
     return (
         metrics.chance_overlap(top_k=layer.top_k, num_experts=experts),
