@@ -5,6 +5,7 @@ Every key holds ``run.version``, which changes when a run is published anew, so 
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -73,7 +74,7 @@ def made(maker: Callable[..., Any], run: Run, **arguments: Any) -> Any:
     Raises:
         MoescopeError: what ``maker`` raises.
     """
-    key = (f"{maker.__module__}.{maker.__qualname__}", tuple(sorted(arguments.items())))
+    key = (_named(maker), tuple(sorted(arguments.items())))
     return _made(str(run.path), run.version, key, _maker=maker, _run=run, _arguments=arguments)
 
 
@@ -83,7 +84,7 @@ def large(maker: Callable[..., Any], run: Run, **arguments: Any) -> Any:
     Raises:
         MoescopeError: what ``maker`` raises.
     """
-    key = (f"{maker.__module__}.{maker.__qualname__}", tuple(sorted(arguments.items())))
+    key = (_named(maker), tuple(sorted(arguments.items())))
     return _large(str(run.path), run.version, key, _maker=maker, _run=run, _arguments=arguments)
 
 
@@ -98,7 +99,7 @@ def of_plan(maker: Callable[..., Made], run: Run, plan: Plan, **arguments: Any) 
 
 def detail(maker: FrameMaker, run: Run, **arguments: Any) -> pl.DataFrame:
     """As :func:`frame`, for frames of one sequence: they are large, so only the last few are kept."""
-    key = (f"{maker.__module__}.{maker.__qualname__}", tuple(sorted(arguments.items())))
+    key = (_named(maker), tuple(sorted(arguments.items())))
     return _detail(str(run.path), run.version, key, _maker=maker, _run=run, _arguments=arguments)
 
 
@@ -108,25 +109,25 @@ def exhibit(maker: Callable[..., Exhibit], run: Run, *, theme: Theme, **choices:
     Raises:
         Absent: the run cannot fill it.
     """
-    key = (f"{maker.__module__}.{maker.__qualname__}", theme, tuple(sorted(choices.items())))
+    key = (_named(maker), theme, tuple(sorted(choices.items())))
     return _exhibit(str(run.path), run.version, key, _maker=maker, _run=run, _theme=theme, _choices=choices)
 
 
 def frame_list(maker: Callable[[Run], list[str]], run: Run) -> list[str]:
     """A short list of names, such as phases, computed once per version of the run."""
-    return _names(str(run.path), run.version, f"{maker.__module__}.{maker.__qualname__}", _maker=maker, _run=run)
+    return _names(str(run.path), run.version, _named(maker), _maker=maker, _run=run)
 
 
 def frames_of_two(maker: FramesMaker, run: Run, other: Run, **arguments: Any) -> dict[str, pl.DataFrame]:
     """What ``maker(run, other, **arguments)`` returns, computed once per version of both. Do not change it in place."""
-    key = (f"{maker.__module__}.{maker.__qualname__}", tuple(sorted(arguments.items())))
+    key = (_named(maker), tuple(sorted(arguments.items())))
     versions = (str(run.path), *run.version, str(other.path), *other.version)
     return _frames_of_two(versions, key, _maker=maker, _runs=(run, other), _arguments=arguments)
 
 
 def reference(maker: FrameMaker) -> pl.DataFrame:
     """A frame that needs no run, such as published values."""
-    return _reference(f"{maker.__module__}.{maker.__qualname__}", _maker=maker)
+    return _reference(_named(maker), _maker=maker)
 
 
 # No closing on release: another session may still read through the same connection; dropping the reference is enough.
@@ -242,7 +243,9 @@ def _reference(name: str, _maker: FrameMaker) -> pl.DataFrame:
 
 
 def _named(maker: Callable[..., Any]) -> str:
-    return f"{maker.__module__}.{maker.__qualname__}"
+    """What tells a function from all others: its module and name; of a page, which runs as a script, its file."""
+    module = maker.__module__ if maker.__module__ != "__main__" else inspect.getfile(maker)
+    return f"{module}.{maker.__qualname__}"
 
 
 def _age(path: Path) -> float:

@@ -1,5 +1,6 @@
 """Every exhibit by name. A new one is a function in a module beside this one and an ``Entry`` in its ``EXHIBITS``;
-a new module is one line in ``MODULES``, in the order of the pages.
+a new module is one line in ``MODULES``, in the order of the pages. A page may hold exhibits of its own: see
+``app/views/__init__.py``.
 """
 
 from __future__ import annotations
@@ -7,23 +8,26 @@ from __future__ import annotations
 import difflib
 from functools import cache
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import store
 from app.exhibits.choices import checked
 from app.exhibits.exhibit import Absent, Entry, Exhibit, Frames, fresh
 from app.figures.style import Theme
+from app.views import PAGES
 from moescope.errors import InputError
 
-MODULES = ("routing",)
+MODULES = ("routing", "specialization", "flow", "local_consistency")
 
 
 @cache
 def entries() -> dict[str, Entry]:
     """All exhibits by name, in the order of the pages."""
     found: dict[str, Entry] = {}
-    for name in MODULES:
-        for entry in import_module(f"app.exhibits.{name}").EXHIBITS:
+    of_pages = [f"app.views.{Path(page.file).stem}" for page in PAGES if page.exhibits]
+    for name in [*(f"app.exhibits.{name}" for name in MODULES), *of_pages]:
+        for entry in import_module(name).EXHIBITS:
             assert entry.name not in found, f"two exhibits are named {entry.name}"
             found[entry.name] = entry
     return found

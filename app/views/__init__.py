@@ -1,4 +1,8 @@
-"""The pages. A new page is one file here with a function ``page()``, and one line in ``PAGES``."""
+"""The pages. A new page is one file here with a function ``page()``, and one line in ``PAGES``.
+
+Small pages may hold their frame, figure and exhibits themselves (``EXHIBITS``, announced by ``exhibits=True``); what
+several pages show is in ``app/frames/``, ``app/figures/`` and ``app/exhibits/``.
+"""
 
 from __future__ import annotations
 
@@ -8,12 +12,16 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class PageInfo:
-    """One page: its file, its name in the sidebar, and its address (the first page is the root)."""
+    """One page: its file, its name in the sidebar, and its address (the first page is the root).
+
+    exhibits: whether the file ends with ``EXHIBITS`` of its own, for the report and ``moescope figure``.
+    """
 
     file: str
     title: str
     icon: str
     url: str
+    exhibits: bool = False
 
 
 def _file(name: str) -> str:

@@ -36,8 +36,9 @@ PARTS: tuple[Callable[[Subject], Rows], ...] = (
     similarity_rows,
     specialization_rows,
     coverage_rows,
+    *dict.fromkeys(one.rows for one in METRICS if one.rows is not None),
 )
-"""What is computed, in order; a new headline metric is a function and a line here."""
+"""What is computed, in order: the parts beside this file, then the metrics whose files compute themselves."""
 
 
 Tell = Callable[[str], None]

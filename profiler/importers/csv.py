@@ -16,6 +16,7 @@ import polars as pl
 from numpy.typing import NDArray
 
 from moescope.errors import ImportFileError
+from profiler.importers.format import Format
 from profiler.importers.recording import CountBlock, ImportOptions, Recording, TraceBlock
 from profiler.importers.shape import Axis, layer_axis
 
@@ -205,3 +206,8 @@ def _require_range(expert: NDArray[np.int64], experts: int, path: Path) -> None:
     wrong = expert[(expert < 0) | (expert >= experts)]
     if len(wrong):
         raise ImportFileError(f"{path}: expert {wrong[0]} is out of range; {experts} experts are numbered from 0")
+
+
+FORMATS = (
+    Format("csv", "any tool", "FILE.csv[.gz]", "trace (token,layer,slot,expert,weight) or counts (layer,expert)", read),
+)

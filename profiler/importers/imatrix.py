@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from moescope.errors import ImportFileError
 from profiler.importers import gguf
+from profiler.importers.format import Format
 from profiler.importers.recording import CountBlock, ImportOptions, Recording
 from profiler.importers.shape import layer_axis
 
@@ -92,3 +93,6 @@ def _agreement(
         names = ", ".join(map(str, differ[:5]))
         return ("projections agree", "warning", f"the projections of layers {names} counted different numbers of uses")
     return ("projections agree", "pass", "all projections of each layer counted the same uses")
+
+
+FORMATS = (Format("imatrix", "llama.cpp", "FILE.gguf of llama-imatrix", "counts", read),)

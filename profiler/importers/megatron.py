@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moescope.errors import ImportFileError
+from profiler.importers.format import Format
 from profiler.importers.model_config import model_shape
 from profiler.importers.recording import CountBlock, ImportOptions, Recording
 from profiler.importers.shape import Axis, layer_axis
@@ -203,3 +204,6 @@ def _one_file(path: Path) -> Path:
             " tokens, or other layers, and the files do not say which"
         )
     return found[0]
+
+
+FORMATS = (Format("megatron", "Megatron Core", "router_trace_rank0.jsonl", "counts per step", read),)

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moescope.errors import ImportFileError
+from profiler.importers.format import Format
 from profiler.importers.npy import Archive, Header
 from profiler.importers.recording import BLOCK_TOKENS, ImportOptions, Recording, SequenceLabel, TraceBlock
 from profiler.importers.shape import Axis, layer_axis, require_dense_empty
@@ -201,3 +202,6 @@ def _texts(archive: Archive, name: str, sequences: int) -> NDArray[Any]:
     if values.shape != (sequences,) or values.dtype.kind not in "US":
         raise ImportFileError(f"{archive.path}: {name} is {values.dtype} {values.shape}; it has a text per sequence")
     return np.char.decode(values, "utf-8", "replace") if values.dtype.kind == "S" else values
+
+
+FORMATS = (Format("npz", "any tool", "FILE.npz", "trace, weights, labels", read),)

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moescope.errors import ImportFileError
+from profiler.importers.format import Format
 from profiler.importers.json_file import bytes_of, decoded, responses
 from profiler.importers.model_config import model_shape
 from profiler.importers.npy import Archive, read_header
@@ -286,3 +287,9 @@ def _blocks(
     if cut:
         detail = f"{cut} requests asked for the routing of their later tokens only: their sequences begin in the middle"
         recording.notes.append(("requests without beginning", "warning", detail))
+
+
+FORMATS = (
+    Format("sglang-responses", "SGLang", "FILE.jsonl of responses", "trace", read_sglang),
+    Format("vllm", "vLLM", "FILE.jsonl of responses, .npy, .npz", "trace, token ids where given", read_vllm),
+)

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from moescope.errors import ImportFileError
 from profiler.importers import torch_file
+from profiler.importers.format import Format
 from profiler.importers.recording import CountBlock, ImportOptions, Recording, TraceBlock
 from profiler.importers.replicas import ReplicaMap
 from profiler.importers.requests import Requests
@@ -255,3 +256,10 @@ def _require_dense_unused(counts: NDArray[Any], axis: Axis, path: Path) -> None:
             raise ImportFileError(
                 f"{path}: layer {entry} is dense by --config, but counts selections: another model's?"
             )
+
+
+FORMATS = (
+    Format("sglang-stat", "SGLang", "RECORDER.pt", "counts per step", read_stat),
+    Format("sglang-per-pass", "SGLang", "RECORDER.pt or a folder of ranks", "counts per forward pass", read_per_pass),
+    Format("sglang-per-token", "SGLang", "RECORDER.pt of one rank", "trace, token ids", read_per_token),
+)

@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moescope.errors import ImportFileError
+from profiler.importers.format import Format
 from profiler.importers.recording import CountBlock, ImportOptions, Recording
 from profiler.importers.replicas import ReplicaMap
 from profiler.importers.shape import layer_axis
@@ -173,3 +174,6 @@ def _integer(meta: dict[str, Any], name: str) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or value < 0:
         raise ImportFileError(f"meta_info.json: {name} is {value!r}, not a number of experts")
     return value
+
+
+FORMATS = (Format("tensorrt-llm", "TensorRT-LLM", "folder of statistics", "counts per iteration", read),)

@@ -1,31 +1,21 @@
 """Every metric, in the order in which pages and reports list them. docs/metrics.md has a section for each.
 
-A new metric is one function in one of the modules beside this one, one entry here, and one section there; a test holds
-the three together. ``version`` is part of the key under which results are kept: raise it when the formula changes.
+A new metric is one file beside this one, which says at its end, in ``METRICS``, what it computes, and one line below:
+``*own("NAME"),`` at the place where it belongs. Metrics of older files are described here; a test holds all of them,
+their functions and their sections together.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from importlib import import_module
+
+from profiler.metrics.metric import Metric
 
 
-@dataclass(frozen=True)
-class Metric:
-    """What one metric is. ``differs``: ours differs from the published code, and the section in the docs says how."""
-
-    name: str
-    title: str
-    unit: str
-    range: str
-    higher_means: str
-    source: str
-    version: int = 1
-    differs: bool = False
-
-    @property
-    def docs_anchor(self) -> str:
-        """Anchor of the metric's section in docs/metrics.md."""
-        return self.title.lower().replace(" ", "-")
+def own(module: str) -> tuple[Metric, ...]:
+    """The metrics that ``profiler/metrics/MODULE.py`` describes itself."""
+    declared: tuple[Metric, ...] = import_module(f"profiler.metrics.{module}").METRICS
+    return declared
 
 
 _LRC = "arXiv 2505.16056"
@@ -334,3 +324,6 @@ METRICS: tuple[Metric, ...] = (
 def metric(name: str) -> Metric:
     """The metric called ``name``; KeyError when there is none."""
     return {one.name: one for one in METRICS}[name]
+
+
+__all__ = ["METRICS", "Metric", "metric", "own"]
