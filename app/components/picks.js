@@ -51,29 +51,31 @@ const boxes = (plot, pick, focus) => {
   return found
 }
 
-const mark = (plot, pick, focus) => {
+const mark = (plot, pick, focus, colours) => {
   const host = plot.querySelector(".svg-container")
   if (!host) return
   const found = boxes(plot, pick, focus)
-  const text = JSON.stringify(found)
+  const text = JSON.stringify([found, colours])
   if (host.dataset.marked === text && host.querySelectorAll(":scope > .moescope-mark").length === found.length) return
   host.dataset.marked = text
   host.querySelectorAll(":scope > .moescope-mark").forEach((node) => node.remove())
   for (const { x, y, cell } of found) {
     const node = document.createElement("div")
     node.className = "moescope-mark"
-    const line = getComputedStyle(document.documentElement).getPropertyValue("--moescope-mark") || "#DD7A1B"
     Object.assign(node.style, {
       position: "absolute", pointerEvents: "none", boxSizing: "border-box", zIndex: 2,
       left: `${x.start - 1}px`, top: `${y.start - 1}px`, width: `${x.size + 2}px`, height: `${y.size + 2}px`,
-      border: `${cell ? 2 : 1}px solid ${line}`, borderRadius: "2px",
+      border: `${cell ? 2 : 1}px solid ${colours.line}`, boxShadow: `0 0 0 1px ${colours.ground}`, borderRadius: "2px",
     })
     host.append(node)
   }
 }
 
-export default function ({ data, setTriggerValue }) {
+export default function ({ data, parentElement, setTriggerValue }) {
   const look = () => {
+    // Text on ground: the one pair of colours that stands out from every scale, in light and dark.
+    const style = getComputedStyle(parentElement.host ?? parentElement)
+    const colours = { line: style.getPropertyValue("--st-text-color"), ground: style.getPropertyValue("--st-background-color") }
     for (const plot of document.querySelectorAll(".js-plotly-plot")) {
       const pick = plot.layout?.meta?.pick
       if (!pick || !plot.on || !plot._fullLayout?._plots) continue
@@ -85,7 +87,7 @@ export default function ({ data, setTriggerValue }) {
           if (Object.keys(found).length) plot.__moescope("picked", found)
         })
       }
-      mark(plot, pick, data)
+      mark(plot, pick, data, colours)
     }
   }
   look()

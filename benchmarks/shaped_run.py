@@ -1,0 +1,182 @@
+"""A generated run of any shape: aggregates as if of many tokens, and a short trace. For tests and benchmarks of pages.
+
+Its figures mean nothing; its tables are as large as those of a real run of that shape. Popularity is uneven, differs by
+domain and layer, and neighbouring tokens share experts, so that every metric has something to say.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+from numpy.typing import NDArray
+
+import store
+from profiler.headline import compute_and_store
+from store import LayerInfo, RunInfo, RunWriter
+
+DOMAINS = ("code", "english", "german", "math")
+SEQUENCE = 512
+QUANTITIES = {
+    "entropy": 4.0, "top_probability": 1.0, "selected_probability": 1.0, "first_margin": 6.0, "boundary_margin": 2.0,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Layers, experts, experts per token, tokens counted, and sequences of 512 tokens in the trace."""
+
+    layers: int = 94
+    experts: int = 384
+    top_k: int = 8
+    tokens: int = 10_000
+    traced: int = 2
+    outputs: bool = True
+
+
+def write(directory: Path, name: str, shape: Shape, *, metrics: bool = True) -> Path:
+    """Write a finished run of that shape, with its headline metrics unless told otherwise."""
+    rng = np.random.default_rng(0)
+    count = max(shape.tokens // SEQUENCE, shape.traced, len(DOMAINS))
+    domains = [DOMAINS[number % len(DOMAINS)] for number in range(count)]
+    info = RunInfo(
+        model="generated", model_class="GeneratedForCausalLM", num_layers=shape.layers, hidden_size=64,
+        dtype="bfloat16", device="cpu", backend="grouped_mm", origin="collect",
+        levels="routing,activations" if shape.outputs else "routing", text_kept=False,
+        sequences=count, tokens=count * SEQUENCE,
+    )  # fmt: skip
+    writer = RunWriter.create(directory, name, info)
+    popularity = _popularity(shape, rng)
+    tables = {
+        "layer": _layers(shape),
+        "sequence": pl.DataFrame({
+            "sequence": np.arange(count), "domain": domains, "source": [""] * count, "tokens": [SEQUENCE] * count,
+            "prompt_tokens": [SEQUENCE] * count,
+        }),
+        "route_chunk": _trace(shape, popularity, rng),
+        "expert_load": _load(shape, popularity, count * SEQUENCE // len(DOMAINS)),
+        "router_load": _router(shape, count * SEQUENCE // len(DOMAINS)),
+        "router_histogram": _histograms(shape, count * SEQUENCE // len(DOMAINS)),
+        "check": pl.DataFrame({
+            "name": ["layers_seen"], "status": ["pass"], "value": [float(shape.layers)],
+            "tolerance": [float(shape.layers)], "detail": ["generated"],
+        }),
+    }  # fmt: skip
+    if shape.outputs:
+        tables |= {"expert_output": _outputs(shape, popularity, rng), "residual": _residual(shape)}
+    writer.write_shard({table: frame for table, frame in tables.items() if len(frame)})
+    path = writer.finish(seconds=1.0)
+    if metrics:
+        compute_and_store(path)
+    return path
+
+
+def _popularity(shape: Shape, rng: np.random.Generator) -> NDArray[np.float64]:
+    """(layers, domains, experts) shares of the selections."""
+    common = rng.lognormal(0.0, 0.7, (shape.layers, 1, shape.experts))
+    own = rng.lognormal(0.0, 0.4, (shape.layers, len(DOMAINS), shape.experts))
+    mixed = common * own
+    return np.asarray(mixed / mixed.sum(axis=-1, keepdims=True))
+
+
+def _grid(shape: Shape, *, domains: bool = True) -> pl.DataFrame:
+    """One row per layer, domain and expert."""
+    layers, names, experts = np.meshgrid(
+        np.arange(shape.layers), np.arange(len(DOMAINS) if domains else 1), np.arange(shape.experts), indexing="ij"
+    )
+    return pl.DataFrame(
+        {"layer": layers.ravel(), "expert": experts.ravel(), "domain": np.array(DOMAINS)[names.ravel()]}
+    )
+
+
+def _layers(shape: Shape) -> pl.DataFrame:
+    rows = [
+        LayerInfo(layer, 0, f"model.layers.{layer}.mlp.experts", "Experts", "Router", shape.experts, shape.top_k, 0, 32)
+        for layer in range(shape.layers)
+    ]
+    return pl.DataFrame([vars(row) for row in rows])
+
+
+def _load(shape: Shape, popularity: NDArray[np.float64], tokens: int) -> pl.DataFrame:
+    counts = np.rint(popularity * tokens * shape.top_k).astype(np.int64).ravel()
+    return _grid(shape).with_columns(
+        pl.lit(0).alias("step"), pl.lit("routed").alias("kind"), pl.lit("prompt").alias("phase"),
+        pl.Series("tokens", counts), pl.Series("first_choices", counts // shape.top_k),
+        pl.lit(0).alias("first_positions"), pl.Series("gate_sum", counts / shape.top_k),
+        pl.Series("gate_square_sum", counts / shape.top_k**2), pl.Series("gate_share_sum", counts / shape.top_k),
+        pl.Series("probability_sum", popularity.ravel() * tokens),
+    )  # fmt: skip
+
+
+def _router(shape: Shape, tokens: int) -> pl.DataFrame:
+    layers, names = np.meshgrid(np.arange(shape.layers), np.arange(len(DOMAINS)), indexing="ij")
+    depth = layers.ravel() / max(shape.layers - 1, 1)
+    return pl.DataFrame({"layer": layers.ravel(), "domain": np.array(DOMAINS)[names.ravel()]}).with_columns(
+        pl.lit(0).alias("step"), pl.lit("prompt").alias("phase"), pl.lit(tokens).alias("tokens"),
+        pl.lit(tokens * shape.top_k).alias("selections"), pl.lit(tokens).alias("logit_tokens"),
+        pl.lit(0).alias("nonfinite_tokens"), pl.Series("entropy_sum", (3.0 - depth) * tokens),
+        pl.Series("top_probability_sum", (0.2 + 0.2 * depth) * tokens),
+        pl.lit(0.6 * tokens).alias("selected_probability_sum"), pl.lit(1.2 * tokens).alias("weight_entropy_sum"),
+        pl.lit(0.8 * tokens).alias("first_margin_sum"), pl.lit(0.2 * tokens).alias("boundary_margin_sum"),
+        pl.lit(0).alias("boundary_ties"), pl.lit(4.0 * tokens).alias("log_partition_square_sum"),
+    )  # fmt: skip
+
+
+def _histograms(shape: Shape, tokens: int) -> pl.DataFrame:
+    parts = []
+    weights = np.exp(-((np.arange(20) - 8) ** 2) / 12)
+    counts = np.rint(weights / weights.sum() * tokens).astype(np.int64)
+    for quantity, top in QUANTITIES.items():
+        edges = np.linspace(0, top, 21)
+        bins = pl.DataFrame({"lower": edges[:-1], "upper": edges[1:], "tokens": counts})
+        parts.append(bins.with_columns(pl.lit(quantity).alias("quantity")))
+    places = pl.DataFrame({"layer": range(shape.layers)}).join(pl.DataFrame({"domain": DOMAINS}), how="cross")
+    constant = {"step": pl.lit(0), "phase": pl.lit("prompt")}
+    return places.join(pl.concat(parts), how="cross").with_columns(**constant)
+
+
+def _outputs(shape: Shape, popularity: NDArray[np.float64], rng: np.random.Generator) -> pl.DataFrame:
+    grid = _grid(shape, domains=False)
+    size = len(grid)
+    tokens = np.rint(popularity.mean(axis=1).ravel() * 1000 * shape.top_k).astype(np.int64) + 1
+    largest = rng.lognormal(1.0, 0.7, size)
+    largest[min(5, size - 1)] = 900.0
+    return grid.with_columns(
+        pl.lit(0).alias("step"), pl.lit("routed").alias("kind"), pl.lit("prompt").alias("phase"),
+        pl.Series("tokens", tokens), pl.Series("norm_sum", tokens * 1.0), pl.Series("norm_square_sum", tokens * 1.2),
+        pl.Series("gated_norm_sum", tokens * 0.2), pl.Series("gated_norm_square_sum", tokens * 0.1),
+        pl.Series("output_max", largest), pl.lit(3).alias("output_max_channel"), pl.lit(0).alias("output_max_sequence"),
+        pl.lit(0).alias("output_max_position"), pl.Series("gated_output_max", largest / 2),
+        pl.Series("first_routed_output_max", largest * 0.9), pl.lit(3.0).alias("input_max"),
+    )  # fmt: skip
+
+
+def _residual(shape: Shape) -> pl.DataFrame:
+    layers = np.arange(shape.layers)
+    return pl.DataFrame({"layer": layers, "absolute_max": np.where(layers > 1, 900.0, 6.0)}).with_columns(
+        pl.lit(DOMAINS[0]).alias("domain"), pl.lit("prompt").alias("phase"), pl.lit(50).alias("tokens"),
+        pl.lit(300.0).alias("norm_sum"), pl.lit(3).alias("channel"), pl.lit(0).alias("sequence"),
+        pl.lit(0).alias("position"), pl.lit(0.4).alias("median_there"), pl.lit(8.0).alias("later_max"),
+    )  # fmt: skip
+
+
+def _trace(shape: Shape, popularity: NDArray[np.float64], rng: np.random.Generator) -> pl.DataFrame:
+    """Selections by the largest of popularity x noise; six tokens of ten keep the noise of the token before."""
+    parts = []
+    for layer in range(shape.layers):
+        for sequence in range(shape.traced):
+            noise = rng.gumbel(size=(SEQUENCE, shape.experts))
+            keeps = rng.random(SEQUENCE) < 0.6
+            source = np.maximum.accumulate(np.where(keeps, 0, np.arange(SEQUENCE)))
+            scores = np.log(popularity[layer, sequence % len(DOMAINS)]) + noise[source]
+            ids = np.argsort(-scores, axis=1)[:, : shape.top_k]
+            weights = np.sort(rng.dirichlet(np.ones(shape.top_k), SEQUENCE))[:, ::-1]
+            parts.append(
+                store.pack_trace(
+                    layer=layer, sequence=np.full(SEQUENCE, sequence), position=np.arange(SEQUENCE), ids=ids,
+                    weights=weights, num_experts=shape.experts,
+                )
+            )  # fmt: skip
+    return pl.concat(parts) if parts else pl.DataFrame()
