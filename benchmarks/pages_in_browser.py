@@ -3,9 +3,9 @@
     python -m benchmarks.pages_in_browser [--layers 94] [--experts 384] [--rounds 7] [--first]
 
 Baselines, in the same run: for reruns, a page of the same dashboard that draws nothing; for the first paint (--first),
-a Streamlit script with a title and one Plotly chart, served with the same settings, in a fresh server each time. A rerun
-is caused in two ways: a token is chosen in the bar on top (no figure changes), and another layer is (figures of one
-layer change). It ends when the script has ended and the page has been painted twice after that. Runs are generated
+a Streamlit script with a title and one Plotly chart, served with the same settings, in a fresh server each time. Reruns
+are caused in two ways: a token is chosen in the bar on top (no figure changes), and another layer is (figures of one
+layer change). One ends when the script has ended and the page has been painted twice after that. Runs are generated
 (``shaped_run``): the same shape, with aggregates as of 10 thousand and of 10 million tokens. Needs Chromium.
 """
 

@@ -6,6 +6,7 @@ domain and layer, and neighbouring tokens share experts, so that every metric ha
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +15,13 @@ import polars as pl
 from numpy.typing import NDArray
 
 import store
-from profiler.headline import compute_and_store
+from profiler.headline import Part, compute
+from profiler.headline.coverage import coverage_rows
+from profiler.headline.load import load_rows
+from profiler.headline.local_consistency import segment_rows
+from profiler.headline.repetition import repetition_rows
+from profiler.headline.similarity import similarity_rows
+from profiler.headline.super_experts import super_expert_rows
 from store import LayerInfo, RunInfo, RunWriter
 
 DOMAINS = ("code", "english", "german", "math")
@@ -22,6 +29,11 @@ SEQUENCE = 512
 QUANTITIES = {
     "entropy": 4.0, "top_probability": 1.0, "selected_probability": 1.0, "first_margin": 6.0, "boundary_margin": 2.0,
 }  # fmt: skip
+
+QUICK: tuple[Part, ...] = (
+    load_rows, segment_rows, super_expert_rows, repetition_rows, similarity_rows, coverage_rows,
+)  # fmt: skip
+"""Metrics that a run of the largest shape gets within a minute."""
 
 
 @dataclass(frozen=True)
@@ -36,8 +48,8 @@ class Shape:
     outputs: bool = True
 
 
-def write(directory: Path, name: str, shape: Shape, *, metrics: bool = True) -> Path:
-    """Write a finished run of that shape, with its headline metrics unless told otherwise."""
+def write(directory: Path, name: str, shape: Shape, *, parts: Sequence[Part] = QUICK) -> Path:
+    """Write a finished run of that shape, with the headline metrics of the given parts."""
     rng = np.random.default_rng(0)
     count = max(shape.tokens // SEQUENCE, shape.traced, len(DOMAINS))
     domains = [DOMAINS[number % len(DOMAINS)] for number in range(count)]
@@ -68,8 +80,9 @@ def write(directory: Path, name: str, shape: Shape, *, metrics: bool = True) -> 
         tables |= {"expert_output": _outputs(shape, popularity, rng), "residual": _residual(shape)}
     writer.write_shard({table: frame for table, frame in tables.items() if len(frame)})
     path = writer.finish(seconds=1.0)
-    if metrics:
-        compute_and_store(path)
+    with store.open_run(path) as run:
+        values, vectors = compute(run, parts=parts)
+    store.write_metrics(path, values, vectors)
     return path
 
 

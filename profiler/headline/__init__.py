@@ -6,7 +6,7 @@ nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import polars as pl
@@ -25,7 +25,10 @@ from profiler.headline.subject import Rows, Subject
 from profiler.headline.super_experts import super_expert_rows
 from profiler.metrics.registry import METRICS
 
-PARTS: tuple[Callable[[Subject], Rows], ...] = (
+Part = Callable[[Subject], Rows]
+"""One part of the headline metrics: a finished run in, rows of its metrics out."""
+
+PARTS: tuple[Part, ...] = (
     load_rows,
     local_balance_rows,
     segment_rows,
@@ -58,21 +61,23 @@ def compute_and_store(path: str | Path, *, tell: Tell | None = None) -> Path:
     return store.write_metrics(path, frame, vectors)
 
 
-def compute(run: store.Run, *, tell: Tell | None = None) -> tuple[pl.DataFrame, pl.DataFrame]:
-    """All headline metrics of a run as rows of the tables ``metric_value`` and ``metric_vector``.
+def compute(
+    run: store.Run, *, parts: Sequence[Part] = PARTS, tell: Tell | None = None
+) -> tuple[pl.DataFrame, pl.DataFrame]:
+    """The headline metrics of a run as rows of the tables ``metric_value`` and ``metric_vector``.
 
     A part hands over rows of both; those with a list ("values") are vectors.
     """
     subject = Subject(run)
     rows: Rows = []
-    for number, part in enumerate(PARTS, 1):
+    for number, part in enumerate(parts, 1):
         if tell is not None:
-            tell(f"computing metrics, {number} of {len(PARTS)}: {words(part)}")
+            tell(f"computing metrics, {number} of {len(parts)}: {words(part)}")
         rows += part(subject)
     return _frame([row for row in rows if "values" not in row]), _frame([row for row in rows if "values" in row])
 
 
-def words(part: Callable[[Subject], Rows]) -> str:
+def words(part: Part) -> str:
     """What a part computes, from its name."""
     return part.__name__.removesuffix("_rows").replace("_", " ")
 
