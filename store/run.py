@@ -13,12 +13,13 @@ import polars as pl
 from numpy.typing import NDArray
 
 from moescope.errors import StoreError
-from store import connection, derived, evaluations, live
+from store import connection, derived, evaluations, live, stretch, text_search
 from store.info import Badge, LayerInfo, Progress, RunInfo, badge, require_version
 from store.schema import merge_query, quoted, tables, views
 from store.scores import RouterScores, unpack_scores
+from store.text_search import TextSearch
 from store.tokens import TokenIds, unpack_tokens
-from store.trace import LayerSelections, Trace, none_value, unpack_layer, unpack_trace
+from store.trace import CHUNK_TOKENS, LayerSelections, Trace, none_value, unpack_layer, unpack_trace
 
 FILE_SUFFIX = ".duckdb"
 
@@ -38,20 +39,27 @@ class SequenceText:
     special: NDArray[np.bool_]
 
 
-def open_run(path: str | Path) -> Run:
+TEXT_TABLES = ("sequence_token", "vocabulary")
+"""What a run opened without its text reads as empty."""
+
+
+def open_run(path: str | Path, *, text: bool = True) -> Run:
     """Open ``NAME.duckdb``, or ``NAME.live/`` while it is collected.
+
+    Args:
+        text: False hides token ids and text, as if the run had not kept them.
 
     Raises:
         StoreError: there is no such run, it is not one, or its schema is of another version.
     """
     path = Path(path)
     if path.is_dir() and path.name.endswith(live.SUFFIX):
-        return Run(path, live_folder=True)
+        return Run(path, live_folder=True, text=text)
     if not path.is_file():
         near = sorted(entry.name for entry in path.parent.glob(f"*{FILE_SUFFIX}") if ".derived" not in entry.name)
         hint = f"; {path.parent} has {', '.join(near[:5])}" if near else ""
         raise StoreError(f"no run at {path}{hint}")
-    return Run(path, live_folder=False)
+    return Run(path, live_folder=False, text=text)
 
 
 def version_of(path: Path) -> tuple[object, ...]:
@@ -69,12 +77,13 @@ def version_of(path: Path) -> tuple[object, ...]:
 class Run:
     """One profiling of one model on one corpus, opened for reading. Made by :func:`open_run`."""
 
-    def __init__(self, path: Path, *, live_folder: bool) -> None:
+    def __init__(self, path: Path, *, live_folder: bool, text: bool = True) -> None:
         self.path = path
+        self._hidden: tuple[str, ...] = () if text else TEXT_TABLES
         self.live = live_folder
         self.name = path.name.removesuffix(live.SUFFIX if live_folder else FILE_SUFFIX)
         self.version = version_of(path)
-        self._connection = _open_folder(path) if live_folder else _open_file(path)
+        self._connection = (_open_folder if live_folder else _open_file)(path, self._hidden)
 
     def close(self) -> None:
         """Let go of the file."""
@@ -93,8 +102,11 @@ class Run:
     def info(self) -> RunInfo:
         """Provenance; sequences and tokens of a live run are those published so far."""
         if not self.live:
-            return RunInfo.from_row(self.table("run").row(0, named=True))
+            found = RunInfo.from_row(self.table("run").row(0, named=True))
+            found.text_kept = found.text_kept and not self._hidden
+            return found
         info = live.read_info(self.path)
+        info.text_kept = info.text_kept and not self._hidden
         counted = self.query("select count(*) as sequences, coalesce(sum(tokens), 0)::bigint as tokens from sequence")
         info.sequences, info.tokens = counted.row(0)
         return info
@@ -135,13 +147,15 @@ class Run:
         where = "" if layer is None else f" where layer = {int(layer)}"
         return self.query(f"select * from {quoted(name)}{where}" + (f" order by {keys}" if keys else ""))
 
-    def query(self, sql: str, parameters: connection.Parameters = None) -> pl.DataFrame:
+    def query(
+        self, sql: str, parameters: connection.Parameters = None, *, seconds: float | None = None
+    ) -> pl.DataFrame:
         """The answer of one SELECT over the run's tables and the view ``route``; nothing else is allowed.
 
         Raises:
-            StoreError: another statement, or SQL that DuckDB refuses.
+            StoreError: another statement, SQL that DuckDB refuses, or one that takes longer than ``seconds``.
         """
-        return connection.query(self._connection, sql, parameters)
+        return connection.query(self._connection, sql, parameters, seconds=seconds)
 
     def metrics(self, metric: str | None = None) -> pl.DataFrame:
         """Rows of the derived table ``metric_value``: one metric's, or all."""
@@ -192,6 +206,30 @@ class Run:
             sequences=numbers,
             lengths=chosen["tokens"].to_numpy().astype(np.int64),
             domains=chosen["domain"].to_list(),
+            num_experts=max((layer.num_experts for layer in self.layers), default=0),
+        )
+
+    def stretch(
+        self, sequence: int, *, first: int = 0, last: int = 2**32 - 1, layers: Sequence[int] | None = None
+    ) -> Trace:
+        """The trace of the tokens ``first`` to ``last`` of one sequence, read without the rest of it.
+
+        Axis 1 holds this sequence alone, or none where the run has no such sequence; axis 2 begins at ``first``.
+
+        Raises:
+            StoreError: the run has no such layer.
+        """
+        wanted, chosen = self._wanted_layers(layers), self._wanted_sequences(None, [sequence], None)
+        if chosen.is_empty():
+            return self.selections(sequences=[sequence], layers=layers)
+        return stretch.trace(
+            self.query,
+            layers=wanted,
+            sequence=sequence,
+            first=first,
+            last=last,
+            length=int(chosen["tokens"][0]),
+            domain=chosen["domain"][0],
             num_experts=max((layer.num_experts for layer in self.layers), default=0),
         )
 
@@ -252,17 +290,41 @@ class Run:
             domains=chosen["domain"].to_list(),
         )
 
-    def sequence_text(self, sequence: int) -> SequenceText | None:
-        """The tokens of one sequence; None when the run keeps no text (or has no such sequence)."""
+    def sequence_text(self, sequence: int, *, first: int = 0, last: int = 2**32 - 1) -> SequenceText | None:
+        """The tokens ``first`` to ``last`` of one sequence; None when the run keeps no text (or has no such
+        sequence)."""
         rows = self.query(
-            "select token_ids, special from sequence_token where sequence = ? order by start", [int(sequence)]
+            "select start, token_ids, special from sequence_token where sequence = ? and start between ? and ? "
+            "order by start",
+            [int(sequence), max(first - CHUNK_TOKENS + 1, 0), last],
         )
         if not len(rows):
             return None
-        ids = rows["token_ids"].explode().to_numpy().astype(np.int64)
+        begin = int(rows["start"][0])
+        kept = slice(max(first - begin, 0), max(last + 1 - begin, 0))
+        ids = rows["token_ids"].explode().to_numpy().astype(np.int64)[kept]
         text = self.token_bytes(np.unique(ids).tolist())
-        special = rows["special"].explode().to_numpy().astype(bool)
+        special = rows["special"].explode().to_numpy().astype(bool)[kept]
         return SequenceText(ids, [text.get(int(token), b"") for token in ids], special)
+
+    def search_text(
+        self, wanted: str, *, regex: bool = False, domain: str | None = None, seconds: float = text_search.SECONDS
+    ) -> TextSearch:
+        """Which sequences hold some words, or match a regular expression, across the borders of tokens.
+
+        Args:
+            wanted: the words, in upper or lower case, or with ``regex`` an expression of linear time (no look-around,
+                no back-references).
+            domain: of this domain only.
+            seconds: after so many, what has been found so far.
+
+        Raises:
+            StoreError: the expression is none, or would match everywhere; the run keeps no text or has no such domain.
+        """
+        numbers = self._wanted_sequences(domain, None, None).select("sequence", "domain", "tokens")
+        if not self.has_tokens:
+            raise StoreError(f"run {self.name!r} keeps no text to search")
+        return text_search.search(self.query, numbers, wanted, regex=regex, seconds=seconds)
 
     @cached_property
     def has_tokens(self) -> bool:
@@ -337,7 +399,7 @@ class Run:
         return frame.head(limit) if limit is not None else frame
 
 
-def _open_file(path: Path) -> duckdb.DuckDBPyConnection:
+def _open_file(path: Path, hidden: Sequence[str]) -> duckdb.DuckDBPyConnection:
     beside = derived.path_of(path)
     databases = {"data": path} | ({"derived": beside} if beside.exists() else {})
     opened = connection.connect(databases)
@@ -348,23 +410,30 @@ def _open_file(path: Path) -> duckdb.DuckDBPyConnection:
     require_version(version[0][0] if version else 0, path.name)
     experts = opened.sql("select coalesce(max(num_experts), 0) from data.layer").fetchall()[0][0]
     for table in tables().values():
-        opened.execute(f"create view {quoted(table.name)} as {connection.table_query(opened, 'data', table)}")
+        rows = connection.table_query(opened, "data", table)
+        opened.execute(f"create view {quoted(table.name)} as {_unless(table.name in hidden, rows)}")
     _create_views(opened, experts)
     derived.create_views(opened, attached=beside.exists())
     connection.lock(opened)
     return opened
 
 
-def _open_folder(path: Path) -> duckdb.DuckDBPyConnection:
+def _open_folder(path: Path, hidden: Sequence[str]) -> duckdb.DuckDBPyConnection:
     require_version(live.read_info(path).schema_version, path.name)
     opened = connection.connect({})
     for name, table in tables().items():
-        opened.execute(f"create view {quoted(name)} as {merge_query(table, live.source(path, name))}")
+        rows = merge_query(table, live.source(path, name))
+        opened.execute(f"create view {quoted(name)} as {_unless(name in hidden, rows)}")
     experts = opened.sql("select coalesce(max(num_experts), 0) from layer").fetchall()[0][0]
     _create_views(opened, experts)
     derived.create_views(opened, attached=False)
     connection.lock(opened, [path])
     return opened
+
+
+def _unless(hidden: bool, rows: str) -> str:
+    """The rows, or none of them where the table is hidden."""
+    return f"select * from ({rows}) where false" if hidden else rows
 
 
 def _create_views(opened: duckdb.DuckDBPyConnection, num_experts: int) -> None:
