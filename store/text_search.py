@@ -127,7 +127,8 @@ def _blocks(numbers: pl.DataFrame) -> Iterator[pl.DataFrame]:
 def _words(query: Query) -> NDArray[np.object_]:
     """The bytes of every token id, b"" where there are none; the last entry stands for all larger ids."""
     table = query("select token_id, bytes from vocabulary where bytes is not null", None)
-    words = np.full(int(table["token_id"].max() or 0) + 2, b"", dtype=object)  # type: ignore[arg-type]
+    size = int(table["token_id"].to_numpy().max(initial=0)) + 2
+    words: NDArray[np.object_] = np.full(size, b"", dtype=np.object_)
     words[table["token_id"].to_numpy()] = table["bytes"].to_list()
     return words
 

@@ -9,20 +9,14 @@ import numpy as np
 import polars as pl
 
 import store
-from app.frames.axes import layer_label
+from app.frames.token_routes import Routes
 
 TOKENS = {"position": pl.Int64, "token_id": pl.Int64, "text": pl.String, "special": pl.Boolean}
-ROUTES = {
-    "position": pl.Int64,
-    "layer": pl.Int32,
-    "step": pl.Int32,
-    "label": pl.String,
-    "rank": pl.Int32,
-    "expert": pl.Int32,
-    "weight": pl.Float64,
-}
 SPLIT = "\u2026"
 """Stands for a token that holds only a part of a character; the character stands at the token that completes it."""
+
+_ALL = 2**32 - 1 - 8
+_PIECES = 3  # tokens that a character may begin before the one that completes it
 
 
 def sequences(run: store.Run, *, domain: str | None = None) -> pl.DataFrame:
@@ -33,31 +27,35 @@ def sequences(run: store.Run, *, domain: str | None = None) -> pl.DataFrame:
     return table.select("sequence", "domain", "source", "tokens", "prompt_tokens")
 
 
-def sequence_tokens(run: store.Run, sequence: int) -> pl.DataFrame:
-    """One row per token of a sequence: position, token_id, text, special. Without kept text, positions only.
+def sequence_tokens(run: store.Run, sequence: int, first: int = 0, last: int | None = None) -> pl.DataFrame:
+    """One row per token of a sequence, or of its tokens ``first`` to ``last``: position, token_id, text, special.
+    Without kept text, positions only.
 
     Bytes are decoded incrementally: where a character is split over tokens, all but the last read ``SPLIT``.
     """
-    text = run.sequence_text(sequence)
+    end = _ALL if last is None else last
+    text = run.sequence_text(sequence, first=max(first - _PIECES, 0), last=end + _PIECES)
     if text is None:
         table = run.table("sequence").filter(pl.col("sequence") == sequence)
-        count = int(table["tokens"][0]) if len(table) else 0
+        positions = range(first, min(end + 1, int(table["tokens"][0])) if len(table) else first)
         columns = {
-            "position": range(count),
-            "token_id": [None] * count,
-            "text": [None] * count,
-            "special": [None] * count,
+            "position": positions,
+            "token_id": [None] * len(positions),
+            "text": [None] * len(positions),
+            "special": [None] * len(positions),
         }
         return pl.DataFrame(columns, schema=TOKENS)
-    return pl.DataFrame(
+    start = max(first - _PIECES, 0)
+    whole = pl.DataFrame(
         {
-            "position": np.arange(len(text.token_ids)),
+            "position": np.arange(start, start + len(text.token_ids)),
             "token_id": text.token_ids,
             "text": decode(text.pieces),
             "special": text.special,
         },
         schema=TOKENS,
     )
+    return whole.filter(pl.col("position").is_between(first, end))
 
 
 def decode(pieces: Sequence[bytes]) -> list[str]:
@@ -70,31 +68,21 @@ def decode(pieces: Sequence[bytes]) -> list[str]:
     return texts
 
 
-def token_routes(run: store.Run, sequence: int) -> pl.DataFrame:
+def routes(run: store.Run, sequence: int, first: int = 0, last: int | None = None) -> Routes:
+    """The experts of the tokens ``first`` to ``last`` of one sequence, in all layers; none where there is no trace."""
+    trace = run.stretch(sequence, first=first, last=_ALL if last is None else last)
+    if not len(trace.sequences):
+        none = (len(trace.layers), 0, 0)
+        return Routes(first, trace.layers, np.zeros(none, np.int16), np.zeros(none, np.float32))
+    return Routes(first, trace.layers, trace.ids[:, 0], trace.weights[:, 0])
+
+
+def token_routes(run: store.Run, sequence: int, first: int = 0, last: int | None = None) -> pl.DataFrame:
     """One row per token, MoE layer and rank of one sequence: position, layer, step, label, rank, expert, weight.
 
     rank 0 has the largest gate weight; weight is restored from 8 bits.
     """
-    trace = run.selections(sequences=[sequence])
-    if not len(trace.sequences):
-        return pl.DataFrame(schema=ROUTES)
-    ids, weights = trace.ids[:, 0], trace.weights[:, 0]  # (layers, tokens, k)
-    axis, position, rank = np.nonzero(ids >= 0)
-    layers = np.array([layer for layer, _ in trace.layers], np.int32)
-    steps = np.array([step for _, step in trace.layers], np.int32)
-    labels = [layer_label(layer, step) for layer, step in trace.layers]
-    return pl.DataFrame(
-        {
-            "position": position,
-            "layer": layers[axis],
-            "step": steps[axis],
-            "label": [labels[index] for index in axis],
-            "rank": rank.astype(np.int32),
-            "expert": ids[axis, position, rank].astype(np.int32),
-            "weight": weights[axis, position, rank].astype(np.float64),
-        },
-        schema=ROUTES,
-    )
+    return routes(run, sequence, first, last).frame()
 
 
 def layer_routes(routes: pl.DataFrame, label: str) -> pl.DataFrame:
