@@ -8,9 +8,13 @@
     trace = run.selections(domain="code")         # trace.ids (layers, sequences, tokens, k), -1 = none
 """
 
+from store.answering import Answer
+from store.browse import Filter, browse, describe
 from store.catalog import Catalog, Entry
+from store.console import Console, console
 from store.derived import write_metrics
 from store.evaluations import Document, evaluation_text, list_evaluations, read_evaluation, write_evaluation
+from store.examples import EXAMPLES, Example
 from store.info import IMPORTED, Badge, LayerInfo, Progress, RunInfo
 from store.parts import NUM_PARTS, part_of_sequence
 from store.plans import list_plans, plan_path, read_plan, read_plan_document, write_plan
@@ -24,13 +28,18 @@ from store.writer import RunWriter
 
 __all__ = [
     "CHUNK_TOKENS",
+    "EXAMPLES",
     "IMPORTED",
     "NUM_PARTS",
     "SCHEMA_VERSION",
+    "Answer",
     "Badge",
     "Catalog",
+    "Console",
     "Document",
     "Entry",
+    "Example",
+    "Filter",
     "LayerInfo",
     "LayerSelections",
     "Progress",
@@ -43,6 +52,9 @@ __all__ = [
     "Trace",
     "Union",
     "attach",
+    "browse",
+    "console",
+    "describe",
     "evaluation_text",
     "list_evaluations",
     "list_plans",

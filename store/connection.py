@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from store.schema import Table, literal, quoted
 
 Parameters = Sequence[Any] | Mapping[str, Any] | None
 
+_settings: dict[str, str] = {}
 _READING = {duckdb.StatementType.SELECT, duckdb.StatementType.EXPLAIN}
 
 
@@ -26,7 +28,7 @@ def connect(databases: Mapping[str, Path]) -> duckdb.DuckDBPyConnection:
     Raises:
         StoreError: a file is no DuckDB file, or another program holds it open for writing.
     """
-    connection = duckdb.connect(":memory:")
+    connection = duckdb.connect(":memory:", config=dict(_settings))
     for alias, path in databases.items():
         try:
             connection.execute(f"attach {literal(path)} as {alias} (read_only)")
@@ -34,6 +36,11 @@ def connect(databases: Mapping[str, Path]) -> duckdb.DuckDBPyConnection:
             connection.close()
             raise StoreError(f"{path} cannot be read as a run: {str(error).splitlines()[0]}") from error
     return connection
+
+
+def confine(**settings: str) -> None:
+    """DuckDB settings, such as a memory limit, for all connections that this process opens from now on."""
+    _settings.update(settings)
 
 
 def table_query(connection: duckdb.DuckDBPyConnection, database: str, table: Table) -> str:
@@ -58,20 +65,33 @@ def lock(connection: duckdb.DuckDBPyConnection, directories: Sequence[Path] = ()
     connection.execute("set lock_configuration = true")
 
 
-def query(connection: duckdb.DuckDBPyConnection, sql: str, parameters: Parameters = None) -> pl.DataFrame:
+def query(
+    connection: duckdb.DuckDBPyConnection, sql: str, parameters: Parameters = None, *, seconds: float | None = None
+) -> pl.DataFrame:
     """Run one reading statement on a cursor of its own (a shared connection returns wrong rows across threads).
 
+    Args:
+        seconds: interrupt it after so long; None = never.
+
     Raises:
-        StoreError: not exactly one SELECT (or EXPLAIN, DESCRIBE), or SQL that DuckDB refuses; the message is DuckDB's.
+        StoreError: not exactly one SELECT (or EXPLAIN, DESCRIBE), SQL that DuckDB refuses (the message is DuckDB's), or
+            it took too long.
     """
     cursor = connection.cursor()
+    timer = threading.Timer(seconds, cursor.interrupt) if seconds is not None else None
     try:
+        if timer is not None:
+            timer.start()
         statements = cursor.extract_statements(sql)
         if len(statements) != 1 or statements[0].type not in _READING:
             raise StoreError("only one SELECT statement at a time: a run is never written through SQL")
         frame: pl.DataFrame = cursor.sql(sql, params=parameters).pl()
         return frame
+    except duckdb.InterruptException:
+        raise StoreError(f"the query was stopped after {seconds:g} s") from None
     except duckdb.Error as error:
         raise StoreError(f"the query failed: {str(error).splitlines()[0]}") from error
     finally:
+        if timer is not None:
+            timer.cancel()
         cursor.close()

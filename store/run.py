@@ -290,6 +290,28 @@ class Run:
             domains=chosen["domain"].to_list(),
         )
 
+    def stretch_scores(
+        self, sequence: int, *, first: int = 0, last: int = 2**32 - 1, layers: Sequence[int] | None = None
+    ) -> RouterScores:
+        """The largest router scores of the tokens ``first`` to ``last`` of one sequence, as :meth:`stretch` reads its
+        trace.
+
+        Raises:
+            StoreError: the run has no such layer or sequence, or was collected without router scores.
+        """
+        wanted, chosen = self._wanted_layers(layers), self._wanted_sequences(None, [sequence], None)
+        if chosen.is_empty() or not self.has_scores:
+            raise StoreError(f"run {self.name!r} holds no router scores of sequence {sequence}")
+        length, domain = int(chosen["tokens"][0]), chosen["domain"][0]
+        return stretch.scores(
+            self.query, layers=wanted, sequence=sequence, first=first, last=last, length=length, domain=domain
+        )
+
+    @cached_property
+    def has_scores(self) -> bool:
+        """Whether the run holds router scores token by token."""
+        return not self.query("select 1 from score_chunk limit 1").is_empty()
+
     def sequence_text(self, sequence: int, *, first: int = 0, last: int = 2**32 - 1) -> SequenceText | None:
         """The tokens ``first`` to ``last`` of one sequence; None when the run keeps no text (or has no such
         sequence)."""

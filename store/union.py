@@ -10,7 +10,7 @@ import polars as pl
 from moescope.errors import StoreError
 from store import connection, derived
 from store.run import FILE_SUFFIX, open_run
-from store.schema import literal, quoted, tables
+from store.schema import literal, quoted, tables, views
 
 
 class Union:
@@ -26,6 +26,8 @@ class Union:
             self._create_view(table.name, [
                 connection.table_query(self._connection, f"run_{index}", table) for index in range(len(paths))
             ])  # fmt: skip
+        for name in views():
+            self._create_view(name, [f"select * from run_{index}.{name}" for index in range(len(paths))])
         for name in derived.TABLES:
             attached = [f"derived_{index}" if path.exists() else "" for index, path in enumerate(results)]
             self._create_view(name, [derived.query(self._connection, database, name) for database in attached])
