@@ -5,6 +5,7 @@ from __future__ import annotations
 import plotly.graph_objects as go
 import polars as pl
 
+from app.figures.interval import band
 from app.figures.style import Theme, colours_of, fade, layout, log_ticks, message, palette, safe
 from app.text import size
 
@@ -39,7 +40,8 @@ def hit_rate_curves(frame: pl.DataFrame, *, each: float, theme: Theme = "light")
     for policy, words in POLICIES.items():
         part = observed.filter(pl.col("policy") == policy)
         if len(part):
-            _band(figure, part, wheel[policy])
+            known = part.filter(pl.col("low").is_not_null())
+            band(figure, x=known["slots"], low=known["low"], high=known["high"], colour=wheel[policy])
             figure.add_trace(_curve(part, words, {"color": wheel[policy], "width": 2.4}))
     for bound, words in BOUNDS.items():
         part = observed.filter(pl.col("policy") == bound)
@@ -65,18 +67,6 @@ def _curve(part: pl.DataFrame, name: str, line: dict[str, object]) -> go.Scatter
         x=part["slots"], y=part["rate"], name=name, mode="lines", line=line, customdata=ends,
         hovertemplate=f"{name}<br>%{{x}} slots per layer: %{{y:.1%}}%{{customdata}}<extra></extra>",
     )  # fmt: skip
-
-
-def _band(figure: go.Figure, part: pl.DataFrame, colour: str, x: str = "slots", scale: float = 1.0) -> None:
-    """The interval between columns ``low`` and ``high``, where there is one."""
-    known = part.filter(pl.col("low").is_not_null())
-    if known.is_empty():
-        return
-    for column, fill in (("high", None), ("low", "tonexty")):
-        figure.add_scatter(
-            x=known[x] / scale, y=known[column], mode="lines", line={"width": 0}, fill=fill, hoverinfo="skip",
-            fillcolor=fade(colour, 0.18), showlegend=False,
-        )  # fmt: skip
 
 
 def hit_rate_parts(frame: pl.DataFrame, *, each: float, theme: Theme = "light") -> go.Figure:
@@ -131,7 +121,7 @@ def time_by_memory(frame: pl.DataFrame, *, asked: float, resident: float, theme:
             marker={"size": 5}, customdata=[size(one) for one in frame["bytes"]],
             hovertemplate=f"{name}<br>%{{customdata}}: %{{y:.3g}} ms per token<extra></extra>",
         )  # fmt: skip
-    _band(figure, frame, colours.accent, "bytes", float(unit))
+    band(figure, x=x, low=frame["low"], high=frame["high"], colour=colours.accent)
     words = [
         (size(row["bytes"]), safe(row["way"], 80), f"{row['low']:.3g} to {row['high']:.3g}", _verdict(row))
         for row in frame.iter_rows(named=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import plotly.graph_objects as go
 import polars as pl
 
-from app.figures.style import Theme, fade, layout, message, palette
+from app.figures.style import Theme, fade, layout, message, palette, pickable
 
 LANES = {"device": "device", "link": "link", "cpu": "CPU"}
 KINDS = {
@@ -42,7 +42,12 @@ def token(frame: pl.DataFrame, *, title: str, theme: Theme = "light") -> go.Figu
             y=[LANES[lane] for lane in part["lane"]], x=part["end_ms"] - part["begin_ms"], base=part["begin_ms"],
             orientation="h", name=words,
             marker={"color": paint[kind], "line": {"width": 0.6, "color": colours.background}},
-            customdata=list(zip(where, part["begin_ms"], part["end_ms"], strict=True)),
+            customdata=[
+                (words_of, *row)
+                for words_of, row in zip(
+                    where, part.select("begin_ms", "end_ms", "layer", "expert").iter_rows(), strict=True
+                )
+            ],
             hovertemplate=f"%{{customdata[0]}}: {words}<br>%{{customdata[1]:.3g}} to %{{customdata[2]:.3g}} ms"
             "<extra></extra>",
         )  # fmt: skip
@@ -52,7 +57,7 @@ def token(frame: pl.DataFrame, *, title: str, theme: Theme = "light") -> go.Figu
     figure.update_yaxes(type="category", categoryorder="array", categoryarray=lanes[::-1], showgrid=False)
     figure.update_xaxes(range=[0, float(frame["end_ms"].max()) * 1.002])  # type: ignore[arg-type]
     _layers(figure, frame.filter(pl.col("kind") == "dense"), colours.muted)
-    return figure
+    return pickable(figure, layer="customdata.3", expert="customdata.4")
 
 
 def _layers(figure: go.Figure, begins: pl.DataFrame, colour: str) -> None:

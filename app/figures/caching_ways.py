@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import plotly.graph_objects as go
 import polars as pl
 
+from app.figures.interval import whiskers
 from app.figures.style import Theme, fade, layout, message, palette, rows_height, safe
 
 _KINDS = {True: "by the trace", False: "no trace"}
@@ -33,7 +32,8 @@ def ways(frame: pl.DataFrame, *, bound: float, theme: Theme = "light") -> go.Fig
         ]
         figure.add_bar(
             y=[safe(name) for name in part["short"]], x=part["ms"], orientation="h", name=_KINDS[needs],
-            marker={"color": fade(colour, _OPAQUE)}, customdata=words, error_x=_ends(part, colours.text),
+            marker={"color": fade(colour, _OPAQUE)}, customdata=words,
+            error_x=whiskers(part["ms"], part["low"], part["high"], colour=colours.text),
             hovertemplate="%{customdata[0]}<br>%{x:.3g} ms per token (95 %: %{customdata[1]})<br>hit rate "
             "%{customdata[2]}<extra></extra>",
         )  # fmt: skip
@@ -104,10 +104,3 @@ def _rows(figure: go.Figure, names: pl.Series) -> None:
     """The rows of the frame from the top down."""
     order = [safe(name, 34) for name in names][::-1]
     figure.update_yaxes(type="category", categoryorder="array", categoryarray=order, showgrid=False)
-
-
-def _ends(part: pl.DataFrame, colour: str) -> dict[str, Any]:
-    return {
-        "type": "data", "symmetric": False, "thickness": 1.5, "width": 4, "color": colour,
-        "array": (part["high"] - part["ms"]).to_list(), "arrayminus": (part["ms"] - part["low"]).to_list(),
-    }  # fmt: skip

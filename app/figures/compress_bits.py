@@ -8,8 +8,8 @@ import polars as pl
 from numpy.typing import NDArray
 
 from app.figures.compress import MARKED_CELLS
-from app.figures.heatmap import expert_map, matrix
-from app.figures.style import Theme, colorbar, layout, message, palette, safe
+from app.figures.heatmap import MAX_DETAIL_CELLS, expert_map, matrix
+from app.figures.style import Theme, colorbar, layout, message, palette, pickable, safe
 from app.frames.compress_bits import CHANGES, WIDTHS
 
 WRITTEN_CELLS = 512
@@ -26,16 +26,14 @@ def bits_map(frame: pl.DataFrame, *, part: str, title: str, theme: Theme = "ligh
     places = {name: place for place, name in enumerate(WIDTHS)}
     placed = frame.with_columns(pl.col(part).replace_strict(places, default=None, return_dtype=pl.Float64).alias("at"))
     values, labels, width = matrix(placed, "at")
-    words: NDArray[np.object_] = np.full(values.shape, "", dtype=object)
-    rows = {label: row for row, label in enumerate(labels)}
-    for label, expert, *bits in frame.select("label", "expert", "gate", "up", "down").iter_rows():
-        names = [f"{name} {one}" for name, one in zip(("gate", "up", "down"), bits, strict=True) if one is not None]
-        words[rows[label], expert] = ", ".join(names)
     heat = go.Heatmap(
         z=values, y=labels, zmin=-0.5, zmax=len(WIDTHS) - 0.5, colorscale=_steps(theme), hoverongaps=False,
         colorbar=colorbar("bits of a weight", tickvals=list(range(len(WIDTHS))), ticktext=list(WIDTHS)),
-        customdata=words, hovertemplate="layer %{y}, expert %{x}<br>%{customdata}<extra></extra>",
+        hovertemplate="layer %{y}, expert %{x}<extra></extra>",
     )  # fmt: skip
+    if values.size <= MAX_DETAIL_CELLS:
+        words = _words(frame, labels, width)
+        heat.update(customdata=words, hovertemplate="layer %{y}, expert %{x}<br>%{customdata}<extra></extra>")
     if values.size <= WRITTEN_CELLS:
         short = {float(place): {"ternary": "t", "as it is": "–"}.get(name, name) for name, place in places.items()}
         heat.update(text=[[short.get(float(one), "") for one in row] for row in values], texttemplate="%{text}")
@@ -95,7 +93,17 @@ def cost_by_layer(frame: pl.DataFrame, *, title: str, theme: Theme = "light") ->
     order = [str(layer) for layer in sorted(frame["layer"].unique())]
     figure.update_xaxes(type="category", categoryorder="array", categoryarray=order, nticks=24, showgrid=False)
     figure.update_yaxes(rangemode="tozero", exponentformat="power")
-    return figure
+    return pickable(figure, layer="x")
+
+
+def _words(frame: pl.DataFrame, labels: list[str], width: int) -> NDArray[np.object_]:
+    """(layers, experts) the widths of all projections in words; a large map has to do without."""
+    words: NDArray[np.object_] = np.full((len(labels), width), "", dtype=object)
+    rows = {label: row for row, label in enumerate(labels)}
+    for label, expert, *bits in frame.select("label", "expert", "gate", "up", "down").iter_rows():
+        names = [f"{name} {one}" for name, one in zip(("gate", "up", "down"), bits, strict=True) if one is not None]
+        words[rows[label], expert] = ", ".join(names)
+    return words
 
 
 def _steps(theme: Theme) -> list[tuple[float, str]]:

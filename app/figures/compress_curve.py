@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import plotly.graph_objects as go
 import polars as pl
 
+from app.figures.interval import whiskers
 from app.figures.style import Theme, layout, log_ticks, message, palette, safe
 from app.text import size
 
@@ -99,11 +98,7 @@ def _predicted(part: pl.DataFrame, mix: str, colour: str, unit: int) -> go.Scatt
 
 def _measured(part: pl.DataFrame, mix: str, colour: str, unit: int) -> go.Scatter:
     values = part["measured"]
-    ends: dict[str, Any] = {
-        "type": "data", "symmetric": False, "thickness": 1.4,
-        "array": (part["measured_high"] - values).fill_null(0.0).to_list(),
-        "arrayminus": (values - part["measured_low"]).fill_null(0.0).to_list(),
-    }  # fmt: skip
+    ends = whiskers(values, part["measured_low"], part["measured_high"])
     words = list(zip(map(safe, part["name"]), map(size, part["bytes"]), part["measured_tokens"], strict=True))
     return go.Scatter(
         x=part["bytes"] / unit, y=_clipped(values), mode="markers", name=f"{safe(mix)}, measured", error_y=ends,

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import plotly.graph_objects as go
 import polars as pl
 
+from app.figures.interval import whiskers
 from app.figures.style import Theme, colours_of, layout, log_ticks, message, palette, safe
 
 _SYMBOLS = ("circle", "diamond", "square", "triangle-up", "cross", "star", "hexagon", "pentagon")
@@ -35,7 +35,8 @@ def damage(frames: Mapping[str, pl.DataFrame], *, quantity: str, theme: Theme = 
     for (name, frame), symbol in zip(frames.items(), _SYMBOLS, strict=False):
         figure.add_scatter(
             x=frame[quantity], y=[safe(domain) for domain in frame["domain"]], mode="markers", name=safe(name),
-            orientation="h", error_x=_interval(frame, quantity),
+            orientation="h",
+            error_x=whiskers(frame[quantity], frame[f"{quantity}_low"], frame[f"{quantity}_high"]),
             marker={"color": colours[name], "size": 9, "symbol": symbol},
             customdata=frame.select("tokens", "base", "model").rows(),
             hovertemplate=f"%{{y}}: %{{x:.4g}} {axis}<br>%{{customdata[0]:,}} tokens"
@@ -73,7 +74,9 @@ def probe_differences(frame: pl.DataFrame, *, theme: Theme = "light") -> go.Figu
     figure = go.Figure(
         go.Scatter(
             x=frame["difference"], y=names, mode="markers+text",
-            error_x={**_interval(frame, "difference"), "color": colours.muted},
+            error_x=whiskers(
+                frame["difference"], frame["difference_low"], frame["difference_high"], colour=colours.muted
+            ),
             marker={"size": 10, "symbol": "diamond",
                     "color": [colours.alarm if one else colours.accent for one in clear]},
             text=[f"{base:.0%} → {model:.0%}" for base, model in frame.select("base", "model").iter_rows()],
@@ -90,9 +93,3 @@ def probe_differences(frame: pl.DataFrame, *, theme: Theme = "light") -> go.Figu
     figure.update_yaxes(autorange="reversed", type="category")
     figure.update_xaxes(tickformat="+.0%")
     return figure
-
-
-def _interval(frame: pl.DataFrame, column: str) -> dict[str, Any]:
-    above = (frame[f"{column}_high"] - frame[column]).fill_null(0.0).to_list()
-    below = (frame[column] - frame[f"{column}_low"]).fill_null(0.0).to_list()
-    return {"type": "data", "symmetric": False, "array": above, "arrayminus": below, "thickness": 1.4}

@@ -8,7 +8,8 @@ import numpy as np
 import plotly.graph_objects as go
 import polars as pl
 
-from app.figures.heatmap import matrix
+from app.figures.heatmap import expert_map, matrix
+from app.figures.interval import band
 from app.figures.style import (
     Theme,
     colorbar,
@@ -16,6 +17,7 @@ from app.figures.style import (
     layout,
     message,
     palette,
+    pickable,
     rows_height,
     safe,
     scale,
@@ -77,7 +79,7 @@ def load_map(frame: pl.DataFrame, *, name: str, bound: float, theme: Theme = "li
     layout(figure, title=title, x=x, y="layer", theme=theme, height=height, legend=False, wide=False)
     _layer_rows(figure, labels)
     figure.update_xaxes(dtick=1 if width <= 16 else None, nticks=24 if width > 16 else None)
-    return figure
+    return pickable(figure, layer="y")
 
 
 def layer_curves(frame: pl.DataFrame, *, quantity: str, theme: Theme = "light") -> go.Figure:
@@ -110,7 +112,7 @@ def layer_curves(frame: pl.DataFrame, *, quantity: str, theme: Theme = "light") 
     if share:
         low = float(shown[quantity].min())  # type: ignore[arg-type]
         figure.update_yaxes(range=[max(np.floor(low * 10 - 1) / 10, 0.0), 1.01])
-    return figure
+    return pickable(figure, layer="x")
 
 
 def move_curves(frame: pl.DataFrame, *, theme: Theme = "light") -> go.Figure:
@@ -123,6 +125,7 @@ def move_curves(frame: pl.DataFrame, *, theme: Theme = "light") -> go.Figure:
         part = frame.filter(pl.col("name") == name)
         figure.add_scatter(
             x=part["label"], y=part["moves"], name=SHORT[name], **_line(name, theme),
+            customdata=[label.split(" ")[0] for label in part["label"]],
             hovertemplate=f"layers %{{x}}: %{{y:.1%}} on another device<br>{WORDS[name]}<extra></extra>",
         )  # fmt: skip
     layout(
@@ -132,7 +135,7 @@ def move_curves(frame: pl.DataFrame, *, theme: Theme = "light") -> go.Figure:
     low = float(frame["moves"].drop_nulls().min())  # type: ignore[arg-type]
     figure.update_yaxes(tickformat=".0%", range=[max(np.floor(low * 10 - 1) / 10, 0.0), 1.01])
     figure.update_xaxes(type="category", nticks=8, tickangle=0, showgrid=False)
-    return figure
+    return pickable(figure, layer="customdata.0")
 
 
 def pass_histogram(frame: pl.DataFrame, *, theme: Theme = "light") -> go.Figure:
@@ -212,12 +215,7 @@ def replica_map(frame: pl.DataFrame, *, theme: Theme = "light") -> go.Figure:
             hovertemplate="layer %{y}, expert %{x}<br>%{z:.0f} slots on %{customdata[0]:.0f} devices"
             "<br>%{customdata[1]:.2%} of the layer's tokens<extra></extra>",
         )
-    figure = go.Figure(heat)
-    x, height = f"expert (0 to {width - 1})", rows_height(len(labels))
-    layout(figure, title=title, x=x, y="layer", theme=theme, height=height, legend=False)
-    _layer_rows(figure, labels)
-    figure.update_xaxes(nticks=24)
-    return figure
+    return expert_map(go.Figure(heat), title=title, labels=labels, width=width, theme=theme)
 
 
 def movement_bars(frame: pl.DataFrame, *, theme: Theme = "light") -> go.Figure:
@@ -234,7 +232,7 @@ def movement_bars(frame: pl.DataFrame, *, theme: Theme = "light") -> go.Figure:
         )  # fmt: skip
     layout(figure, title=title, x="layer", y="slots", theme=theme, height=380, barmode="group", wide=False)
     figure.update_xaxes(type="category", nticks=12, tickangle=0, showgrid=False)
-    return figure
+    return pickable(figure, layer="x")
 
 
 def domain_bars(frame: pl.DataFrame, *, theme: Theme = "light") -> go.Figure:
@@ -288,12 +286,8 @@ def _spread(figure: go.Figure, part: pl.DataFrame, theme: Theme) -> None:
     """The lowest and highest window as a band."""
     if part.is_empty() or (part["low"] == part["high"]).all():
         return
-    tone, nothing = fade(colour("after", theme), 0.18), {"width": 0}
-    figure.add_scatter(x=part["label"], y=part["high"], mode="lines", line=nothing, showlegend=False, hoverinfo="skip")
-    figure.add_scatter(
-        x=part["label"], y=part["low"], mode="lines", line=nothing, fill="tonexty", fillcolor=tone,
-        name="its windows", hoverinfo="skip",
-    )  # fmt: skip
+    tone = colour("after", theme)
+    band(figure, x=part["label"], low=part["low"], high=part["high"], colour=tone, name="its windows")
 
 
 def _layer_rows(figure: go.Figure, labels: list[str]) -> None:

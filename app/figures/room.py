@@ -6,7 +6,7 @@ import numpy as np
 import plotly.graph_objects as go
 import polars as pl
 
-from app.figures.style import Theme, colorbar, layout, message, palette, rows_height, safe, scale
+from app.figures.style import Theme, colorbar, layout, message, palette, pickable, rows_height, safe, scale
 
 _PARTS = {"quarter": "strongest 25 %", "half": "strongest 50 %", "most": "strongest 75 %"}
 
@@ -56,4 +56,4 @@ def _map(
     layout(figure, title=title, x=x, y="layer", theme=theme, height=rows_height(len(table)), legend=False)
     figure.update_yaxes(type="category", autorange="reversed", showgrid=False, nticks=24, ticks="")
     figure.update_xaxes(type="category", showgrid=False, ticks="")
-    return figure
+    return pickable(figure, layer="y")
