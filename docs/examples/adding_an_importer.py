@@ -89,9 +89,9 @@ def _blocks(path: Path, frame: pl.DataFrame, axis: Axis, top_k: int, *, weights:
     numbers = np.array([layer.layer for layer in axis.layers])
     for sequence, part in enumerate(frame.sort("turn").partition_by("turn", maintain_order=True)):
         steps, token = np.unique(part["step"].to_numpy(), return_inverse=True)
-        if int(part["slot"].max()) >= top_k:  # type: ignore[arg-type]
-            raise ImportFileError(f"{path}: slot {part['slot'].max()} of a token that takes {top_k} experts")
         place = (np.searchsorted(numbers, part["layer"].to_numpy()), token, part["slot"].to_numpy())
+        if (slot := int(place[2].max())) >= top_k:
+            raise ImportFileError(f"{path}: slot {slot} of a token that takes {top_k} experts")
         ids = np.full((len(numbers), len(steps), top_k), -1, np.int64)
         ids[place] = part["expert"].to_numpy()
         gates = np.zeros(ids.shape) if weights else None
@@ -111,11 +111,13 @@ def _blocks(path: Path, frame: pl.DataFrame, axis: Axis, top_k: int, *, weights:
 
 def _last_layer(frame: pl.DataFrame) -> tuple[str, str, str]:
     """Whether all layers saw all tokens: a row of table ``check``."""
-    tokens = frame.group_by("layer").agg(pl.struct("turn", "step").n_unique().alias("tokens"))["tokens"]
-    if tokens.n_unique() == 1:
+    tokens = (
+        frame.group_by("layer").agg(pl.struct("turn", "step").n_unique().alias("tokens"))["tokens"].sort().to_list()
+    )
+    if tokens[0] == tokens[-1]:
         return "layers complete", "pass", "all layers saw the same tokens"
-    least, most = tokens.min(), tokens.max()
-    return "layers complete", "warning", f"layers saw {least} to {most} tokens: not every layer routes the whole prompt"
+    seen = f"{tokens[0]} to {tokens[-1]} tokens"
+    return "layers complete", "warning", f"layers saw {seen}: not every layer routes the whole prompt"
 
 
 FORMATS = (
