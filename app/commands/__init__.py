@@ -25,6 +25,7 @@ from app.commands import (
     plan,
     rank,
     recommend,
+    report,
     runs,
     show,
 )
@@ -36,6 +37,7 @@ COMMANDS: tuple[ModuleType, ...] = (
     import_,
     runs,
     show,
+    report,
     compare,
     ablate,
     plan,

@@ -1,0 +1,183 @@
+"""Findings about experts: those that feed massive activations, those that are alike, and what scores agree on."""
+
+from __future__ import annotations
+
+import numpy as np
+import polars as pl
+
+import store
+from app.exhibits.exhibit import Frames
+from app.frames import super_experts as frames_of_super_experts
+from app.frames.axes import layer_label
+from app.report.finding import Evidence, Finding, listed
+from moescope.errors import PlanError
+from planner.importance import find, score
+from profiler.headline.similarity_kinds import BY_NAME, SimilarityTables, chance
+from profiler.metrics.agreement import chance_band, score_agreement
+from profiler.metrics.similarity import redundancy as redundancy_of
+
+_NEAR = 0.9
+"""Similarity from which two experts count as near copies."""
+
+_LAYERS = 12
+"""Layers whose matrices of similarity are read: more would make the findings slow on deep models."""
+
+_SAME = {
+    "output_cosine": "outputs on the same tokens", "gated_output": "weighted outputs", "weight": "weights",
+    "router_row": "router rows",
+}  # fmt: skip
+"""Kinds of similarity, the strongest evidence first, and what they compare."""
+
+_ALIKE = {
+    "kind": pl.String, "label": pl.String, "pairs": pl.Int64, "mean": pl.Float64, "largest": pl.Float64,
+    "expert": pl.Int64, "other": pl.Int64, "near": pl.Int64, "chance": pl.Float64,
+}  # fmt: skip
+
+
+def super_experts(run: store.Run, frames: Frames) -> list[Finding]:
+    """Whether experts stand out by the published rule, and by how much."""
+    if "outputs" in run.omissions:
+        return [Finding("Super experts", "Whether there are super experts cannot be said: "
+                        f"{run.omissions['outputs'].rstrip('.')}.", tone="unknown")]  # fmt: skip
+    if "activations" not in run.info.levels:
+        return [Finding("Super experts", "Whether there are super experts cannot be said: outputs were not recorded "
+                        "(level activations).", tone="unknown")]  # fmt: skip
+    limits = frames(frames_of_super_experts.thresholds, run)
+    limit = {rule: value for rule, tokens, value in limits.iter_rows() if tokens == "all"}
+    if "paper" not in limit:
+        return [Finding("Super experts", "The verdict on super experts comes when the run is finished.",
+                        tone="unknown")]  # fmt: skip
+    found = frames(frames_of_super_experts.super_experts, run).filter(pl.col("tokens") == "all")
+    paper, code = (found.filter(pl.col("rule") == rule) for rule in ("paper", "code"))
+    largest = frames(frames_of_super_experts.output_maxima, run).head(1)
+    if len(paper):
+        names = listed([f"({layer}, {expert})" for layer, expert in paper.select("layer", "expert").iter_rows()])
+        sentence = (
+            f"{len(paper)} super experts by the paper's rule, as (layer, expert): {names}. No plan should touch them."
+        )
+    elif len(code):
+        sentence = f"There is no super expert by the paper's rule; the looser rule of its code names {len(code)}."
+    else:
+        sentence = "There is no super expert: no output stands out from the others by the published rules."
+    proof = [Evidence("super experts by the paper's rule", float(len(paper)), form="count", source="super_experts",
+                      exhibit="outliers")]  # fmt: skip
+    for layer, expert, value in largest.select("label", "expert", "value").iter_rows():
+        proof.append(Evidence(f"largest |output|: layer {layer}, expert {expert}", value, control=limit["paper"],
+                              control_is="what the paper's rule asks for", source="table expert_output",
+                              exhibit="outliers"))  # fmt: skip
+    massive = frames(frames_of_super_experts.residual, run).filter("massive")["layer"].to_list()
+    if massive:
+        sentence += (
+            f" Massive activations stand in the residual stream of layers {listed([str(one) for one in massive])}."
+        )
+    return [Finding("Super experts", sentence, tuple(proof), "attention" if len(paper) else "plain")]
+
+
+def redundancy(run: store.Run, frames: Frames) -> list[Finding]:
+    """Whether experts are near copies of each other, by the strongest kind of similarity that the run has."""
+    found = frames(alike, run)
+    if found.is_empty():
+        reason = run.omissions.get("outputs", "similarity was not recorded (level similarity)")
+        return [Finding("Redundancy", f"Whether experts are alike cannot be said: {reason.rstrip('.')}.",
+                        tone="unknown")]  # fmt: skip
+    return [_redundancy(found, layers=len(run.layers))]
+
+
+def alike(run: store.Run) -> pl.DataFrame:
+    """How alike experts are by the first of :data:`_SAME` that the run has, one row per MoE layer: kind, label, pairs,
+    mean, largest with its two experts, near = pairs above 0.9, chance. Of deep models, some layers evenly apart."""
+    places = sorted({round(at) for at in np.linspace(0, len(run.layers) - 1, min(len(run.layers), _LAYERS))})
+    rows = []
+    for kind in _SAME:
+        for layer in (run.layers[at] for at in places if run.layers):
+            key, tables = (layer.layer, layer.step), SimilarityTables(run, layer=layer.layer)
+            matrix = BY_NAME[kind].read(tables, key)
+            if matrix is not None:
+                found = redundancy_of(similarity=matrix)
+                rows.append((kind, layer_label(*key), found.pairs, found.mean, found.largest, found.first, found.second,
+                             int(found.above[-1]), chance(tables, kind, key)))  # fmt: skip
+        if rows:
+            break
+    return pl.DataFrame(rows, schema=_ALIKE, orient="row").filter(pl.col("pairs") > 0)
+
+
+def title(kind: str) -> str:
+    """What a kind of similarity compares, in words."""
+    return _SAME[kind]
+
+
+def importance(run: store.Run, frames: Frames) -> list[Finding]:
+    """Whether the cheap score, how often an expert is used, would cut the same experts as what it puts out."""
+    names = ["frequency"]
+    scores = []
+    try:
+        scores.append(_routed(run, "frequency"))
+        for name in ("reap", "ean", "gate_mass"):
+            try:
+                scores.append(_routed(run, name))
+            except PlanError:
+                continue
+            names.append(name)
+            break
+    except PlanError:
+        return []
+    if len(names) < 2:
+        return []
+    joined = scores[0].join(scores[1], on=["layer", "step", "expert"], suffix="_other").sort("layer", "step", "expert")
+    sizes, measured = [], []
+    for _, part in joined.group_by("layer", "step", maintain_order=True):
+        values = part.select("value", "value_other").to_numpy().T
+        if len(part) > 1 and np.isfinite(values).all() and (np.ptp(values, axis=1) > 0).all():
+            found = score_agreement(scores=values, shares=(0.25,))
+            measured.append((float(found.spearman[0, 1]), float(found.overlap[0][0, 1])))
+            sizes.append(len(part))
+    if not measured:
+        return []
+    spearman, overlap = (float(mean) for mean in np.mean(measured, axis=0))
+    band = chance_band(num_experts=sizes, measure="spearman", num_draws=400)
+    other = find(names[1]).title
+    other = other if other.isupper() else other.lower()
+    verdict = "nearly the same" if overlap > 0.9 else "largely the same" if overlap > 0.6 else "different"
+    sentence = (
+        f"How often an expert is used and {other} would cut {verdict} experts: of the lowest quarter, {overlap:.0%} "
+        "are in common."
+    )
+    if overlap <= 0.6:
+        sentence += " The choice of the score is a decision, and only damage measured after the cut settles it."
+    return [Finding("Importance", sentence, (
+        Evidence(f"lowest quarter in common, frequency and {other}", overlap, control=0.25,
+                 control_is="random rankings", form="share", source="table expert_load, expert_output",
+                 exhibit="score-agreement"),
+        Evidence("rank correlation (Spearman), mean of layers", spearman, control=float(band.high),
+                 control_is="random rankings, 97.5 %", source="planner.importance",
+                 exhibit="score-agreement"),
+    ))]  # fmt: skip
+
+
+def _redundancy(found: pl.DataFrame, *, layers: int) -> Finding:
+    kind, compared = found["kind"][0], title(found["kind"][0])
+    pairs, near = int(found["pairs"].sum()), int(found["near"].sum())
+    mean = float((found["mean"] * found["pairs"]).sum() / max(pairs, 1))
+    top = found.sort("largest", descending=True, nulls_last=True).row(0, named=True)
+    chances = found["chance"].drop_nulls()
+    random = float(chances.to_numpy().mean()) if len(chances) else None
+    part = "" if len(found) == layers else f" in {len(found)} of {layers} layers"
+    pair = f"experts {top['expert']} and {top['other']} of layer {top['label']}"
+    if near:
+        sentence = f"{near:,} of {pairs:,} pairs of experts{part} are near copies by their {compared} (similarity above"
+        sentence += f" {_NEAR}); the nearest are {pair}."
+    else:
+        sentence = f"No two experts{part} are near copies: by their {compared}, the most alike, {pair}, reach"
+        sentence += f" {top['largest']:.2f}. Merging any two loses something."
+    source = BY_NAME[kind].metric
+    return Finding("Redundancy", sentence, (
+        Evidence(f"similarity of the {compared}, mean of pairs", mean, control=random,
+                 control_is="random vectors, without sign", source=source, exhibit="redundancy"),
+        Evidence("the most alike", top["largest"], source=source, exhibit="redundancy"),
+        Evidence(f"pairs above {_NEAR}", float(near), control=float(pairs), control_is="pairs in all", form="count",
+                 source=source, exhibit="redundancy"),
+    ))  # fmt: skip
+
+
+def _routed(run: store.Run, name: str) -> pl.DataFrame:
+    return score(run, name).filter(pl.col("kind") == "routed").select("layer", "step", "expert", "value")

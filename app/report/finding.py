@@ -1,0 +1,89 @@
+"""What a finding is: a plain sentence about a run, and the numbers that it stands on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Tone = Literal["problem", "attention", "plain", "unknown"]
+"""What to make of it: broken; to be looked at; so it is; the run cannot say."""
+
+Form = Literal["share", "number", "count"]
+"""How a value is written: as a percentage of 0..1, with four significant digits, or as a whole number."""
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """One number behind a finding.
+
+    Attributes:
+        name: what it is.
+        value: as a number, or as text where it is none.
+        low, high: its interval; None without.
+        control: the same by chance or of a control; None without.
+        control_is: what the control is, in a few words.
+        form: how numbers are written.
+        source: the metric or table that it comes from.
+        exhibit: the name of the exhibit that shows it; empty where none does.
+    """
+
+    name: str
+    value: float | str | None
+    low: float | None = None
+    high: float | None = None
+    control: float | None = None
+    control_is: str = ""
+    form: Form = "number"
+    source: str = ""
+    exhibit: str = ""
+
+    @property
+    def shown(self) -> str:
+        """The value as text."""
+        return self.value if isinstance(self.value, str) else written(self.value, self.form)
+
+    @property
+    def interval(self) -> str:
+        """The interval as text; empty without one."""
+        if self.low is None or self.high is None:
+            return ""
+        return f"{written(self.low, self.form)} to {written(self.high, self.form)}"
+
+    @property
+    def beside(self) -> str:
+        """The control and what it is, as text; empty without one."""
+        return "" if self.control is None else f"{written(self.control, self.form)} ({self.control_is})"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One finding.
+
+    Attributes:
+        subject: what it is about, in a word or two.
+        sentence: plain text in whole sentences; names from data stand in it as they are.
+        evidence: the numbers behind it.
+        tone: what to make of it.
+    """
+
+    subject: str
+    sentence: str
+    evidence: tuple[Evidence, ...] = ()
+    tone: Tone = "plain"
+
+
+def written(value: float | None, form: Form) -> str:
+    """A number as findings write it."""
+    if value is None or value != value:
+        return "–"
+    if form == "share":
+        return f"{value:.1%}"
+    if form == "count":
+        return f"{value:,.0f}"
+    return f"{value:,.0f}" if abs(value) >= 10_000 else f"{value:.4g}"
+
+
+def listed(names: list[str], most: int = 6) -> str:
+    """A few names, and how many more."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
