@@ -21,6 +21,7 @@ _EXTRAS = {
     "tokenizers": "torch",
     "streamlit": "app",
     "plotly": "app",
+    "kaleido": "images",
 }
 
 
