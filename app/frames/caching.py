@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Mapping
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import polars as pl
@@ -55,13 +57,20 @@ _DOMAINS = {
 }  # fmt: skip
 
 
-def on_machine(name: str, *, vram: int | None = None, link: str | None = None) -> Machine:
-    """A preset with another memory and link, where they are given.
+def where(name: str) -> dict[str, Any]:
+    """A machine as ``planner.machines.machine`` is told it: by its name, or as the path of a file."""
+    return {"file" if Path(name).suffix == ".json" or "/" in name else "name": name}
+
+
+def on_machine(
+    name: str, *, vram: int | None = None, ram: int | None = None, link: str | None = None, disk: str | None = None
+) -> Machine:
+    """A preset, or the machine of a file, with other memory, link and disk where they are given.
 
     Raises:
         PlanError: there is none.
     """
-    return machine(name, vram=vram, link=link)
+    return machine(vram=vram, ram=ram, link=link, disk=disk, **where(name))
 
 
 def knows_the_rest(run: store.Run) -> bool:
@@ -98,23 +107,28 @@ def half(run: store.Run, *, context: int, batch: int, bits: int | None = None, o
     )
 
 
-def answer(
-    run: store.Run, *, name: str, vram: int, link: str | None = None, bits: int | None = None, **asked: Any
-) -> Study:
+def answer(run: store.Run, *, name: str, bits: int | None = None, **asked: Any) -> Study:
     """Whether caching pays, with all that it rests on; some seconds.
 
     Args:
         run: with a trace.
-        name: of a preset of machines.
-        vram: bytes of its device's memory.
-        link: another than the machine's.
+        name: of a preset of machines, or the path of a machine's file.
         bits: of the experts' weights; None = as they are.
-        asked: context, batch, domains, other_weights: as :func:`planner.caching.study`.
+        asked: vram, ram, link, disk: what the machine has instead; context, batch, chunk, phase, domains,
+            other_weights: as :func:`planner.caching.study`.
 
     Raises:
         PlanError: as there; no plan of such widths.
     """
-    return study(run, on_machine(name, vram=vram, link=link), plan=narrowed(run, bits), **given(asked))
+    machine, serving = split(name, asked)
+    return study(run, machine, plan=narrowed(run, bits), **serving)
+
+
+def split(name: str, asked: Mapping[str, Any]) -> tuple[Machine, dict[str, Any]]:
+    """The machine that is asked for, and how it serves, without what nobody said."""
+    said = given(asked)
+    parts = {part: said.pop(part) for part in ("vram", "ram", "link", "disk") if part in said}
+    return on_machine(name, **parts), said
 
 
 def narrowed(run: store.Run, bits: int | None) -> Plan | None:
@@ -125,24 +139,21 @@ def narrowed(run: store.Run, bits: int | None) -> Plan | None:
     return planner.make(run, preset="uniform_bits", bits=_ROOM, widths=[bits], allow_invalid=True)
 
 
-def plan(
-    run: store.Run, *, way: str, name: str, vram: int, link: str | None = None, bits: int | None = None, **asked: Any
-) -> Plan:
+def plan(run: store.Run, *, way: str, name: str, bits: int | None = None, **asked: Any) -> Plan:
     """One way of :func:`answer` as a plan that engines' files are written from; a second or two.
 
     Raises:
         PlanError: as :func:`answer`.
     """
-    machine = on_machine(name, vram=vram, link=link)
-    return chosen_plan(run, machine, way=way, bits=bits, allow_invalid=True, **given(asked))
+    machine, serving = split(name, asked)
+    return chosen_plan(run, machine, way=way, bits=bits, allow_invalid=True, **serving)
 
 
-def commands(
-    run: store.Run, *, name: str, vram: int, link: str | None = None, bits: int | None = None, **asked: Any
-) -> str:
+def commands(run: store.Run, *, name: str, bits: int | None = None, **asked: Any) -> str:
     """What gives the same study in a terminal, and a plan for an engine."""
-    words = [f"--machine {name}", f"--vram {vram}", *([f"--link {link}"] if link is not None else [])]
-    words += [f"--{option} {asked[option]}" for option in ("context", "batch") if asked.get(option) is not None]
+    words = [f"--machine {shlex.quote(name)}"]
+    options = ("vram", "ram", "link", "disk", "context", "batch", "chunk", "phase")
+    words += [f"--{option} {asked[option]}" for option in options if asked.get(option) is not None]
     if asked.get("domains"):
         words.append(f"--domains {shlex.quote(','.join(asked['domains']))}")
     if asked.get("other_weights") is not None:
@@ -159,7 +170,7 @@ def commands(
     ))  # fmt: skip
 
 
-def given(asked: dict[str, Any]) -> dict[str, Any]:
+def given(asked: Mapping[str, Any]) -> dict[str, Any]:
     """Without what nobody said."""
     return {name: value for name, value in asked.items() if value is not None}
 

@@ -7,19 +7,18 @@ from typing import Any
 import polars as pl
 
 import store
-from app.frames.caching import given, narrowed, on_machine
+from app.frames.caching import narrowed, split
 from planner.cache.beside import Beside, beside
 
 
-def compared(
-    run: store.Run, *, name: str, vram: int, link: str | None = None, bits: int | None = None, **asked: Any
-) -> Beside:
+def compared(run: store.Run, *, name: str, bits: int | None = None, **asked: Any) -> Beside:
     """All three comparisons; arguments as :func:`app.frames.caching.answer`.
 
     Raises:
         PlanError: as there.
     """
-    return beside(run, on_machine(name, vram=vram, link=link), plan=narrowed(run, bits), **given(asked))
+    machine, serving = split(name, asked)
+    return beside(run, machine, plan=narrowed(run, bits), **serving)
 
 
 def policies(found: Beside) -> pl.DataFrame:

@@ -10,7 +10,7 @@ import polars as pl
 
 import store
 from app.frames.axes import layer_label
-from app.frames.caching import given, narrowed, on_machine
+from app.frames.caching import narrowed, split
 from planner.cache.setting import Setting, setting_of
 from planner.cache.study import Study
 from planner.cache.token import token_events
@@ -37,15 +37,14 @@ def drawn_ways(found: Study) -> list[str]:
     return [one.name for one in found.ways if one.name in known]
 
 
-def clocked(
-    run: store.Run, *, way: str, name: str, vram: int, link: str | None = None, bits: int | None = None, **asked: Any
-) -> Clocked:
+def clocked(run: store.Run, *, way: str, name: str, bits: int | None = None, **asked: Any) -> Clocked:
     """One way of :func:`app.frames.caching.answer` again, with its setting; a second or two.
 
     Raises:
         PlanError: as :func:`app.frames.caching.answer`.
     """
-    setting = setting_of(run, on_machine(name, vram=vram, link=link), plan=narrowed(run, bits), **given(asked))
+    machine, serving = split(name, asked)
+    setting = setting_of(run, machine, plan=narrowed(run, bits), **serving)
     served = serve(setting, way_of(way), slots=min(setting.slots, setting.all_slots))
     return Clocked(setting, served, tuple(layer_label(*key) for key in setting.test.layers))
 

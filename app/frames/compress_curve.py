@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -199,6 +199,32 @@ def points(frames: Sequence[pl.DataFrame], *, budget: int | None = None) -> pl.D
     cheapest = pl.col("kl").fill_null(float("inf")).cum_min().shift(fill_value=float("inf"))
     fits = pl.lit(True) if budget is None else pl.col("bytes") <= budget
     return found.with_columns((pl.col("kl").fill_null(float("inf")) < cheapest).alias("pareto"), fits.alias("fits"))
+
+
+def everything(
+    run: store.Run,
+    candidates: Sequence[Candidate],
+    *,
+    kept: Sequence[tuple[str, Recommendation]],
+    budget: int,
+    frames: Callable[..., Any],
+) -> pl.DataFrame:
+    """:func:`points` of all plans that are known: those given, those of recommendations and of a curve beside the run,
+    and those that were measured.
+
+    Args:
+        run: their run.
+        candidates: plans that were priced now.
+        kept: of :func:`recommended`.
+        budget: bytes of the experts.
+        frames: ``frames(maker, run, ...)`` makes a frame, or takes it from a cache.
+
+    Raises:
+        StoreError: an evaluation cannot be read.
+    """
+    known = [*candidates, *(one for _, each in kept for one in each.candidates)]
+    parts = [frames(stored_curve, run, files=files(run, "curve")), priced(run, known), priced(run, evaluated(run))]
+    return points(parts, budget=budget)
 
 
 def alternatives(run: store.Run, found: Recommendation) -> pl.DataFrame:
