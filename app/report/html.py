@@ -18,7 +18,7 @@ from app.figures import style
 from app.report.chapters import body
 from app.report.document import Document, Missing, Section, Shown, Tell
 from app.report.inline import text
-from app.report.packing import columns, difference, packed, squeezed
+from app.report.packing import arrays, columns, difference, packed, squeezed
 
 Choice = Literal["auto", "light", "dark"]
 
@@ -116,7 +116,7 @@ def _without_template(figure: go.Figure, theme: style.Theme) -> tuple[dict[str, 
 
 
 def _plain(figure: go.Figure) -> dict[str, Any]:
-    content = figure.to_plotly_json()
+    content = arrays(figure.to_plotly_json())
     return {"data": list(content.get("data", [])), "layout": content.get("layout", {})}
 
 

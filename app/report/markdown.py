@@ -7,13 +7,15 @@ from pathlib import Path
 
 import polars as pl
 
-from app.markdown import code, plain
+from app.markdown import code
 from app.report.document import Document, Shown, Tell
 from app.report.finding import Finding
 from app.report.inline import clean
 from moescope.errors import RunError
 
-_ROWS = 5
+_ROWS = 3
+_LONGEST = 400
+_ENTITIES = {"<": "&lt;", ">": "&gt;", "&": "&amp;"}
 
 
 def text(document: Document, *, figures: dict[str, str] | None = None) -> str:
@@ -38,8 +40,7 @@ def text(document: Document, *, figures: dict[str, str] | None = None) -> str:
             _table(["figure", "page", "why", "what would change it"], rows, last_is_code=True),
         ]
     if len(document.methods):
-        names = ["level", "group", "method", "paper", "here", "where", "needs", "available", "reason"]
-        parts += ["## Methods", _table(names, document.methods.select(names).rows())]
+        parts += ["## Methods", _table(["level", "class", "this run has", "and lacks"], _methods(document.methods))]
     parts += ["## Words", "\n".join(f"- **{_plain(word)}**: {_plain(said)}" for word, said in document.glossary)]
     parts += ["## How this was made", code(document.command), f"moescope {_plain(document.tool)}."]
     return "\n\n".join(parts) + "\n"
@@ -89,6 +90,16 @@ def _figure(one: Shown, run: str, figures: dict[str, str]) -> str:
     return "\n\n".join(part for part in parts if part)
 
 
+def _methods(frame: pl.DataFrame) -> list[tuple[str, str, str, str]]:
+    """One row per class of the survey: the methods that the run can feed, and the others with the reason."""
+    rows = []
+    for (level, group), part in frame.group_by("level", "group", maintain_order=True):
+        has = part.filter("available")["method"].to_list()
+        lacks = part.filter(~pl.col("available") & (pl.col("method") != "")).select("method", "reason").rows()
+        rows.append((str(level), str(group), "; ".join(has), "; ".join(f"{name} ({why})" for name, why in lacks)))
+    return rows
+
+
 def _table(names: Sequence[str], rows: Sequence[Sequence[object]], *, last_is_code: bool = False) -> str:
     lines = [f"| {' | '.join(map(_plain, names))} |", f"|{' --- |' * len(names)}"]
     for row in rows:
@@ -110,4 +121,7 @@ def _cell(value: object) -> str:
 
 
 def _plain(value: object) -> str:
-    return plain(clean(str(value)), 400)
+    """Text from data on one line, which never stands at a line's beginning, so that few characters need an escape."""
+    line = " ".join(clean(str(value)).split())
+    line = line if len(line) <= _LONGEST else line[: _LONGEST - 1] + "…"
+    return "".join(_ENTITIES.get(letter, "\\" + letter if letter in r"\`*_[]|~$#" else letter) for letter in line)

@@ -43,6 +43,17 @@ def squeezed(raw: bytes) -> str:
     return base64.b64encode(gzip.compress(raw, compresslevel=9, mtime=0)).decode()
 
 
+def arrays(value: Any) -> Any:
+    """A figure's JSON with what Plotly writes as base64 (``dtype``, ``bdata``, ``shape``) as arrays again."""
+    if isinstance(value, dict):
+        if "bdata" in value and "dtype" in value:
+            flat = np.frombuffer(base64.b64decode(value["bdata"]), np.dtype(value["dtype"]))
+            shape = [int(size) for size in str(value.get("shape", flat.size)).split(",")]
+            return flat.reshape(shape)
+        return {key: arrays(item) for key, item in value.items()}
+    return [arrays(item) for item in value] if isinstance(value, list | tuple) else value
+
+
 def columns(frame: pl.DataFrame) -> dict[str, Any]:
     """A frame as names and columns of values, for :func:`packed`; lists and structures become their JSON."""
     return {"names": frame.columns, "rows": len(frame), "columns": [_column(frame[name]) for name in frame.columns]}
