@@ -18,7 +18,24 @@ from app.figures.style import Theme
 from app.views import PAGES
 from moescope.errors import InputError
 
-MODULES = ("routing", "specialization", "flow", "local_consistency")
+MODULES = (
+    "coverage",
+    "routing",
+    "specialization",
+    "flow",
+    "tokens",
+    "expert",
+    "super_experts",
+    "ablation",
+    "local_consistency",
+    "similarity",
+    "comparison",
+    "timeline",
+    "compress",
+    "compress_plan",
+    "caching",
+    "placement",
+)
 
 
 @cache

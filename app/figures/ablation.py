@@ -5,7 +5,8 @@ from __future__ import annotations
 import plotly.graph_objects as go
 import polars as pl
 
-from app.figures.style import Theme, layout, log_ticks, message, palette, safe
+from app.figures.interval import band, whiskers
+from app.figures.style import Theme, layout, log_ticks, message, palette, pickable, safe
 
 _NAMES = {"ablated": "switched off", "random": "random controls", "same layers": "controls of the same layers"}
 
@@ -27,12 +28,10 @@ def perplexity_ratios(frame: pl.DataFrame, *, theme: Theme = "light") -> go.Figu
         if part.is_empty():
             continue
         labels = ["chosen experts" if what == "ablated" else f"{what} {seed}" for seed in part["seed"]]
-        above = (part["ratio_high"] - part["ratio"]).fill_null(0)
-        below = (part["ratio"] - part["ratio_low"]).fill_null(0)
         figure.add_scatter(
             x=part["ratio"],
             y=labels,
-            error_x={"type": "data", "symmetric": False, "array": above, "arrayminus": below, "thickness": 1.4},
+            error_x=whiskers(part["ratio"], part["ratio_low"], part["ratio_high"], colour=colour),
             mode="markers",
             name=_NAMES[what],
             marker={"color": colour, "size": 9},
@@ -80,7 +79,7 @@ def sinks_before_and_after(frame: pl.DataFrame, *, theme: Theme = "light") -> go
     layout(figure, title=title, x="decoder layer", y="share of the attention", theme=theme, height=360, wide=False)
     figure.update_yaxes(**_share_axis([*shown["sink"], *shown["sink_ablated"]]))
     figure.update_xaxes(type="category", showgrid=False, nticks=24)
-    return figure
+    return pickable(figure, layer="x")
 
 
 def residual_before_and_after(frame: pl.DataFrame, *, theme: Theme = "light") -> go.Figure:
@@ -110,7 +109,7 @@ def residual_before_and_after(frame: pl.DataFrame, *, theme: Theme = "light") ->
     layout(figure, title=title, x="decoder layer", y="|hidden state| (log scale)", theme=theme, height=360, wide=False)
     figure.update_yaxes(**log_ticks([*frame["residual_max"], *frame["residual_max_ablated"]]))
     figure.update_xaxes(type="category", showgrid=False, nticks=24)
-    return figure
+    return pickable(figure, layer="x")
 
 
 def sink_curve(frame: pl.DataFrame, *, theme: Theme = "light") -> go.Figure:
@@ -124,24 +123,17 @@ def sink_curve(frame: pl.DataFrame, *, theme: Theme = "light") -> go.Figure:
     colours = palette(theme)
     x = frame["layer"].cast(pl.String).to_list()
     figure = go.Figure()
-    for column, name, colour, dash in (
-        ("high", "most of any head", colours.muted, "dot"),
-        ("mean", "mean over heads", colours.accent, "solid"),
-        ("low", "least of any head", colours.muted, "dash"),
-    ):
-        figure.add_scatter(
-            x=x,
-            y=frame[column],
-            name=name,
-            mode="lines+markers" if column == "mean" else "lines",
-            line={"color": colour, "width": 2 if column == "mean" else 1.4, "dash": dash},
-            marker={"size": 6},
-            hovertemplate=f"layer %{{x}}<br>{name} %{{y:.1%}}<extra></extra>",
-        )
-    layout(figure, title=title, x="decoder layer", y="share of the attention", theme=theme, height=360)
+    band(figure, x=x, low=frame["low"], high=frame["high"], colour=colours.accent, name="least to most of any head")
+    figure.add_scatter(
+        x=x, y=frame["mean"], name="mean over heads", mode="lines+markers", line={"color": colours.accent, "width": 2},
+        marker={"size": 6}, customdata=frame.select("low", "high").to_numpy(),
+        hovertemplate="layer %{x}<br>mean over heads %{y:.1%}<br>heads %{customdata[0]:.1%} to %{customdata[1]:.1%}"
+        "<extra></extra>",
+    )  # fmt: skip
+    layout(figure, title=title, x="decoder layer", y="share of the attention", theme=theme, height=400, wide=False)
     figure.update_yaxes(**_share_axis(frame["high"].to_list()))
     figure.update_xaxes(type="category", showgrid=False, nticks=24)
-    return figure
+    return pickable(figure, layer="x")
 
 
 def _share_axis(values: list[float]) -> dict[str, object]:

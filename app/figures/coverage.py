@@ -7,7 +7,8 @@ import math
 import plotly.graph_objects as go
 import polars as pl
 
-from app.figures.style import Theme, fade, layout, log_ticks, message, palette
+from app.figures.interval import band
+from app.figures.style import Theme, layout, log_ticks, message, palette
 
 
 def convergence_curve(
@@ -23,11 +24,9 @@ def convergence_curve(
     measured = frame.filter(pl.col("kind") == "measured").sort("tokens")
     expected = frame.filter(pl.col("kind") == "expected").sort("tokens")
     figure = go.Figure()
-    band = {"mode": "lines", "line": {"width": 0}, "hoverinfo": "skip"}
-    figure.add_scatter(x=measured["tokens"], y=measured["high"], showlegend=False, **band)
-    figure.add_scatter(
-        x=measured["tokens"], y=measured["low"], fill="tonexty", fillcolor=fade(colours.accent, 0.18),
-        name="95 % of choices of the two texts", **band,
+    band(
+        figure, x=measured["tokens"], low=measured["low"], high=measured["high"], colour=colours.accent,
+        name="95 % of choices of the two texts",
     )  # fmt: skip
     figure.add_scatter(
         x=measured["tokens"], y=measured["value"], customdata=measured.select("low", "high").to_numpy(),

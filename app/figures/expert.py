@@ -1,4 +1,4 @@
-"""Figures of one expert: its share of each domain, and its place by every score of importance."""
+"""Figures of one expert: its place among the layer's, its share of each domain, its rank by every score."""
 
 from __future__ import annotations
 
@@ -7,7 +7,33 @@ from typing import Any
 import plotly.graph_objects as go
 import polars as pl
 
-from app.figures.style import Theme, layout, message, palette, rows_height, safe
+from app.figures.interval import whiskers
+from app.figures.style import Theme, fade, layout, message, palette, pickable, rows_height, safe
+
+
+def layer_strip(frame: pl.DataFrame, *, title: str, layer: str, expert: int, theme: Theme = "light") -> go.Figure:
+    """One bar per expert of a layer: its load over that of a balanced router; a click picks the expert.
+
+    frame: ``app.frames.expert.of_layer``. layer: its label. expert: the one that is shown.
+    """
+    if frame.is_empty() or not frame["tokens"].sum():
+        return message("Nothing was counted in this layer.", title=title, theme=theme, height=130)
+    colours = palette(theme)
+    mine = (frame["expert"] == expert).to_list()
+    figure = go.Figure(
+        go.Bar(
+            x=frame["expert"], y=frame["relative"], customdata=frame.select("tokens", "place").to_numpy(),
+            marker={"color": [colours.categorical[1] if one else fade(colours.accent, 0.75) for one in mine]},
+            hovertemplate="expert %{x}<br>%{y:.2f} × a balanced router's load<br>%{customdata[0]:,} tokens, place "
+            f"%{{customdata[1]}} of {len(frame)}<extra></extra>",
+        )
+    )  # fmt: skip
+    figure.add_hline(y=1.0, line={"color": colours.muted, "dash": "dot", "width": 1})
+    layout(figure, title=title, x="", y="", theme=theme, height=150, legend=False, bargap=0.12,
+           margin={"l": 8, "r": 12, "t": 36, "b": 4})  # fmt: skip
+    figure.update_xaxes(range=[-0.5, len(frame) - 0.5], showgrid=False, nticks=24)
+    figure.update_yaxes(rangemode="tozero", nticks=4, ticksuffix=" ×")
+    return pickable(figure, layer=f"={layer}", expert="x")
 
 
 def domain_shares(frame: pl.DataFrame, *, title: str, theme: Theme = "light") -> go.Figure:
@@ -22,8 +48,7 @@ def domain_shares(frame: pl.DataFrame, *, title: str, theme: Theme = "light") ->
     names = [safe(name, 24) for name in shown["domain"]]
     error: dict[str, Any] = {"visible": False}
     if shown["low"].drop_nulls().len():
-        upper, lower = (shown["high"] - shown["share"]).fill_null(0), (shown["share"] - shown["low"]).fill_null(0)
-        error = {"array": upper, "arrayminus": lower, "color": colours.text, "thickness": 1.2, "width": 3}
+        error = whiskers(shown["share"], shown["low"], shown["high"], colour=colours.text)
     figure = go.Figure(
         go.Bar(
             x=shown["share"], y=names, orientation="h", name="share of the domain's tokens", error_x=error,
@@ -39,7 +64,7 @@ def domain_shares(frame: pl.DataFrame, *, title: str, theme: Theme = "light") ->
         )  # fmt: skip
     layout(
         figure, title=title, x="share of the domain's tokens", y="", theme=theme,
-        height=rows_height(len(shown), each=30, least=280), bargap=0.35,
+        height=rows_height(len(shown), each=28, least=240), bargap=0.35,
     )  # fmt: skip
     figure.update_xaxes(tickformat=".0%", rangemode="tozero")
     figure.update_yaxes(type="category", showgrid=False)

@@ -7,7 +7,7 @@ import plotly.graph_objects as go
 import polars as pl
 
 from app.figures.heatmap import MAX_DETAIL_CELLS, expert_map, matrix
-from app.figures.style import Theme, colorbar, layout, log_ticks, message, palette, scale
+from app.figures.style import Theme, colorbar, layout, log_ticks, message, palette, pickable, scale
 
 
 def residual_curve(frame: pl.DataFrame, *, theme: Theme = "light") -> go.Figure:
@@ -71,7 +71,7 @@ def residual_curve(frame: pl.DataFrame, *, theme: Theme = "light") -> go.Figure:
     layout(figure, title=title, x="decoder layer", y="|hidden state| (log scale)", theme=theme, height=400, wide=False)
     figure.update_yaxes(**log_ticks([*frame["absolute_max"], *frame["median_there"], *frame["later_max"]]))
     figure.update_xaxes(type="category", showgrid=False, nticks=24)
-    return figure
+    return pickable(figure, layer="x")
 
 
 def ranked_outputs(
@@ -106,7 +106,7 @@ def ranked_outputs(
             mode="markers",
             name=name,
             marker={"color": colour, "size": size},
-            customdata=list(zip(part["label"], names, strict=True)),
+            customdata=list(zip(part["label"], names, _routed(part), strict=True)),
             hovertemplate=hover,
         )
     rules = thresholds.filter(pl.col("tokens") == tokens)
@@ -126,7 +126,7 @@ def ranked_outputs(
     )
     figure.update_xaxes(**log_ticks([1, len(shown)]), showgrid=False)
     figure.update_yaxes(**log_ticks([*shown["value"], *rules["value"]]))
-    return figure
+    return pickable(figure, layer="customdata.0", expert="customdata.2")
 
 
 def output_map(frame: pl.DataFrame, *, tokens: str = "all", theme: Theme = "light") -> go.Figure:
@@ -175,6 +175,12 @@ def output_map(frame: pl.DataFrame, *, tokens: str = "all", theme: Theme = "ligh
             "%{customdata:,.3g}<extra></extra>",
         )
     return expert_map(figure, title=title, labels=labels, width=width, theme=theme)
+
+
+def _routed(frame: pl.DataFrame) -> list[str]:
+    """The numbers of routed experts; empty for shared ones, which cannot be picked."""
+    number = pl.when(pl.col("kind") == "routed").then(pl.col("expert").cast(pl.String)).otherwise(pl.lit(""))
+    return frame.select(number.alias("expert"))["expert"].to_list()
 
 
 def _with_columns(frame: pl.DataFrame) -> tuple[pl.DataFrame, list[str]]:

@@ -9,17 +9,20 @@ import plotly.graph_objects as go
 import polars as pl
 from numpy.typing import NDArray
 
-from app.figures.style import Theme, colorbar, fade, layout, message, palette, safe, scale
+from app.figures.interval import band
+from app.figures.style import Theme, colorbar, layout, message, palette, pickable, safe, scale
 
 _NOTHING = "This run says nothing of this kind in this layer."
 _WORDS = {"similarity": "similarity", "angular": "1 − arccos(s) / π", "shifted": "(s + 1) / 2"}
 
 
-def similarity_map(frame: pl.DataFrame, *, title: str, value: str = "similarity", theme: Theme = "light") -> go.Figure:
-    """Experts by experts in the frame's order, the diagonal left out.
+def similarity_map(
+    frame: pl.DataFrame, *, title: str, layer: str, value: str = "similarity", theme: Theme = "light"
+) -> go.Figure:
+    """Experts by experts in the frame's order, the diagonal left out; a click picks the expert of the row.
 
-    frame: ``app.frames.similarity.matrix``. Values on both sides of 0 are drawn diverging around it, others from the
-    least to the most.
+    frame: ``app.frames.similarity.matrix`` of one layer, whose label ``layer`` is. Values on both sides of 0 are drawn
+    diverging around it, others from the least to the most.
     """
     if frame[value].drop_nulls().is_empty():
         return message(_NOTHING, title=title, theme=theme, height=420)
@@ -44,7 +47,7 @@ def similarity_map(frame: pl.DataFrame, *, title: str, value: str = "similarity"
     axis = {"type": "category", "showgrid": False, "zeroline": False, "ticks": "", "nticks": 20}
     figure.update_xaxes(categoryorder="array", categoryarray=names, **axis)
     figure.update_yaxes(categoryorder="array", categoryarray=names, autorange="reversed", **axis)
-    return figure
+    return pickable(figure, layer=f"={layer}", expert="y")
 
 
 def redundancy_band(frame: pl.DataFrame, *, title: str, theme: Theme = "light") -> go.Figure:
@@ -57,14 +60,8 @@ def redundancy_band(frame: pl.DataFrame, *, title: str, theme: Theme = "light") 
     colours = palette(theme)
     x = frame["label"].to_list()
     figure = go.Figure()
-    for upper, lower, alpha, words in (
-        ("p95", "p05", 0.10, "middle 90 % of pairs"),
-        ("p75", "p25", 0.22, "middle 50 %"),
-    ):
-        line: dict[str, Any] = {"mode": "lines", "line": {"width": 0}, "hoverinfo": "skip"}
-        figure.add_scatter(x=x, y=frame[upper], showlegend=False, **line)
-        colour = fade(colours.accent, alpha)
-        figure.add_scatter(x=x, y=frame[lower], fill="tonexty", fillcolor=colour, name=words, **line)
+    for upper, lower, words in (("p95", "p05", "middle 90 % of pairs"), ("p75", "p25", "middle 50 %")):
+        band(figure, x=x, low=frame[lower], high=frame[upper], colour=colours.accent, name=words)
     extra = frame.select("p05", "p95", "pairs", "mean").to_numpy()
     hover = "layer %{x}<br>median %{y:.3f}, mean %{customdata[3]:.3f}"
     hover += "<br>90 % of pairs %{customdata[0]:.3f} to %{customdata[1]:.3f}"
@@ -85,9 +82,9 @@ def redundancy_band(frame: pl.DataFrame, *, title: str, theme: Theme = "light") 
             line={"color": colours.muted, "dash": "dot", "width": 1.5},
             hovertemplate="layer %{x}<br>random vectors ±%{y:.4f}<extra></extra>",
         )  # fmt: skip
-    layout(figure, title=title, x="layer", y="similarity of pairs", theme=theme, height=360)
+    layout(figure, title=title, x="layer", y="similarity of pairs", theme=theme, height=400)
     figure.update_xaxes(type="category", showgrid=False, nticks=24)
-    return figure
+    return pickable(figure, layer="x")
 
 
 def agreement_map(
@@ -147,11 +144,7 @@ def agreement_curve(frame: pl.DataFrame, *, title: str, theme: Theme = "light") 
     colours = palette(theme)
     x = frame["label"].to_list()
     figure = go.Figure()
-    line: dict[str, Any] = {"mode": "lines", "line": {"width": 0}, "hoverinfo": "skip"}
-    figure.add_scatter(x=x, y=frame["high"], showlegend=False, **line)
-    figure.add_scatter(
-        x=x, y=frame["low"], fill="tonexty", fillcolor=fade(colours.muted, 0.25), name="95 % of renamed experts", **line
-    )
+    band(figure, x=x, low=frame["low"], high=frame["high"], colour=colours.muted, name="95 % of renamed experts")
     extra = frame.select("low", "high", "p_value", "kendall", "r_squared", "pairs").to_numpy()
     hover = "layer %{x}<br>Spearman %{y:.3f}, Kendall %{customdata[3]:.3f}, R² %{customdata[4]:.3f}"
     hover += "<br>renamed experts %{customdata[0]:.3f} to %{customdata[1]:.3f}, p = %{customdata[2]:.3f}"
@@ -162,7 +155,7 @@ def agreement_curve(frame: pl.DataFrame, *, title: str, theme: Theme = "light") 
     )  # fmt: skip
     layout(figure, title=title, x="layer", y="rank correlation (−1 to 1)", theme=theme, height=340)
     figure.update_xaxes(type="category", showgrid=False, nticks=24)
-    return figure
+    return pickable(figure, layer="x")
 
 
 def _cells(frame: pl.DataFrame, value: str) -> tuple[NDArray[np.float32], list[int]]:

@@ -30,12 +30,13 @@ def layer_labels(run: store.Run) -> list[str]:
 def layer_grid(layers: Sequence[store.LayerInfo]) -> pl.DataFrame:
     """One row per routed expert of every MoE layer: layer, step, label, expert, num_experts, top_k."""
     rows = [
-        (layer.layer, layer.step, layer_label(layer.layer, layer.step), expert, layer.num_experts, layer.top_k)
+        (layer.layer, layer.step, layer_label(layer.layer, layer.step), layer.num_experts, layer.top_k)
         for layer in layers
-        for expert in range(layer.num_experts)
     ]
-    schema = {**LAYER_COLUMNS, "expert": pl.Int32, "num_experts": pl.Int32, "top_k": pl.Int32}
-    return pl.DataFrame(rows, schema=schema, orient="row")
+    schema = {**LAYER_COLUMNS, "num_experts": pl.Int32, "top_k": pl.Int32}
+    each = pl.DataFrame(rows, schema=schema, orient="row").filter(pl.col("num_experts") > 0)
+    each = each.with_columns(pl.int_ranges(0, "num_experts", dtype=pl.Int32).alias("expert")).explode("expert")
+    return each.select(*LAYER_COLUMNS, "expert", "num_experts", "top_k")
 
 
 def with_label(frame: pl.DataFrame) -> pl.DataFrame:

@@ -18,6 +18,58 @@ from app.frames.load import expert_load
 from profiler.headline.similarity_kinds import SimilarityTables, layer_matrices
 
 
+def of_layer(run: store.Run, *, label: str) -> pl.DataFrame:
+    """One row per routed expert of a layer: expert, tokens that used it, share of the layer's selections, relative =
+    share over that of a balanced router, place by load (1 = the most used; of equal ones the lower number first).
+    """
+    layer = layer_info(run, label)
+    load = expert_load(run).filter((pl.col("layer") == layer.layer) & (pl.col("step") == layer.step))
+    place = pl.col("tokens").rank("ordinal", descending=True).cast(pl.Int64)
+    return load.sort("expert").select("expert", "tokens", "share", "relative", place.alias("place"))
+
+
+def notable(run: store.Run, *, label: str) -> pl.DataFrame:
+    """The experts of a layer that one asks for first, one row each: what, expert, detail.
+
+    The most and the least used; the most and the least important by the best score that the run can give; the one with
+    the largest output. Empty where nothing was counted in the layer.
+    """
+    load = of_layer(run, label=label)
+    rows: list[tuple[str, int, str]] = []
+    if load["tokens"].sum():
+        for what, row in (("most used", load.sort("place").row(0)), ("least used", load.sort("place").row(-1))):
+            rows.append((what, row[0], f"{row[1]:,} tokens, {row[3]:.2f} × a balanced router's load"))
+        rows += _important(run, label)
+    layer, step = parse_layer(label)
+    maxima = super_experts.output_maxima(run).filter((pl.col("kind") == "routed") & (pl.col("layer") == layer))
+    maxima = maxima.filter(pl.col("step") == step)
+    if len(maxima):
+        top = maxima.row(0, named=True)
+        what = "super expert" if top["paper"] else "largest output"
+        rows.append((what, top["expert"], f"largest |output| {top['value']:,.3g}"))
+    return pl.DataFrame(rows, schema={"what": pl.String, "expert": pl.Int64, "detail": pl.String}, orient="row")
+
+
+def _important(run: store.Run, label: str) -> list[tuple[str, int, str]]:
+    """The most and the least important expert by the first score of ``_BEST`` that the run can give."""
+    from moescope.errors import PlanError
+    from planner.importance import find, score
+
+    layer, step = parse_layer(label)
+    for name in _BEST:
+        try:
+            values = score(run, name)
+        except PlanError:  # the run lacks what the score rests on
+            continue
+        mine = (pl.col("layer") == layer) & (pl.col("step") == step) & (pl.col("kind") == "routed")
+        ranked = values.filter(mine & pl.col("value").is_finite()).sort("value", "expert", descending=[True, False])
+        if len(ranked):
+            first, last = ranked["expert"][0], ranked["expert"][-1]
+            words = find(name).title
+            return [("most important", first, f"by {words}"), ("least important", last, f"by {words}")]
+    return []
+
+
 def figures(run: store.Run, *, label: str, expert: int) -> pl.DataFrame:
     """Key figures of one expert, one row each: figure, value, low, high, beside = what the layer's experts have in the
     mean, chance = what an even router, or shuffled text, gives them (null where nobody knows), tokens that it rests on.
@@ -240,6 +292,9 @@ def _co_activation(
     lift = np.divide(given, expected, out=np.full(len(given), np.nan), where=expected > 0)
     return {"joint_tokens": together.astype(np.int64), "given": given, "lift": lift}
 
+
+_BEST = ("reap", "ean", "gate_mass", "frequency")
+"""Scores for a first look, the best-founded first."""
 
 _METRICS: dict[str, tuple[str, dict[str, str], float | None]] = {
     "srp": ("SRP at segments of 16", {}, 16.0),

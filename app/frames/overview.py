@@ -68,15 +68,17 @@ def next_steps(run: store.Run) -> pl.DataFrame:
         rows.append(("Overview", "The capture failed a check: read the table of checks before any other page."))
     even = balance(run).drop_nulls("max_violation")
     if len(even):
-        worst = even.sort("max_violation", descending=True).row(0, named=True)
-        text = (
-            f"Layer {worst['label']} is the least even: its busiest expert takes {worst['max_violation'] + 1:.1f} × "
-            "the mean."
-        )
-        rows.append(("Routing", text))
-    rows += _super_expert_step(run) + _consistency_step(run)
+        worst = even.sort("max_violation", descending=True)["label"][0]
+        rows.append(("Routing", f"Which experts fire; layer {worst} is the least even."))
     if run.info.text_kept:
-        rows.append(("Tokens", "Read the text with each token coloured by the expert that took it."))
+        rows.append(("Tokens", "The text, coloured by the expert of each token."))
+    if len(even):
+        rows.append(("Expert", "One expert: its tokens, domains, neighbours."))
+    rows += _super_expert_step(run) + _consistency_step(run)
+    if not run.live and run.has_trace and "order" not in run.omissions:
+        rows.append(("Cache", "Whether caching experts pays on a machine."))
+    if len(even) and not run.live:
+        rows.append(("Compress", "What to cut for a budget, and its cost."))
     return pl.DataFrame(rows, schema=["page", "reason"], orient="row")
 
 
@@ -89,20 +91,14 @@ def _super_expert_step(run: store.Run) -> list[tuple[str, str]]:
         return [("Super experts", "The page shows the largest outputs; the verdict comes when the run is finished.")]
     found = super_experts(run).filter((pl.col("rule") == "paper") & (pl.col("tokens") == "all"))
     if found.is_empty():
-        return [("Super experts", "No expert stands out by the paper's rule; the page shows by how much.")]
-    names = ", ".join(f"({layer}, {expert})" for layer, expert in found.select("layer", "expert").head(4).iter_rows())
-    return [("Super experts", f"{len(found)} found, as (layer, expert): {names}. Protect them in every plan.")]
+        return [("Super experts", "How far the largest outputs are from the rules.")]
+    return [("Super experts", f"{len(found)} found: protect them in every plan.")]
 
 
 def _consistency_step(run: store.Run) -> list[tuple[str, str]]:
-    model = srp_model(run).filter(pl.col("domain").is_null() & (pl.col("segment_length") == 16))
-    value = {row["control"]: row["value"] for row in model.iter_rows(named=True)}
-    if "observed" not in value:
+    if srp_model(run).is_empty():
         return []
-    text = f"SRP over 16 tokens is {value['observed']:.1%}"
-    if "shuffled" in value:
-        text += f"; popularity alone gives {value['shuffled']:.1%}"
-    return [("Local consistency", text + ". Whether caching experts pays on a machine: page Cache.")]
+    return [("Local consistency", "Neighbouring tokens, beside 20 models.")]
 
 
 def omissions(run: store.Run) -> pl.DataFrame:

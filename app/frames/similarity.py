@@ -21,9 +21,13 @@ def kinds(run: store.Run) -> pl.DataFrame:
     """One row per kind of similarity: kind, title, level that records it, here = whether the run says something of it,
     part = one matrix of the weights only, missing = the reason that an import gives for lacking it."""
     found: set[str] = set()
+    wanted = list(KINDS)
     for key, tables in layer_tables(run):
-        found |= set(layer_matrices(tables, key, parts=True))
-        if len(found) == len(KINDS):
+        found |= {kind.name for kind in wanted if _says_something(kind.read(tables, key))}
+        # A layer may lack a kind that others have; a level that was not recorded is not looked for in all of them.
+        recorded = [*run.info.levels.split(","), "routing"]
+        wanted = [kind for kind in wanted if kind.name not in found and kind.level in recorded]
+        if not wanted:
             break
     rows = [
         (kind.name, kind.title, kind.level, kind.name in found, kind.part, run.omissions.get(kind.subject))
@@ -87,8 +91,8 @@ def nearest_pairs(run: store.Run, *, label: str, kind: str, count: int = 100) ->
     return frame.insert_column(2, joined)
 
 
-def redundancy(run: store.Run) -> pl.DataFrame:
-    """One row per MoE layer and kind: how alike its experts are.
+def redundancy(run: store.Run, *, kind: str = "") -> pl.DataFrame:
+    """One row per MoE layer and kind, or of one kind: how alike its experts are.
 
     Columns: layer, step, label, kind, title; pairs that the kind says something about, mean, p05, p25, p50, p75, p95,
     largest with its two experts; above_50, above_70, above_90 = pairs above these similarities; chance = mean |value|
@@ -96,7 +100,7 @@ def redundancy(run: store.Run) -> pl.DataFrame:
     """
     rows = []
     for key, tables in layer_tables(run):
-        for name, values in layer_matrices(tables, key, parts=True).items():
+        for name, values in _of_kind(tables, key, kind).items():
             found = similarity.redundancy(similarity=values)
             rows.append(
                 (
@@ -148,6 +152,18 @@ def agreement(run: store.Run) -> pl.DataFrame:
         "layer", "step", *(pl.col(name).replace_strict(rank, default=len(rank)) for name in ("first", "second"))
     )
     return with_label(ordered).select(_AGREEMENT)
+
+
+def _of_kind(tables: SimilarityTables, key: tuple[int, int], kind: str) -> dict[str, np.ndarray]:
+    """The matrices of one layer: of one kind, or of all for an empty name."""
+    if not kind:
+        return layer_matrices(tables, key, parts=True)
+    values = BY_NAME[kind].read(tables, key)
+    return {kind: values} if values is not None and _says_something(values) else {}
+
+
+def _says_something(values: np.ndarray | None) -> bool:
+    return values is not None and bool(np.isfinite(values[~np.eye(len(values), dtype=bool)]).any())
 
 
 def _matrices(run: store.Run, label: str) -> dict[str, np.ndarray]:

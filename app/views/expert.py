@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
+import polars as pl
 import streamlit as st
 
 from app import data, focus, state
-from app.components import chart, expert_errors, expert_text, header
+from app.components import chart, expert_errors, expert_text, header, table
+from app.components.expert_picks import expert_picks
 from app.components.page import render
-from app.figures import expert as drawings
+from app.components.sections import sections
+from app.components.table import Column
+from app.exhibits import expert as exhibits
+from app.exhibits.absent import needs_level, require
+from app.exhibits.exhibit import Absent
 from app.frames import expert as frames
+from app.frames import expert_cache
 from app.frames.similarity import kinds
 from store import Run
-
-_number = st.column_config.NumberColumn
 
 
 def page(run: Run) -> None:
@@ -23,129 +29,138 @@ def page(run: Run) -> None:
     if not run.layers:
         st.info("No layer has been recorded yet.", icon=":material/hourglass_top:")
         return
-    label, expert = focus.current().layer_in(run), focus.current().expert_in(run)
-    where = {"label": label, "expert": expert}
-    _figures(run, where)
-    _domains(run, where)
-    expert_text.tokens(run, where)
-    expert_text.contexts(run, where)
-    _partners(run, where)
-    _importance(run, where)
-    expert_errors.section(run, where)
+    where = {"label": focus.current().layer_in(run), "expert": focus.current().expert_in(run)}
+    expert_picks(run, where)
+    drawers = {
+        "Summary": _summary, "Tokens": expert_text.section, "Neighbours": _neighbours, "Importance": _importance,
+        "Fewer bits": expert_errors.section, "Cache": _cache,
+    }  # fmt: skip
+    sections({name: partial(draw, run, where) for name, draw in drawers.items()})
 
 
 def _key(name: str, where: dict[str, Any]) -> str:
     return f"expert-{name}-{where['label']}-{where['expert']}"
 
 
-def _figures(run: Run, where: dict[str, Any]) -> None:
+def _choices(where: dict[str, Any]) -> dict[str, Any]:
+    return {"layer": where["label"], "expert": where["expert"]}
+
+
+def _summary(run: Run, where: dict[str, Any]) -> None:
     frame = data.frame(frames.figures, run, **where)
     if frame.is_empty():
         st.info("Nothing has been counted in this layer yet.", icon=":material/hourglass_top:")
         return
-    with st.container(border=True, gap="xsmall"):
-        st.dataframe(
-            frame,
-            hide_index=True,
-            alt="Key figures of the expert beside the mean of its layer",
-            column_config={
-                "value": _number("this expert", format="%.4f"),
-                "low": _number(format="%.4f"),
-                "high": _number(format="%.4f"),
-                "beside": _number("mean of the layer", format="%.4f"),
-                "chance": _number(
-                    "by chance", format="%.4f", help="an even router, or the text with its order shuffled"
-                ),
-                "tokens": _number(format="localized"),
-            },
-        )
-        chart.caption(
-            "low to high: 95 % interval, where one was computed. By chance: what an even router gives every expert, or "
-            "the mean of the layer when the labels or tokens of the text are shuffled (docs/metrics.md).",
-            frame,
-            None,
-            key=_key("figures", where),
-        )
-
-
-def _domains(run: Run, where: dict[str, Any]) -> None:
-    frame = data.frame(frames.domain_load, run, **where)
-    total, sequences = int(frame["tokens"].sum()), frame["sequences"].drop_nulls().sum()
-    bars = " Bars end in 95 % intervals over sequences." if frame["low"].drop_nulls().len() else ""
-    chart.show(
-        drawings.domain_shares(frame, title="Share of each domain's tokens", theme=state.theme()),
+    chart.exhibit(exhibits.domains, run, key=_key("domains", where), **_choices(where))
+    table.show(
         frame,
-        key=_key("domains", where),
-        read="Bars beyond the dashed line: text that this expert takes more of than of other text. Dotted: what an "
-        f"even router would send it.{bars}",
-        rests_on=f"{total:,} tokens" + (f", {sequences:,} sequences." if sequences else "."),
-        alt="Bars: share of the tokens of each domain that use the expert",
+        key=_key("figures", where),
+        alt="Key figures of the expert beside the mean of its layer",
+        read="From and to: 95 % interval, where one was computed. By chance: what an even router gives every expert, "
+        "or the mean of the layer when the labels or tokens of the text are shuffled (docs/metrics.md).",
+        columns={
+            "value": Column("this expert", "exact"),
+            "beside": Column("mean of the layer", "exact"),
+            "chance": Column("by chance", "exact", "an even router, or the text with its order shuffled"),
+            "low": Column("from", "exact", "lower end of the 95 % interval"),
+            "high": Column("to", "exact", "upper end of the 95 % interval"),
+        },
     )
+    _outlier(run, where)
 
 
-def _partners(run: Run, where: dict[str, Any]) -> None:
+def _neighbours(run: Run, where: dict[str, Any]) -> None:
     frame = data.frame(frames.partners, run, **where)
     titles = dict(data.frame(kinds, run).select("kind", "title").iter_rows())
     alike = [name for name in titles if name in frame.columns]
     if frame.is_empty() or len(frame.columns) < 2:
-        header.omitted("Which experts are used together or alike", run, "trace", "outputs")
+        try:
+            require("Which experts are used together or alike", run, "trace", "outputs")
+            st.write("This run says nothing of which experts are used together or alike.")
+        except Absent as missing:
+            chart.absent(missing)
         return
-    st.subheader("Its neighbours", anchor=False)
-    columns = {name: _number(titles[name], format="%.3f") for name in alike} | {
-        "other": _number("expert"),
-        "joint_tokens": _number("joint tokens", format="localized"),
-        "given": _number("together", format="percent", help="of this expert's tokens, those that use the other too"),
-        "lift": _number(format="%.2f", help="together over what the other's popularity gives; 1 = by chance"),
-    }
-    with st.container(border=True, gap="xsmall"):
-        order = [name for name in ("lift", *alike) if name in frame.columns]
-        words = {"lift": "used together", **titles}
-        by = state.choose("Nearest by", order, key="near", words=words.__getitem__)
-        shown = frame.sort(by, descending=True, nulls_last=True)
-        st.dataframe(shown, hide_index=True, height=320, column_config=columns, alt="The other experts of the layer")
-        chart.caption(
-            "Used together says which experts share tokens, alike which could stand in for each other: alike experts "
-            "that are never used together are rivals for the same tokens. The page Similarity has all pairs.",
-            shown,
-            None,
-            key=_key("neighbours", where),
-        )
+    order = [name for name in ("lift", *alike) if name in frame.columns]
+    words = {"lift": "used together", **titles}
+    by = state.choose("Nearest by", order, key="near", words=words.__getitem__)
+    shown = frame.sort(by, descending=True, nulls_last=True)
+    together = [name for name in ("joint_tokens", "given", "lift") if name in frame.columns]
+    first = together if by == "lift" else [by, *together]
+    rest = [name for name in alike if name not in first]
+    table.show(
+        shown.select(pl.lit(where["label"]).alias("label"), pl.col("other").alias("expert"), *first, *rest),
+        key=_key(f"neighbours-{by}", where),
+        alt="The other experts of the layer, nearest first",
+        read="Used together says which experts share tokens, alike which could stand in for each other: alike experts "
+        "that are never used together are rivals for the same tokens. A row picks that expert; the page Similarity has "
+        "all pairs.",
+        columns={name: Column(titles[name], "number") for name in alike}
+        | {
+            "joint_tokens": Column("joint tokens", "count"),
+            "given": Column("together", "share", "of this expert's tokens, those that use the other too"),
+            "lift": Column("lift", "figure", "together over what the other's popularity gives; 1 = by chance"),
+        },
+    )
 
 
 def _importance(run: Run, where: dict[str, Any]) -> None:
-    st.subheader("What would be lost", anchor=False)
-    frame = frames.of_expert(data.frame(frames.importance, run), **where)
-    chart.show(
-        drawings.importance_ranks(frame, title="Place in the layer by every score of importance", theme=state.theme()),
-        frame,
-        key=_key("importance", where),
-        read="Left: by this score the layer can spare it least. Scores that disagree measure different things: an "
-        "expert may be used rarely and put out much. Dotted: the middle of the layer.",
-        rests_on="Ranks of whole experts; docs/importance.md says what each score is.",
-        alt="Dots: rank of the expert in its layer by every score of importance",
-    )
-    expert_errors.scores(frame)
-    _outliers(run, where)
+    _outlier(run, where)
+    chart.exhibit(exhibits.importance, run, key=_key("importance", where), **_choices(where))
+    expert_errors.scores(frames.of_expert(data.frame(frames.importance, run), **where), key=_key("scores", where))
     ablated = data.frame(frames.ablations, run, **where)
     if not ablated.is_empty():
         st.markdown("**It was switched off, alone or with others:**")
-        st.dataframe(ablated, hide_index=True, alt="Passes of the ablations with this expert among the chosen ones")
+        table.show(
+            ablated,
+            key=_key("ablations", where),
+            alt="Passes of the ablations with this expert among the chosen ones",
+            read="The page Super experts shows them.",
+            columns={"what": Column("pass", "text"), "sink_decay": Column("sink decay", "share")},
+        )
 
 
-def _outliers(run: Run, where: dict[str, Any]) -> None:
+def _outlier(run: Run, where: dict[str, Any]) -> None:
     frame = data.frame(frames.outliers, run, **where)
     if frame.is_empty():
-        if not run.live:
-            header.needs_level("What the expert puts out", "activations", run)
+        if not run.live and "activations" not in run.info.levels:
+            _absent_outputs(run)
         return
     row = frame.row(0, named=True)
     rules = [name for name, rule in (("the paper's rule", "paper"), ("its code's rule", "code")) if row[rule]]
     verdict = f"a super expert by {' and '.join(rules)}" if rules else "no super expert"
-    st.markdown(
-        f"Largest output {row['value']:,.3g}: rank {row['layer_rank']} of {row['of_layer']} in the layer, "
-        f"{row['rank']:,} of {row['of']:,} in the model; it is **{verdict}**. It stood in channel {row['channel']}, at "
-        f"position {row['position']} of sequence {row['sequence']}."
-    )
+    with st.container(horizontal=True, wrap=False, gap="small", vertical_alignment="center"):
+        st.markdown(
+            f"Largest output {row['value']:,.3g}: rank {row['layer_rank']} of {row['of_layer']} in the layer, "
+            f"{row['rank']:,} of {row['of']:,} in the model; it is **{verdict}**. It stood in channel "
+            f"{row['channel']}, at position {row['position']} of sequence {row['sequence']}.",
+            width="stretch",
+        )
+        if row["sequence"] is not None and run.has_trace:
+            expert_text.to_tokens("Read it there", row["sequence"], row["position"], key="outlier")
+
+
+def _absent_outputs(run: Run) -> None:
+    try:
+        raise needs_level("What the expert puts out", "activations", run)
+    except Absent as missing:
+        chart.absent(missing)
+
+
+def _cache(run: Run, where: dict[str, Any]) -> None:
+    """How a cache of experts would see it."""
+    if run.has_trace and not {"trace", "order"} & set(run.omissions):
+        runs = data.frame(expert_cache.bursts, run, **where)
+        if len(runs):
+            row = runs.row(0, named=True)
+            alone = f"; {row['shuffled']:.2f} if its uses were spread at random" if row["shuffled"] else ""
+            st.markdown(
+                f"It is used on **{row['mean']:.2f} tokens in a row** on average{alone}. Longest run: "
+                f"{row['longest']:,} tokens, of {row['bursts']:,} runs."
+            )
+    with chart.pair():
+        chart.exhibit(exhibits.hit_rate, run, key=_key("hit-rate", where), **_choices(where))
+        chart.exhibit(exhibits.reuse, run, key=_key("reuse", where), **_choices(where))
+    chart.exhibit(exhibits.consistency, run, key=_key("consistency", where), **_choices(where))
 
 
 if __name__ == "__main__":

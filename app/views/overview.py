@@ -1,15 +1,19 @@
-"""Overview: can the run be trusted, what is in it, what needs attention, and where to look next."""
+"""Overview: can the run be trusted, what does it say, what needs attention, and where to look next."""
 
 from __future__ import annotations
+
+from functools import partial
 
 import polars as pl
 import streamlit as st
 
-from app import data, state
-from app.components import chart, coverage, header
+from app import data, focus, state
+from app.components import chart, coverage, header, table
 from app.components.page import render
-from app.figures import curves
-from app.frames import alerts, domains, load, overview
+from app.components.sections import sections
+from app.components.table import Column
+from app.exhibits import coverage as exhibits
+from app.frames import alerts, findings, overview
 from app.views import PAGES
 from store import Run
 
@@ -18,133 +22,128 @@ _ICONS = {
     "warning": ("orange", ":material/warning:"),
     "note": ("gray", ":material/info:"),
 }
+_FIRST = ("tokens", "sequences", "MoE layers", "experts per layer", "experts per token")
+MOST_ALERTS = 5
 
 
 def page(run: Run) -> None:
     """Draw the page."""
-    header.title("Overview", run, what="Can this run be trusted, what is in it, and what needs attention?")
-    _figures(data.frame(overview.key_figures, run))
-    with st.container(border=True, gap="small"):
-        _alerts(data.frame(alerts.alerts, run))
-    _next(data.frame(overview.next_steps, run))
-    _charts(run)
-    coverage.section(run)
-    _omissions(data.frame(overview.omissions, run))
-    _checks(run)
+    header.title("Overview", run, what="Can this run be trusted, what does it say, and what needs attention?")
+    drawers = {"Summary": _summary, "Text": _text, "Rankings": coverage.rankings, "Scores": coverage.scores}
+    sections({name: partial(draw, run) for name, draw in {**drawers, "Checks": _checks}.items()})
 
 
-def _figures(frame: pl.DataFrame) -> None:
-    value = {name: (text, detail) for name, text, detail in frame.iter_rows()}
-    with st.grid(5, min_column_width=150, gap="small"):
-        for name in ("tokens", "sequences", "MoE layers", "experts per layer", "experts per token"):
+def _summary(run: Run) -> None:
+    figures = data.frame(overview.key_figures, run)
+    value = {name: (text, detail) for name, text, detail in figures.iter_rows()}
+    with st.grid(len(_FIRST), min_column_width=130, gap="small"):
+        for name in _FIRST:
             text, detail = value[name]
             st.metric(name, text, border=True, help=detail or None, height="stretch")
-    rest = [
-        (name, *value[name])
-        for name in value
-        if name not in ("tokens", "sequences", "MoE layers", "experts per layer", "experts per token")
-    ]
-    parts = [
-        f"**{name}** {state.plain(text)}" + (f" ({state.plain(detail)})" if detail else "")
-        for name, text, detail in rest
-    ]
-    st.caption(" · ".join(parts))
+    with st.container(border=True, gap="xsmall"):
+        _findings(data.frame(findings.findings, run), run)
+    with st.grid(2, min_column_width=380, gap="small"):
+        with st.container(border=True, gap="xsmall", height="stretch"):
+            _alerts(data.frame(alerts.alerts, run))
+            missing = data.frame(overview.omissions, run)["subject"].to_list()
+            if missing:
+                st.caption(f"What this source cannot say: {state.plain(', '.join(missing), 200)}. Why: section Checks.")
+        with st.container(border=True, gap="xsmall", height="stretch"):
+            _next(data.frame(overview.next_steps, run))
+
+
+def _findings(frame: pl.DataFrame, run: Run) -> None:
+    _heading("What this run says", frame, key="findings")
+    if frame.is_empty():
+        st.caption("Nothing yet: findings come with the first shards." if run.live else "Nothing was counted.")
+    for index, row in enumerate(frame.iter_rows(named=True)):
+        with st.container(horizontal=True, wrap=False, vertical_alignment="center", gap="small"):
+            evidence = state.plain(row["evidence"], 300)
+            st.markdown(f":small[**{state.plain(row['finding'], 200)}**: {evidence}]", width="stretch")
+            if row["page"] != "Overview":
+                _link(row["page"], key=f"finding-{index}", layer=row["layer"], expert=row["expert"])
+
+
+def _heading(words: str, frame: pl.DataFrame, *, key: str) -> None:
+    """A heading with the download of what stands below it."""
+    with st.container(horizontal=True, vertical_alignment="center", gap="small"):
+        st.markdown(f"**{words}**", width="stretch")
+        if len(frame):
+            chart.downloads(frame, None, key=key)
+
+
+def _link(title: str, *, key: str, layer: str | None, expert: int | None) -> None:
+    """To a page, with the layer and expert of a finding picked."""
+    target = next(page for page in PAGES if page.title == title)
+    if layer is None:
+        st.page_link(target.file, label=title, icon=target.icon, width="content")
+        return
+    pick = {"layer": layer, "expert": expert}
+    if st.button(title, key=key, type="tertiary", icon=target.icon, on_click=focus.pick, kwargs=pick):
+        st.switch_page(target.file)
 
 
 def _alerts(frame: pl.DataFrame) -> None:
-    st.subheader("Alerts", anchor=False)
+    _heading("Alerts", frame, key="alerts")
     if frame.is_empty():
         st.write(
             ":green[:material/check_circle:] Nothing needs attention: no dead expert, no collapse, no failed check."
         )
-    for row in frame.head(8).iter_rows(named=True):
+    for row in frame.head(MOST_ALERTS).iter_rows(named=True):
         colour, icon = _ICONS[row["severity"]]
         where = f" · layers {state.plain(row['layers'])}" if row["layers"] else ""
-        st.markdown(f":{colour}[{icon}] **{state.plain(row['alert'])}**{where}  \n{state.plain(row['detail'], 300)}.")
-    if len(frame) > 8:
-        st.caption(f"{len(frame) - 8} more in the download.")
-    if len(frame):
-        chart.downloads(frame, None, key="alerts")
+        detail = state.plain(row["detail"], 300)
+        st.markdown(f":{colour}[{icon}] :small[**{state.plain(row['alert'])}**{where}: {detail}]")
+    if len(frame) > MOST_ALERTS:
+        st.caption(f"{len(frame) - MOST_ALERTS} more in the download.")
 
 
 def _next(frame: pl.DataFrame) -> None:
     known = {page.title: page for page in PAGES}
-    st.subheader("What to look at next", anchor=False)
-    grid = st.grid(max(len(frame), 1), min_column_width=190, gap="small")
+    st.markdown("**What to look at next**")
     for row in frame.iter_rows(named=True):
         target = known[row["page"]]
-        with grid, st.container(border=True, gap=None, height="stretch"):
+        with st.container(horizontal=True, wrap=False, vertical_alignment="center", gap="small"):
             if target.url == PAGES[0].url:
-                st.markdown(f"**{row['page']}**")
+                st.markdown(f"**{row['page']}**", width="content")
             else:
-                st.page_link(target.file, label=f"**{row['page']}**", icon=target.icon)
-            st.caption(state.plain(row["reason"], 300))
+                st.page_link(target.file, label=row["page"], icon=target.icon, width="content")
+            st.caption(state.plain(row["reason"], 300), width="stretch")
 
 
-def _charts(run: Run) -> None:
-    theme = state.theme()
-    tokens, reach = data.frame(domains.domain_tokens, run), data.frame(load.coverage, run)
-    starved = int(reach["starved"].sum())
+def _text(run: Run) -> None:
     with chart.pair():
-        chart.show(
-            curves.domain_bars(tokens, theme=theme),
-            tokens,
-            key="domains",
-            read="Every statistic of this run can be read per domain; a domain with few tokens says little.",
-            rests_on=f"{tokens['tokens'].sum():,} tokens." if len(tokens) else "",
-            alt="Bars: tokens per domain of the run's text",
-        )
-        words = (
-            f"{starved:,} experts starve: collect more text, or text that reaches them."
-            if starved
-            else "No expert starves."
-        )
-        chart.show(
-            curves.coverage_band(reach, theme=theme),
-            reach,
-            key="coverage",
-            read="Each layer's experts from the least to the most used. Experts below the dashed line, a tenth of "
-            f"the balanced load, have too few tokens to be judged or calibrated. {words}",
-            alt="Bands: fewest, middle and most tokens per expert in every MoE layer",
-        )
-
-
-def _omissions(frame: pl.DataFrame) -> None:
-    """What the source of an imported run cannot say."""
-    if frame.is_empty():
-        return
-    with st.expander(f"What this source cannot say: {', '.join(frame['subject'])}", icon=":material/visibility_off:"):
-        for subject, reason in frame.iter_rows():
-            st.markdown(f"**{state.plain(subject)}**: {state.plain(reason, 300)}")
+        chart.exhibit(exhibits.text, run, key="domains")
+        chart.exhibit(exhibits.reach, run, key="coverage")
 
 
 def _checks(run: Run) -> None:
-    frame = data.frame(overview.check_summary, run)
-    bad = run.badge.status in ("invalid", "warning")
-    with st.expander(
-        f"Self-checks of the capture: {state.plain(run.badge.reason, 200)}", expanded=bad, icon=":material/fact_check:"
-    ):
-        if frame.is_empty():
-            st.write(
-                "This run recorded no check." if not run.live else "The checks are published with the first shards."
-            )
-            return
-        st.dataframe(
-            frame,
-            hide_index=True,
+    st.markdown(f"**{state.plain(run.badge.reason, 300)}**")
+    summary = data.frame(overview.check_summary, run)
+    if summary.is_empty():
+        st.write("This run recorded no check." if not run.live else "The checks are published with the first shards.")
+    else:
+        table.show(
+            summary,
+            key="checks",
             alt="Table of the run's self-checks",
-            column_config={
-                "status": st.column_config.TextColumn("status", width="small"),
-                "name": st.column_config.TextColumn("check", width="medium"),
-                "places": st.column_config.NumberColumn(
-                    "layers", help="rows of the table of checks: usually one per layer"
-                ),
-                "value": st.column_config.NumberColumn("largest value", format="%.3g"),
-                "tolerance": st.column_config.NumberColumn("allowed", format="%.3g"),
-                "detail": st.column_config.TextColumn("what it means", width="large"),
+            read="What the profiler proved about its own capture; failures stand first.",
+            columns={
+                "name": Column("check", "text"),
+                "places": Column("layers", "count", "rows of the table of checks: usually one per layer"),
+                "value": Column("largest value", "figure"),
+                "tolerance": Column("allowed", "figure"),
+                "detail": Column("what it means", "text", width="large"),
             },
         )
-        chart.downloads(data.frame(overview.checks, run), None, key="checks")
+    missing = data.frame(overview.omissions, run)
+    if len(missing):
+        st.subheader("What this source cannot say", anchor=False)
+        for subject, reason in missing.iter_rows():
+            st.markdown(f"**{state.plain(subject)}**: {state.plain(reason, 300)}")
+    st.subheader("How it was recorded", anchor=False)
+    figures = data.frame(overview.key_figures, run).filter(~pl.col("figure").is_in(_FIRST))
+    table.show(figures, key="provenance", alt="Model, types, levels and completeness of the run")
 
 
 if __name__ == "__main__":

@@ -2,28 +2,39 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import polars as pl
 import streamlit as st
 
 from app import data, state
-from app.components import ablation, chart, header
+from app.components import ablation, chart, header, table
 from app.components.page import render
-from app.figures import outliers
-from app.figures.ablation import sink_curve
+from app.components.sections import sections
+from app.components.table import Column
+from app.exhibits import super_experts as exhibits
+from app.exhibits.absent import not_yet
+from app.exhibits.exhibit import Absent
 from app.frames import super_experts as frames
+from app.frames.findings import FEW_EXPERTS
 from store import Run
 
-# Below so many experts, less than one lies above the 99.5th percentile by construction.
-FEW_EXPERTS = 200
 _CHOICES = {"all": "all tokens", "first_routed": "first routed token"}
 
 
 def page(run: Run) -> None:
     """Draw the page."""
     header.title("Super experts", run, what="Does the model depend on a few experts whose outputs are outliers?")
-    if "activations" not in run.info.levels:
-        header.needs_level("What experts put out", "activations", run)
+    try:
+        exhibits.recorded(run, data.frame, "all")
+    except Absent as missing:
+        chart.absent(missing)
         return
+    drawers = {"Outputs": _outputs, "Residual stream": _residual, "Switched off": ablation.section}
+    sections({name: partial(draw, run) for name, draw in drawers.items()})
+
+
+def _outputs(run: Run) -> None:
     tokens = state.choose(
         "Largest output over",
         list(_CHOICES),
@@ -34,68 +45,37 @@ def page(run: Run) -> None:
         "sequence.",
     )
     maxima = data.frame(frames.output_maxima, run, tokens=tokens)
-    if maxima.is_empty():
-        st.info("No expert output has been recorded yet.", icon=":material/hourglass_top:")
-        return
-    limits = data.frame(frames.thresholds, run)
-    _verdict(run, maxima, limits, tokens)
-    theme = state.theme()
-    chart.show(
-        outliers.output_map(maxima, tokens=tokens, theme=theme),
-        maxima,
-        key=f"outputs-{tokens}",
-        read="Largest absolute value that each expert's down_proj put out, before the gate weight. Rings mark super "
-        "experts by the paper's rule: above the 99.5th percentile, above a tenth of the largest, in a layer where "
-        "massive activations form.",
-        rests_on=f"{len(maxima):,} experts that were used.",
-        alt="Map of layers and experts: largest output, log scale",
-    )
+    _verdict(run, maxima, data.frame(frames.thresholds, run), tokens)
+    chart.exhibit(exhibits.outputs, run, key=f"outputs-{tokens}", over=tokens)
     with chart.pair():
-        chart.show(
-            outliers.ranked_outputs(maxima, limits, tokens=tokens, theme=theme),
-            maxima,
-            key=f"ranked-{tokens}",
-            read="Super experts stand far above the curve that the other experts make. A smooth curve means that "
-            "there are none.",
-            rests_on="The 200 largest.",
-            alt="Experts ranked by their largest output against the thresholds of two rules",
-        )
-        residual = data.frame(frames.residual, run)
-        chart.show(
-            outliers.residual_curve(residual, theme=theme),
-            residual,
-            key="residual",
-            read="A jump by orders of magnitude over the median is a massive activation; rings mark layers above "
-            "100 and 1,000 times the median, filled ones those in which it grows: there super experts stand. They "
-            "usually sit at the first position, in few channels.",
-            rests_on=_forming(residual),
-            alt="Curves over the layers: largest, later and median absolute hidden state",
-        )
-    if "attention" in run.info.levels:
-        sinks = data.frame(frames.attention_sinks, run)
-        chart.show(
-            sink_curve(sinks, theme=theme),
-            sinks,
-            key="sinks",
-            read="How much attention falls on position 0, whatever token stands there. Massive activations make it an "
-            "attention sink: heads that have nothing to say look there.",
-            rests_on="Queries after position 0; layers without softmax attention have no point.",
-            alt="Attention on the first position over the layers, mean and range of the heads",
-        )
-    ablation.section(run, rule=next((rule for rule in ("paper", "code") if maxima[rule].any()), None))
-    _table(maxima, tokens)
+        chart.exhibit(exhibits.ranked_outputs, run, key=f"ranked-{tokens}", over=tokens)
+        _table(maxima, tokens)
 
 
-def _forming(residual: pl.DataFrame) -> str:
-    layers = residual.filter(pl.col("forming"))["layer"].to_list()
-    if not layers:
-        return "No massive activation forms in any layer, so by the paper's rule no expert is a super expert."
-    return f"Massive activations form in layer{'s' if len(layers) > 1 else ''} {', '.join(map(str, layers))}."
+def _residual(run: Run) -> None:
+    with chart.pair():
+        chart.exhibit(exhibits.residual, run, key="residual")
+        chart.exhibit(exhibits.attention_sinks, run, key="sinks")
+    frame = data.frame(frames.residual, run)
+    table.show(
+        frame.drop("median_there").sort("ratio", descending=True, nulls_last=True),
+        key="residual-table",
+        alt="Every decoder layer: its largest hidden state and where it stands",
+        read="A row picks the layer and the place in the text. Decoder layers without experts are listed, too.",
+        columns={
+            "absolute_max": Column("largest |value|"),
+            "ratio": Column("× the median", "count", "over the median |value| of the same token"),
+            "position": Column("at position", "text", "0 is the first token of its sequence"),
+            "channel": Column("channel", "text"),
+            "sequence": Column("sequence", "text"),
+            "later_max": Column("largest at later positions"),
+        },
+    )
 
 
 def _verdict(run: Run, maxima: pl.DataFrame, limits: pl.DataFrame, tokens: str) -> None:
     if limits.is_empty():
-        header.not_yet("Which experts are super experts", run)
+        chart.absent(not_yet("Which experts are super experts", run))
         return
     limit = limits.filter((pl.col("tokens") == tokens) & (pl.col("rule") == "paper"))["value"]
     top = maxima.row(0, named=True)
@@ -139,23 +119,21 @@ def _names(frame: pl.DataFrame) -> str:
 
 
 def _table(maxima: pl.DataFrame, tokens: str) -> None:
-    st.subheader("Where the largest outputs stand", anchor=False)
     columns = ["rank", "label", "expert", "kind", "value", "paper", "code"]
-    columns += ["position", "channel", "sequence"] if tokens == "all" else []
-    number = st.column_config.NumberColumn
-    st.dataframe(
-        maxima.select(columns).head(50),
-        hide_index=True,
-        alt="The fifty experts with the largest outputs",
-        column_config={
-            "label": "layer",
-            "value": number("largest |output|", format="%.4g"),
-            "paper": st.column_config.CheckboxColumn("paper's rule"),
-            "code": st.column_config.CheckboxColumn("code's rule"),
-            "position": number("at position", help="position in the sequence; 0 is the first token"),
-            "channel": number(
-                "channel", help="channel of the residual stream; super experts of one model often share it"
-            ),
+    columns += ["channel", "sequence", "position"] if tokens == "all" else []
+    table.show(
+        maxima.filter(pl.col("kind") == "routed").select(columns).drop("kind").head(50),
+        key=f"largest-{tokens}",
+        alt="The fifty routed experts with the largest outputs",
+        read="The fifty largest of routed experts. A row picks the expert and the token at which the value stood.",
+        columns={
+            "rank": Column("rank", "count"),
+            "value": Column("largest |output|"),
+            "paper": Column("paper's rule"),
+            "code": Column("code's rule"),
+            "sequence": Column("sequence", "text"),
+            "position": Column("at position", "text", "position in the sequence; 0 is the first token"),
+            "channel": Column("channel", "text", "of the residual stream; super experts of one model often share it"),
         },
     )
 

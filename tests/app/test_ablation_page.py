@@ -87,8 +87,8 @@ def path(tmp_path: Path) -> Path:
     return found
 
 
-def visit(monkeypatch: pytest.MonkeyPatch, directory: Path, **parameters: str) -> AppTest:
-    return visited(monkeypatch, directory, "super_experts", **parameters)
+def visit(monkeypatch: pytest.MonkeyPatch, directory: Path, section: str = "Switched off") -> AppTest:
+    return visited(monkeypatch, directory, "super_experts", section=section)
 
 
 def words(app: AppTest) -> str:
@@ -113,22 +113,27 @@ def test_sinks_are_weighted_by_queries(path: Path) -> None:
 
 def test_without_an_ablation_the_page_says_how(monkeypatch: pytest.MonkeyPatch, path: Path) -> None:
     app = visit(monkeypatch, path.parent)
-    assert "Attention on the first position" in titles(app)
     assert f"moescope ablate MODEL --super-experts {path} --data PATH" in words(app)
-    assert "What happens when they are switched off" in words(app)
+    assert "No experts have been switched off yet" in words(app)
+    app = visit(monkeypatch, path.parent, "Residual stream")
+    assert titles(app) == ["Residual stream after each layer", "Attention on the first position"]
     assert "Massive activations form in layer 2." in words(app)
 
 
 def test_an_ablation_is_shown(monkeypatch: pytest.MonkeyPatch, path: Path) -> None:
     store.write_evaluation(path, document())
     app = visit(monkeypatch, path.parent)
-    assert titles(app)[-3:] == [
+    assert titles(app) == [
         "Perplexity when experts are switched off",
         "Attention sink, before and after",
         "Massive activations, before and after",
     ]
     assert plain("Yes: more.") in [element.value for element in app.warning]
-    assert len(app.dataframe) == 4  # domains, passes, layers, largest outputs
+    shown = {"passes": "ratio", "layers": "sink_ablated", "domains": "base"}
+    for name, column in shown.items():
+        app.session_state["figures"] = name
+        app.run()
+        assert column in app.dataframe[0].value.columns, name
     assert "Largest decay 90.0% in layer 5, at most 2.0% for any control there." in words(app)
     assert "700 predicted tokens; unchanged perplexity 8" in words(app)
     assert "<script" not in words(app).replace("\\<script", "")
@@ -151,7 +156,8 @@ def test_a_damaged_document_is_a_sentence(monkeypatch: pytest.MonkeyPatch, path:
     store.write_evaluation(path, document()).write_text(text)
     app = visit(monkeypatch, path.parent)
     assert "cannot be read" in app.error[0].value
-    assert len(titles(app)) == 4  # the rest of the page is there
+    assert not titles(app)
+    assert len(titles(visit(monkeypatch, path.parent, "Outputs"))) == 2  # the rest of the page is there
 
 
 def test_a_document_without_its_parts_is_a_sentence(monkeypatch: pytest.MonkeyPatch, path: Path) -> None:

@@ -11,7 +11,7 @@ import polars as pl
 import pytest
 import synthetic
 from streamlit.testing.v1 import AppTest
-from visiting import visited
+from visiting import open_section, visited
 
 import store
 from app.commands.show import view
@@ -44,6 +44,11 @@ def visit(monkeypatch: pytest.MonkeyPatch, directory: Path, **parameters: str) -
 
 def words(app: AppTest) -> str:
     return "\n".join(str(element.value) for kind in (app.markdown, app.info, app.caption) for element in kind)
+
+
+def titles(app: AppTest) -> list[str]:
+    assert not app.exception
+    return [json.loads(chart.proto.spec)["layout"]["title"]["text"] for chart in app.get("plotly_chart")]
 
 
 def test_starved_experts_by_hand(run: store.Run) -> None:
@@ -89,19 +94,17 @@ def test_verdicts(half: float, needed: float, words: str) -> None:
 
 
 def test_the_page_says_how_much_more(path: Path, run: store.Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    app = visit(monkeypatch, path.parent, score="frequency", goal="the lowest quarter")
+    app = visit(monkeypatch, path.parent, score="frequency", goal="the lowest quarter", section="Rankings")
     row = frames.needed(run).filter((pl.col("score") == "frequency") & (pl.col("goal") == "cut 25 %"))
-    assert "Is the text enough?" in [element.value for element in app.subheader]
     assert "Ranked by frequency, the lowest quarter" in words(app)
     if row["verdict"][0] == "enough":
         assert "enough. By its halves" in words(app)
-    titles = [json.loads(chart.proto.spec)["layout"]["title"]["text"] for chart in app.get("plotly_chart")]
-    assert "Agreement of two texts, experts ranked by frequency" in titles
-    assert "Agreement of scores, mean over the layers" in titles
+    assert titles(app) == ["Agreement of two texts, experts ranked by frequency"]
+    assert titles(open_section(app, "Scores")) == ["Agreement of scores, mean over the layers"]
 
 
 def test_values_from_the_address_that_are_none_read_as_the_default(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    app = visit(monkeypatch, path.parent, score="<script>", goal="99")
+    app = visit(monkeypatch, path.parent, score="<script>", goal="99", section="Rankings")
     assert app.selectbox(key="goal").value == "ranking"
 
 
@@ -135,9 +138,8 @@ def test_counts_per_pass_are_halved_and_counts_alone_are_not(tmp_path: Path, mon
     counted = import_run("csv", tmp_path / "a.csv", directory=tmp_path / "c", name="counts", options=options)
     with store.open_run(counted) as run:
         assert frames.needed(run).is_empty() and frames.convergence(run).is_empty()
-    app = visit(monkeypatch, counted.parent)
+    app = visit(monkeypatch, counted.parent, section="Rankings")
     assert "Whether two texts would rank the experts alike cannot be computed" in words(app)
-    assert "Do the importance scores agree with each other?" in [element.label for element in app.expander]
 
 
 def test_the_figure_has_words_for_nothing() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 from pathlib import Path
@@ -12,13 +13,13 @@ import polars as pl
 import pytest
 import synthetic
 from streamlit.testing.v1 import AppTest
-from visiting import visited
+from visiting import open_section, visited
 
 import store
 from app.cli import main
 from app.figures import expert as figures
 from app.frames import expert as frames
-from app.frames import expert_tokens, expert_trace
+from app.frames import expert_cache, expert_tokens, expert_trace
 from profiler.headline import compute_and_store
 from profiler.importers.job import import_run
 from profiler.importers.recording import ImportOptions
@@ -46,6 +47,10 @@ def visit(monkeypatch: pytest.MonkeyPatch, directory: Path, page: str = "expert"
 def words(app: AppTest) -> str:
     kinds = (app.markdown, app.info, app.warning, app.error, app.caption, app.subheader, app.code)
     return "\n".join(str(element.value) for kind in kinds for element in kind)
+
+
+def plain(app: AppTest) -> str:
+    return words(app).replace("\\", "")
 
 
 def test_domains_are_those_of_the_trace(run: store.Run, counted: Any) -> None:
@@ -166,40 +171,71 @@ def test_specialization_stands_among_the_figures(tmp_path: Path) -> None:
     assert variation["chance"] < variation["beside"]  # the domains of the synthetic run differ
 
 
-def test_the_page_shows_one_expert(monkeypatch: pytest.MonkeyPatch, finished_path: Path) -> None:
+def titles(app: AppTest) -> list[str]:
+    return [json.loads(chart.proto.spec)["layout"]["title"]["text"] for chart in app.get("plotly_chart")]
+
+
+def test_the_page_shows_one_expert_section_by_section(monkeypatch: pytest.MonkeyPatch, finished_path: Path) -> None:
     app = visit(monkeypatch, finished_path.parent, layer=LAYER, expert=str(EXPERT))
-    titles = [json.loads(chart.proto.spec)["layout"]["title"]["text"] for chart in app.get("plotly_chart")]
-    assert titles == ["Share of each domain's tokens", "Place in the layer by every score of importance"]
+    strip = "Experts of layer 2, by load over that of a balanced router"
+    assert titles(app) == [strip, "Share of each domain's tokens, layer 2, expert 5"]
     assert "a super expert by the paper's rule" in words(app)
-    assert "level `predictions`" in words(app)
     assert "720 tokens, 9 sequences" in words(app)
-    app.number_input(key="expert").set_value(synthetic.EXPERTS - 1).run()  # never used
-    assert not app.exception
-    assert "No token id occurs often enough" in words(app)
+    shown = {
+        "Tokens": [],
+        "Neighbours": [],
+        "Importance": ["Place in the layer by every score of importance, layer 2, expert 5"],
+        "Fewer bits": [],
+        "Cache": [
+            "Hits in an LRU cache of layer 2, expert 5",
+            "How soon it is used again, layer 2, expert 5",
+            "Local consistency (SRP), layer 2, expert 5",
+        ],
+    }
+    for name, charts in shown.items():
+        open_section(app, name)
+        assert titles(app) == [strip, *charts], name
+        if name == "Tokens":
+            assert "level `predictions`" in words(app)
+            app.session_state["expert"] = str(synthetic.EXPERTS - 1)  # never used
+            app.run()
+            assert "No token id occurs often enough" in words(app)
+            app.session_state["expert"] = str(EXPERT)
+        if name == "Fewer bits":
+            assert "What narrower weights do to each expert needs the level errors" in plain(app)
+        if name == "Cache":
+            assert "tokens in a row" in words(app)
+
+
+def test_any_expert_is_near(monkeypatch: pytest.MonkeyPatch, finished_path: Path, run: store.Run) -> None:
+    app = visit(monkeypatch, finished_path.parent, layer=LAYER, expert="0")
+    app.button(key="pick-previous").click().run()
+    assert app.session_state["expert"] == str(synthetic.EXPERTS - 1)
+    app.button(key="pick-next").click().run()
+    assert app.session_state["expert"] == "0"
+    load = run.table("expert_load").filter((pl.col("layer") == 2) & (pl.col("kind") == "routed"))
+    top = load.group_by("expert").agg(pl.col("tokens").sum()).sort("tokens").row(-1)[0]
+    app.button(key="pick-most-used").click().run()
+    assert (app.session_state["layer"], app.session_state["expert"]) == (LAYER, str(top))
+    app.button(key="pick-super-expert").click().run()
+    assert app.session_state["expert"] == str(synthetic.SUPER_EXPERT[1])
+    assert "a super expert by the paper's rule" in words(app)
+    bars = json.loads(app.get("plotly_chart")[0].proto.spec)
+    assert bars["layout"]["meta"]["pick"] == {"layer": "=2", "expert": "x"}
+    assert [button.key for button in app.button if "important" in button.key]  # by a score that the run has
 
 
 @pytest.mark.parametrize("expert", ["16", "-1", "1e3", "<b>"])
 def test_an_expert_that_is_none_falls_back(monkeypatch: pytest.MonkeyPatch, finished_path: Path, expert: str) -> None:
     app = visit(monkeypatch, finished_path.parent, expert=expert, layer="77")
-    assert app.number_input(key="expert").value == 0
-    assert app.selectbox(key="layer").value == "1"
-
-
-def test_the_tokens_page_leads_there(monkeypatch: pytest.MonkeyPatch, finished_path: Path) -> None:
-    app = visit(monkeypatch, finished_path.parent, page="tokens", layer=LAYER, sequence="4", token="7")
-    with store.open_run(finished_path) as run:
-        used = run.selections(layers=[int(LAYER)], sequences=[4]).ids[0, 0, 7].tolist()
-    links = [link.proto for link in app.get("page_link")]
-    assert [link.label for link in links] == [f"Layer {LAYER}, expert {expert}" for expert in used]
-    assert f"expert={used[0]}" in links[0].query_string
-    assert f"layer={LAYER}" in links[0].query_string
+    assert titles(app)[1] == "Share of each domain's tokens, layer 1, expert 0"
 
 
 def test_without_text_the_tokens_are_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     synthetic.finished(tmp_path, text=False, activations=False)
-    app = visit(monkeypatch, tmp_path)
-    assert "Collect without `--no-text`" in words(app)
-    assert "--level routing,activations" in words(app)
+    app = visit(monkeypatch, tmp_path, section="Tokens")
+    assert "Collect without --no-text" in plain(app)
+    assert "--level routing,activations" in words(open_section(app, "Importance"))
 
 
 def test_imported_counts_say_what_cannot_be_computed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -208,9 +244,14 @@ def test_imported_counts_say_what_cannot_be_computed(monkeypatch: pytest.MonkeyP
     options = ImportOptions(num_experts=4, top_k=2)
     path = import_run("csv", tmp_path / "counts.csv", directory=tmp_path / "runs", name="counts", options=options)
     app = visit(monkeypatch, tmp_path / "runs")
-    assert "The tokens of an expert cannot be computed from what was imported" in words(app)
-    assert "Which experts are used together or alike cannot be computed" in words(app)
-    assert "What the expert puts out cannot be computed" in words(app)
+    reasons = {
+        "Summary": "What the expert puts out cannot be computed",
+        "Tokens": "The tokens of an expert cannot be computed from what was imported",
+        "Neighbours": "Which experts are used together or alike cannot be computed",
+        "Cache": "How often a cache holds an expert cannot be computed",
+    }
+    for name, reason in reasons.items():
+        assert reason in words(open_section(app, name)), name
     with store.open_run(path) as run:
         domains = frames.domain_load(run, label="0", expert=0)
         assert domains.select("selections", "tokens", "share", "low").rows() == [(20, 20, 1.0, None)]
@@ -261,16 +302,51 @@ def test_figures_draw_what_the_frames_hold(theme: Any, run: store.Run) -> None:
 
 def test_errors_by_width_and_scores_stand_on_the_page(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     shutil.copyfile(RUN, tmp_path / "sample.duckdb")
-    app = visit(monkeypatch, tmp_path, layer="2", expert="5")
-    titles = [json.loads(chart.proto.spec)["layout"]["title"]["text"] for chart in app.get("plotly_chart")]
-    assert titles[-1] == "Change of its output by width"
+    app = visit(monkeypatch, tmp_path, layer="2", expert="5", section="Fewer bits")
+    assert titles(app)[-1] == "Change of its output by width, layer 2, expert 5"
     table = next(one.value for one in app.dataframe if "median" in one.value.columns)
     assert table["width"].to_list() == ["1", "ternary", "2", "3", "4", "8"]
+    open_section(app, "Importance")
     scores = next(one.value for one in app.dataframe if {"title", "rank"} <= set(one.value.columns))
     assert scores["rank"].between(1, 16).all()
 
 
-def test_a_run_without_errors_says_what_it_takes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    synthetic.finished(tmp_path)
-    text = words(visit(monkeypatch, tmp_path, layer=LAYER, expert=str(EXPERT)))
-    assert "What narrower weights do to each expert needs the level `errors`" in text
+def test_reuse_and_bursts_are_counted(run: store.Run, counted: Any) -> None:
+    hit = counted[0]
+    for row in expert_cache.reuse(run, **WHERE).iter_rows(named=True):
+        gap, length = row["tokens"], hit.shape[1]
+        uses = [(s, t) for s, t in zip(*np.nonzero(hit), strict=True) if t + gap < length]
+        again = [hit[s, t + 1 : t + 1 + gap].any() for s, t in uses]
+        assert (row["uses"], row["share"]) == (len(uses), pytest.approx(np.mean(again)))
+        assert row["shuffled"] == pytest.approx(1 - (1 - hit.mean()) ** gap)
+    found = expert_cache.bursts(run, **WHERE).row(0, named=True)
+    runs = [len(part) for line in hit for part in "".join("x" if one else " " for one in line).split()]
+    assert (found["bursts"], found["longest"]) == (len(runs), max(runs))
+    assert found["mean"] == pytest.approx(np.mean(runs))
+
+
+def test_the_order_of_a_sequence_is_shuffled_exactly() -> None:
+    for uses, length, gap in ((3, 7, 2), (2, 5, 3), (1, 6, 2), (5, 5, 1)):
+        orders = list(itertools.combinations(range(length), uses))
+        pairs = [(at, order) for order in orders for at in order if at + gap < length]
+        share = np.mean([any(at < other <= at + gap for other in order) for at, order in pairs])
+        assert expert_cache._again(uses, length, gap) == pytest.approx(share), (uses, length, gap)
+
+
+def test_hit_rates_are_those_of_a_plain_cache(run: store.Run) -> None:
+    ids = run.selections(layers=[int(LAYER)]).ids[0]
+    found = expert_cache.hit_rates(expert_cache.depths(run, label=LAYER), expert=EXPERT, experts=synthetic.EXPERTS)
+    for slots in (synthetic.TOP_K, 5, synthetic.EXPERTS):
+        hits = mine = 0
+        for sequence in ids:
+            cache: list[int] = []  # the one used longest ago stands first
+            for token in sequence.tolist():
+                hits += EXPERT in token and EXPERT in cache
+                mine += EXPERT in token
+                cache = [expert for expert in cache if expert not in token] + token
+                cache = cache[-slots:]
+        row = found.filter(pl.col("slots") == slots).row(0, named=True)
+        assert (row["uses"], row["value"]) == (mine, pytest.approx(hits / mine)), slots
+    assert expert_cache.hit_rates(
+        expert_cache.depths(run, label=LAYER), expert=synthetic.EXPERTS - 1, experts=synthetic.EXPERTS
+    ).is_empty()

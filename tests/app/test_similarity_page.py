@@ -12,7 +12,7 @@ import polars as pl
 import pytest
 import synthetic
 from streamlit.testing.v1 import AppTest
-from visiting import visited
+from visiting import open_section, visited
 
 import store
 from app.commands.show import view
@@ -205,31 +205,41 @@ def test_agreement_stands_beside_renamed_experts(run: store.Run) -> None:
 
 def test_the_page_shows_two_kinds_and_their_agreement(monkeypatch: pytest.MonkeyPatch, path: Path) -> None:
     app = visit(monkeypatch, path.parent, layer="3", kind="CKA", beside="router rows")
-    assert titles(app) == [
-        "CKA, layer 3",
-        "Router rows, layer 3",
-        "CKA of all pairs",
-        "Agreement of the kinds, layer 3",
-        "Agreement of CKA and router rows",
-    ]
-    assert app.dataframe[0].value.iloc[0][["expert", "other"]].tolist() == list(TWINS)
+    assert titles(app) == ["CKA, layer 3", "Router rows, layer 3"]
+    pick = json.loads(app.get("plotly_chart")[0].proto.spec)["layout"]["meta"]["pick"]
+    assert pick == {"layer": "=3", "expert": "y"}
     assert "120 pairs" in words(app)
+    open_section(app, "Pairs")
+    assert app.dataframe[0].value.iloc[0][["expert", "other"]].tolist() == list(TWINS)
+    open_section(app, "Layers")
+    assert titles(app) == ["CKA of all pairs"]
+    assert app.dataframe[0].value[["expert", "other"]].to_numpy().tolist() == [list(TWINS)] * 4
+    open_section(app, "Agreement")
+    assert titles(app) == ["Agreement of the kinds, layer 3", "Agreement of CKA and router rows"]
+    open_section(app, "Kinds")
+    assert app.dataframe[0].value["here"].all()
+    open_section(app, "Maps")
     app.selectbox(key="beside").select("cka").run()
-    assert titles(app)[1] == "CKA of all pairs"  # one map for one kind
+    assert titles(app) == ["CKA, layer 3"]  # one map for one kind
     assert not app.exception
     app.selectbox(key="kind").select("weight_matched").run()
     assert "Empty cells were too costly" in words(app)
-    app.get("button_group")[0].set_value("angular").run()
+    app.session_state["scale"] = "angular"
+    app.run()
     assert not app.exception
+    heat = json.loads(app.get("plotly_chart")[0].proto.spec)["data"][0]
+    assert heat["colorbar"]["title"]["text"].startswith("1")
 
 
 def test_levels_that_are_missing_are_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     tables = ("expert_similarity", "expert_weight_similarity", "router_row")
     found = write(tmp_path, levels="routing", leave_out=tables)
-    app = visit(monkeypatch, tmp_path)
-    assert "down weights: level `similarity`" in words(app)
-    assert "router rows: level `activations`" in words(app)
-    assert "moescope runs compute" in words(app)  # no metrics yet
+    app = visit(monkeypatch, tmp_path, section="Kinds")
+    needs = app.dataframe[0].value.set_index("title")["needs"]
+    assert needs["down weights"] == "level similarity" and needs["router rows"] == "level activations"
+    assert not isinstance(needs["router logits"], str)
+    open_section(app, "Agreement")
+    assert "there is nothing to compare it with" in words(app)
     compute_and_store(found)
     assert titles(visit(monkeypatch, tmp_path))[0] == "Router logits, layer 1"
 
@@ -238,7 +248,7 @@ def test_a_run_without_any_kind_says_what_it_needs(monkeypatch: pytest.MonkeyPat
     tables = ("expert_similarity", "expert_weight_similarity", "router_row", "expert_pair")
     write(tmp_path, levels="routing", leave_out=tables)
     app = visit(monkeypatch, tmp_path)
-    assert "needs the level `similarity`" in words(app)
+    assert "needs the level similarity" in words(app)
     assert titles(app) == []
 
 
@@ -262,19 +272,21 @@ def test_a_live_run_shows_what_it_has(monkeypatch: pytest.MonkeyPatch, tmp_path:
         writer.write_shard({"expert_similarity": part})
     app = visit(monkeypatch, tmp_path)
     assert titles(app)[0] == "Debiased CKA, layer 1"
+    open_section(app, "Agreement")
     assert "computed from the whole trace when the collection ends" in words(app)
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])
 def test_figures_draw_what_the_frames_hold(theme: Any, run: store.Run) -> None:
     frame = frames.matrix(run, label="2", kind="debiased_cka")
-    heat = figures.similarity_map(frame, title="x", theme=theme).data[0]
+    heat = figures.similarity_map(frame, title="x", layer="2", theme=theme).data[0]
     place = {name: index for index, name in enumerate(heat.x)}
     assert heat.z[place["3"]][place["9"]] == pytest.approx(1.0, abs=1e-5)
     assert np.isnan(np.diag(np.array(heat.z))).all()
-    signed = figures.similarity_map(frames.matrix(run, label="2", kind="router_row"), title="x", theme=theme).data[0]
+    rows = frames.matrix(run, label="2", kind="router_row")
+    signed = figures.similarity_map(rows, title="x", layer="2", theme=theme).data[0]
     assert (signed.zmin, signed.zmax, signed.zmid) == (-signed.zmax, signed.zmax, 0.0)
-    assert figures.similarity_map(frame, title="x", value="angular", theme=theme).data[0].zmid is None
+    assert figures.similarity_map(frame, title="x", layer="2", value="angular", theme=theme).data[0].zmid is None
     band = figures.redundancy_band(frames.redundancy(run).filter(kind="weight"), title="x", theme=theme)
     assert [trace.name for trace in band.data][-1] == "random vectors, mean |value|"
     assert list(band.data[-2].y) == [pytest.approx(1.0)] * 4
@@ -288,7 +300,7 @@ def test_figures_draw_what_the_frames_hold(theme: Any, run: store.Run) -> None:
 
 def test_figures_of_nothing_say_so(run: store.Run) -> None:
     empty = frames.matrix(run, label="2", kind="nothing")
-    assert "says nothing" in figures.similarity_map(empty, title="x").layout.annotations[0].text
+    assert "says nothing" in figures.similarity_map(empty, title="x", layer="2").layout.annotations[0].text
     nothing = frames.redundancy(run).head(0)
     assert "says nothing" in figures.redundancy_band(nothing, title="x").layout.annotations[0].text
     none = frames.agreement(run).head(0)

@@ -11,8 +11,12 @@ MAIN = Path(__file__).parents[2] / "app" / "main.py"
 SECONDS = 100
 
 
-def visited(monkeypatch: pytest.MonkeyPatch, directory: Path, view: str = "", **parameters: str | list[str]) -> AppTest:
-    """A page of a store, drawn; view: its file, without one the first page; parameters: of its address."""
+def visited(
+    monkeypatch: pytest.MonkeyPatch, directory: Path, view: str = "", section: str = "", **parameters: str | list[str]
+) -> AppTest:
+    """A page of a store, drawn; view: its file, without one the first page; section: of the page, without one its
+    first; parameters: of its address.
+    """
     monkeypatch.setenv("MOESCOPE_STORE", str(directory))
     app = AppTest.from_file(str(MAIN), default_timeout=SECONDS)
     for name, value in parameters.items():
@@ -20,5 +24,13 @@ def visited(monkeypatch: pytest.MonkeyPatch, directory: Path, view: str = "", **
     app.run()
     if view:
         app.switch_page(f"views/{view}.py").run()
+    assert not app.exception, app.exception[0].message
+    return open_section(app, section) if section else app
+
+
+def open_section(app: AppTest, name: str) -> AppTest:
+    """The same page with another section drawn."""
+    app.session_state["section"] = name
+    app.run()
     assert not app.exception, app.exception[0].message
     return app
