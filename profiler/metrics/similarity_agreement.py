@@ -13,8 +13,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.cluster.hierarchy import leaves_list, linkage, optimal_leaf_ordering
-from scipy.spatial.distance import squareform
 
 from moescope.errors import MetricError
 
@@ -106,6 +104,9 @@ def clustered_order(*, similarity: NDArray[Any]) -> IntArray:
     Average linkage over 1 - similarity, leaves in optimal order (Bar-Joseph et al. 2001). Pairs without a value count
     as less alike than any other; without any value the experts keep their order.
     """
+    from scipy.cluster.hierarchy import leaves_list, linkage, optimal_leaf_ordering  # slow to import
+    from scipy.spatial.distance import squareform
+
     values = np.asarray(similarity, dtype=np.float64)
     lower = np.tril_indices(len(values), -1)
     known = values[lower][np.isfinite(values[lower])]
