@@ -2,16 +2,35 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
 import plotly.graph_objects as go
 import polars as pl
 
-from app.figures.style import Theme, fade, layout, log_ticks, message, palette, safe, scale
+from app.figures.experts import expert_points
+from app.figures.heatmap import expert_map, matrix
+from app.figures.interval import whiskers
+from app.figures.layers import curve, over_layers
+from app.figures.style import (
+    Theme,
+    colorbar,
+    fade,
+    layout,
+    log_ticks,
+    message,
+    palette,
+    pickable,
+    rows_height,
+    safe,
+    scale,
+)
 
 CONTROL_WORDS = {
     "observed": "this run",
-    "shuffled_in_sequence": "shuffled inside sequences",
-    "shuffled": "shuffled over all: popularity alone",
-    "uniform": "uniformly random experts",
+    "shuffled_in_sequence": "shuffled in sequences",
+    "shuffled": "shuffled over all",
+    "uniform": "random experts",
 }
 DASHES = {"observed": "solid", "shuffled_in_sequence": "dash", "shuffled": "dot", "uniform": "dashdot"}
 BESIDE_HEIGHT = 560
@@ -24,7 +43,7 @@ def srp_curve(frame: pl.DataFrame, published: pl.DataFrame | None = None, *, the
     frame: rows of one domain (or of all text) of ``app.frames.consistency.srp_model``; published: rows of
     ``app.frames.consistency.published_srp``, drawn thin behind.
     """
-    title = "Segment routing best performance (SRP) against segment length"
+    title = "SRP against segment length"
     if frame.is_empty():
         return message("SRP is computed when the run is finished.", title=title, theme=theme)
     colours = palette(theme)
@@ -35,7 +54,7 @@ def srp_curve(frame: pl.DataFrame, published: pl.DataFrame | None = None, *, the
         x=observed["segment_length"],
         y=observed["lower_bound"],
         mode="lines",
-        name="lower bound (always keep)",
+        name="always keep (bound)",
         line={"color": colours.alarm, "width": 1.4, "dash": "dot"},
         hovertemplate="%{x} tokens<br>lower bound %{y:.1%}<extra></extra>",
     )
@@ -55,18 +74,12 @@ def srp_curve(frame: pl.DataFrame, published: pl.DataFrame | None = None, *, the
             mode="lines+markers",
             hovertemplate=hover,
             customdata=part.select("low", "high", "router_size", "sequences").to_numpy(),
-            error_y={
-                "type": "data",
-                "symmetric": False,
-                "array": (part["high"] - part["value"]).fill_null(0.0),
-                "arrayminus": (part["value"] - part["low"]).fill_null(0.0),
-                "thickness": 1.5,
-                "width": 5,
-            },
+            error_y=whiskers(part["value"], part["low"], part["high"]),
             line={"color": colour, "dash": DASHES[control], "width": 2.6 if control == "observed" else 1.6},
             marker={"size": 7},
         )
-    layout(figure, title=title, x="segment length (tokens, log scale)", y="SRP (0 to 1)", theme=theme, height=440)
+    x = "segment length (tokens, log scale)"
+    layout(figure, title=title, x=x, y="SRP (0 to 1)", theme=theme, height=440, wide=False)
     _segment_axis(figure, observed)
     figure.update_yaxes(tickformat=".0%", range=[0, 1])
     return figure
@@ -102,7 +115,7 @@ def router_size_curve(
         x="segment length (tokens, log scale)",
         y="router size (times the original)",
         theme=theme,
-        height=420,
+        height=440,
         wide=False,
     )
     _segment_axis(figure, frame)
@@ -119,21 +132,29 @@ def srp_layer_curves(frame: pl.DataFrame, *, theme: Theme = "light") -> go.Figur
     figure = go.Figure()
     for length, colour in zip(lengths, shades(len(lengths), theme), strict=True):
         part = frame.filter(pl.col("segment_length") == length)
-        figure.add_scatter(
-            x=part["label"],
-            y=part["value"],
-            name=f"{length:g} tokens",
-            mode="lines+markers",
-            customdata=part["router_size"],
-            line={"color": colour, "width": 2},
-            marker={"size": 5},
-            hovertemplate=f"layer %{{x}}, {length:g} tokens<br>SRP %{{y:.1%}}<br>router size "
-            f"%{{customdata:.2f}}<extra></extra>",
-        )
-    layout(figure, title=title, x="layer", y="SRP (0 to 1)", theme=theme, height=420, wide=False)
-    figure.update_xaxes(type="category", showgrid=False, nticks=24)
-    figure.update_yaxes(tickformat=".0%", rangemode="tozero")
-    return figure
+        hover = f"layer %{{x}}, {length:g} tokens<br>SRP %{{y:.1%}}<br>router size %{{customdata:.2f}}"
+        curve(
+            figure, part, "value", name=f"{length:g} tokens", colour=colour, hover=hover, customdata=part["router_size"]
+        )  # fmt: skip
+    layout(figure, title=title, x="layer", y="SRP (0 to 1)", theme=theme, height=440, wide=False)
+    return over_layers(figure, percent=True)
+
+
+def srp_map(frame: pl.DataFrame, *, length: float, theme: Theme = "light") -> go.Figure:
+    """SRP of every expert, layers down and experts across.
+
+    frame: rows of one segment length of ``app.frames.consistency.srp_experts``.
+    """
+    title = f"SRP of every expert, segments of {length:g} tokens"
+    if frame.is_empty():
+        return message("SRP is computed when the run is finished.", title=title, theme=theme)
+    cells, labels, width = matrix(frame.with_columns(pl.col("value") * 100), "value")
+    heat = go.Heatmap(
+        z=cells, y=labels, hoverongaps=False, zmin=0, zmax=100, colorscale=scale(palette(theme).sequential),
+        colorbar=colorbar("SRP", ticksuffix=" %"),
+        hovertemplate="layer %{y}, expert %{x}<br>SRP %{z:.1f} %<extra></extra>",
+    )  # fmt: skip
+    return expert_map(go.Figure(heat), title=title, labels=labels, width=width, theme=theme)
 
 
 def srp_expert_scatter(frame: pl.DataFrame, *, theme: Theme = "light") -> go.Figure:
@@ -146,36 +167,13 @@ def srp_expert_scatter(frame: pl.DataFrame, *, theme: Theme = "light") -> go.Fig
     if shown.is_empty():
         return message("SRP is computed when the run is finished.", title=title, theme=theme)
     colours = palette(theme)
-    hover = (
-        "layer %{customdata[0]}, expert %{customdata[1]}<br>used by %{x:.2%} of tokens<br>SRP %{y:.1%}<extra></extra>"
-    )
-    points = go.Scattergl if len(shown) > 2000 else go.Scatter
-    layers = shown["layer"].to_numpy()
-    figure = go.Figure(
-        points(
-            x=shown["frequency"],
-            y=shown["value"],
-            mode="markers",
-            name="expert",
-            showlegend=False,
-            hovertemplate=hover,
-            customdata=list(zip(shown["label"], shown["expert"], strict=True)),
-            marker={
-                "size": 6,
-                "opacity": 0.75,
-                "color": layers,
-                "colorscale": scale(colours.sequential[2:]),
-                "showscale": True,
-                "cmin": int(layers.min()),
-                "cmax": max(int(layers.max()), int(layers.min()) + 1),
-                "colorbar": {"title": {"text": "layer", "side": "right"}, "thickness": 12, "outlinewidth": 0},
-            },
-        )
-    )
-    bound = shown.sort("frequency")
+    hover = "used by %{x:.2%} of tokens<br>SRP %{y:.1%}"
+    figure = expert_points(shown, x="frequency", y="value", hover=hover, theme=theme)
+    least, most = (float(shown["frequency"].min()), float(shown["frequency"].max()))  # type: ignore[arg-type]
+    rates = np.geomspace(least, most, 100)
     figure.add_scatter(
-        x=bound["frequency"],
-        y=bound["lower_bound"],
+        x=rates,
+        y=2 * rates / (1 + rates),
         mode="lines",
         name="lower bound 2r / (1 + r)",
         line={"color": colours.alarm, "width": 1.5, "dash": "dot"},
@@ -196,7 +194,7 @@ def srp_expert_scatter(frame: pl.DataFrame, *, theme: Theme = "light") -> go.Fig
         x="tokens that use the expert (share, log scale)",
         y="SRP (0 to 1)",
         theme=theme,
-        height=BESIDE_HEIGHT,
+        height=440,
         wide=False,
     )
     ticks = log_ticks(shown["frequency"].to_list())
@@ -243,6 +241,7 @@ def shades(count: int, theme: Theme) -> list[str]:
 def repetition_curves(frame: pl.DataFrame, *, theme: Theme = "light") -> go.Figure:
     """How often neighbours repeat experts, per layer, with controls. frame: ``app.frames.consistency.repetition``."""
     title = "Repetition of experts from one token to the next"
+    frame = frame.filter(pl.col("lag") == 1)
     if frame.is_empty():
         return message("Repetition is computed when the run is finished.", title=title, theme=theme)
     colours = palette(theme)
@@ -254,20 +253,42 @@ def repetition_curves(frame: pl.DataFrame, *, theme: Theme = "light") -> go.Figu
             if part.is_empty():
                 continue
             full = name if control == "observed" else f"{name}, {CONTROL_WORDS[control]}"
-            figure.add_scatter(
-                x=part["label"],
-                y=part["value"],
-                name=full,
-                mode="lines+markers" if control == "observed" else "lines",
-                line={
-                    "color": colour if control == "observed" else fade(colour, 0.55),
-                    "dash": DASHES[control],
-                    "width": 2.2 if control == "observed" else 1.3,
-                },
-                marker={"size": 5},
-                hovertemplate=f"layer %{{x}}<br>{full}: %{{y:.1%}}<extra></extra>",
-            )
+            seen = control == "observed"
+            curve(
+                figure, part, "value", name=full, colour=colour if seen else fade(colour, 0.55), dash=DASHES[control],
+                width=2.2 if seen else 1.3, markers=seen, hover=f"layer %{{x}}<br>{full}: %{{y:.1%}}",
+            )  # fmt: skip
     layout(figure, title=title, x="layer", y="share (0 to 1)", theme=theme, height=400)
-    figure.update_xaxes(type="category", showgrid=False, nticks=24)
-    figure.update_yaxes(tickformat=".0%", rangemode="tozero")
-    return figure
+    return over_layers(figure, percent=True)
+
+
+def overlap_map(frame: pl.DataFrame, *, theme: Theme = "light") -> go.Figure:
+    """Experts in common of two tokens, layers down and the tokens' distance across. frame: as above."""
+    title = "Experts in common, by distance"
+    overlap = frame.filter(pl.col("metric") == "mean_overlap")
+    seen = overlap.filter(pl.col("control") == "observed")
+    if seen.is_empty():
+        return message("Repetition is computed when the run is finished.", title=title, theme=theme)
+    chance = overlap.filter(pl.col("control") == "shuffled").select("label", "lag", pl.col("value").alias("chance"))
+    seen = seen.join(chance, on=["label", "lag"], how="left", maintain_order="left")
+    labels = seen["label"].unique(maintain_order=True).to_list()
+    lags = sorted(seen["lag"].unique().to_list())
+    shape = (len(labels), len(lags))
+    cells, popular = np.full(shape, np.nan, np.float32), np.full(shape, np.nan, np.float32)
+    for label, lag, value, alone in seen.select("label", "lag", "value", "chance").iter_rows():
+        at = labels.index(label), lags.index(lag)
+        cells[at], popular[at] = 100 * value, 100 * (np.nan if alone is None else alone)
+    heat = go.Heatmap(
+        z=cells, x=[f"{lag:g}" for lag in lags], y=labels, customdata=popular, hoverongaps=False, zmin=0,
+        colorscale=scale(palette(theme).sequential), colorbar=colorbar("experts in common", ticksuffix=" %"),
+        hovertemplate="layer %{y}, %{x} tokens apart<br>%{z:.1f} % of the experts in common"
+        "<br>shuffled over all: %{customdata:.1f} %<extra></extra>",
+    )  # fmt: skip
+    figure = layout(
+        go.Figure(heat), title=title, x="distance (tokens)", y="layer", theme=theme,
+        height=rows_height(len(labels)), legend=False,
+    )  # fmt: skip
+    axis: dict[str, Any] = {"type": "category", "showgrid": False, "ticks": "", "nticks": 24}
+    figure.update_xaxes(**axis)
+    figure.update_yaxes(autorange="reversed", categoryorder="array", categoryarray=labels, **axis)
+    return pickable(figure, layer="y")

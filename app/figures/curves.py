@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import plotly.graph_objects as go
 import polars as pl
 from plotly.subplots import make_subplots
 
-from app.figures.style import Theme, colours_of, fade, layout, log_ticks, message, palette, safe
+from app.figures.interval import band
+from app.figures.layers import curve, over_layers
+from app.figures.style import Theme, colours_of, layout, log_ticks, message, palette, safe
 
 BALANCE_WORDS = {
     "normalised_entropy": ("normalised entropy", "0 to 1, 1 = even"),
@@ -34,48 +37,23 @@ def balance_curves(frame: pl.DataFrame, *, where: str = "all text", theme: Theme
     colours = palette(theme)
     names = [f"{name[0].upper()}{name[1:]} ({unit})" for name, unit in BALANCE_WORDS.values()]
     figure = make_subplots(rows=2, cols=2, subplot_titles=names, vertical_spacing=0.24, horizontal_spacing=0.09)
-    x = shown["label"].to_list()
     for index, (metric, (name, _)) in enumerate(BALANCE_WORDS.items()):
-        place = {"row": index // 2 + 1, "col": index % 2 + 1}
-        hover = f"layer %{{x}}<br>{name} %{{y:.3f}}<br>%{{customdata:,.0f}} tokens<extra></extra>"
-        figure.add_scatter(
-            x=x,
-            y=shown[metric],
-            customdata=shown["tokens"],
-            mode="lines+markers",
-            showlegend=False,
-            hovertemplate=hover,
-            line={"color": colours.accent, "width": 2},
-            marker={"size": 6},
-            **place,
-        )
+        place: dict[str, Any] = {"row": index // 2 + 1, "col": index % 2 + 1, "showlegend": False}
+        hover = f"layer %{{x}}<br>{name} %{{y:.3f}}<br>%{{customdata:,.0f}} tokens"
+        curve(
+            figure, shown, metric, name=name, colour=colours.accent, hover=hover, customdata=shown["tokens"], **place
+        )  # fmt: skip
         if metric == "cv":
-            figure.add_scatter(
-                x=x,
-                y=shown["noise_cv"],
-                mode="lines",
-                name="a balanced router, by chance",
-                showlegend=False,
-                line={"color": colours.muted, "dash": "dot", "width": 1.5},
-                hovertemplate="layer %{x}<br>by chance alone %{y:.3f}<extra></extra>",
-                **place,
-            )
-    layout(
-        figure,
-        title=title,
-        x="layer",
-        y="",
-        theme=theme,
-        height=500,
-        legend=False,
-        margin={"l": 8, "r": 12, "t": 84, "b": 8},
-    )
+            curve(
+                figure, shown, "noise_cv", name="a balanced router, by chance", colour=colours.muted, dash="dot",
+                width=1.5, markers=False, hover="layer %{x}<br>by chance alone %{y:.3f}", **place,
+            )  # fmt: skip
+    margin = {"l": 8, "r": 12, "t": 84, "b": 8}
+    layout(figure, title=title, x="layer", y="", theme=theme, height=460, legend=False, margin=margin)
     figure.update_annotations(font={"size": 12}, xanchor="left")
     for index, annotation in enumerate(figure.layout.annotations):
         annotation.x = figure.layout["xaxis" if index % 2 == 0 else "xaxis2"].domain[0]
-    figure.update_xaxes(type="category", showgrid=False, nticks=24)
-    figure.update_yaxes(rangemode="tozero")
-    return figure
+    return over_layers(figure)
 
 
 def confidence_band(
@@ -91,45 +69,21 @@ def confidence_band(
     if shown.is_empty():
         return message("The router's logits were not seen.", title=title, theme=theme)
     colours = palette(theme)
-    x = shown["label"].to_list()
     figure = go.Figure()
-    for column, fill in (("p90", None), ("p10", "tonexty")):
-        figure.add_scatter(
-            x=x,
-            y=shown[column],
-            mode="lines",
-            line={"width": 0},
-            fill=fill,
-            fillcolor=fade(colours.accent, 0.18),
-            showlegend=column == "p10",
-            name="10th to 90th percentile",
-            hoverinfo="skip",
-        )
-    extra = shown.select("p10", "p90", "mean", "tokens").to_numpy()
+    band(
+        figure, x=shown["label"].to_list(), low=shown["p10"], high=shown["p90"], colour=colours.accent,
+        name="10th to 90th percentile",
+    )  # fmt: skip
     hover = "layer %{x}<br>median %{y:.3f}<br>10th to 90th percentile %{customdata[0]:.3f} to %{customdata[1]:.3f}"
-    hover += "<br>mean %{customdata[2]:.3f}<br>%{customdata[3]:,.0f} tokens<extra></extra>"
-    figure.add_scatter(
-        x=x,
-        y=shown["p50"],
-        customdata=extra,
-        mode="lines+markers",
-        name="median",
-        hovertemplate=hover,
-        line={"color": colours.accent, "width": 2},
-        marker={"size": 6},
-    )
-    figure.add_scatter(
-        x=x,
-        y=shown["mean"],
-        mode="lines",
-        name="mean",
-        line={"color": colours.muted, "dash": "dot", "width": 1.5},
-        hovertemplate="layer %{x}<br>mean %{y:.3f}<extra></extra>",
-    )
+    hover += "<br>mean %{customdata[2]:.3f}<br>%{customdata[3]:,.0f} tokens"
+    extra = shown.select("p10", "p90", "mean", "tokens").to_numpy()
+    curve(figure, shown, "p50", name="median", colour=colours.accent, hover=hover, customdata=extra)
+    curve(
+        figure, shown, "mean", name="mean", colour=colours.muted, dash="dot", width=1.5, markers=False,
+        hover="layer %{x}<br>mean %{y:.3f}",
+    )  # fmt: skip
     layout(figure, title=title, x="layer", y=f"{name.split(':')[0].lower()} ({unit})", theme=theme, height=340)
-    figure.update_xaxes(type="category", showgrid=False, nticks=24)
-    figure.update_yaxes(rangemode="tozero")
-    return figure
+    return over_layers(figure)
 
 
 def coverage_band(frame: pl.DataFrame, *, theme: Theme = "light") -> go.Figure:
@@ -143,48 +97,21 @@ def coverage_band(frame: pl.DataFrame, *, theme: Theme = "light") -> go.Figure:
     colours = palette(theme)
     x = frame["label"].to_list()
     # A log axis has no 0: experts without tokens are drawn at one half.
-    y = {name: [max(value or 0, 0.5) for value in frame[name]] for name in ("fewest", "p10", "median", "p90", "most")}
+    drawn = frame.with_columns(pl.col("fewest", "p10", "median", "p90", "most").fill_null(0).clip(lower_bound=0.5))
     figure = go.Figure()
-    for upper, lower, alpha, words in (
-        ("most", "fewest", 0.10, "fewest to most"),
-        ("p90", "p10", 0.22, "middle 80 % of experts"),
-    ):
-        figure.add_scatter(x=x, y=y[upper], mode="lines", line={"width": 0}, showlegend=False, hoverinfo="skip")
-        figure.add_scatter(
-            x=x,
-            y=y[lower],
-            mode="lines",
-            line={"width": 0},
-            fill="tonexty",
-            name=words,
-            hoverinfo="skip",
-            fillcolor=fade(colours.accent, alpha),
-        )
+    for upper, lower, words in (("most", "fewest", "fewest to most"), ("p90", "p10", "middle 80 % of experts")):
+        band(figure, x=x, low=drawn[lower], high=drawn[upper], colour=colours.accent, name=words)
     extra = frame.select("fewest", "most", "starved", "num_experts").to_numpy()
     hover = "layer %{x}<br>median expert: %{y:,.0f} tokens<br>fewest %{customdata[0]:,.0f}, most %{customdata[1]:,.0f}"
-    hover += "<br>%{customdata[2]:.0f} of %{customdata[3]:.0f} experts starve<extra></extra>"
-    figure.add_scatter(
-        x=x,
-        y=y["median"],
-        customdata=extra,
-        mode="lines+markers",
-        name="median expert",
-        hovertemplate=hover,
-        line={"color": colours.accent, "width": 2},
-        marker={"size": 6},
-    )
-    figure.add_scatter(
-        x=x,
-        y=frame["threshold"],
-        mode="lines",
-        name="starved below",
-        line={"color": colours.alarm, "dash": "dash", "width": 1.5},
-        hovertemplate="layer %{x}<br>starved below %{y:,.0f} tokens<extra></extra>",
-    )
+    hover += "<br>%{customdata[2]:.0f} of %{customdata[3]:.0f} experts starve"
+    curve(figure, drawn, "median", name="median expert", colour=colours.accent, hover=hover, customdata=extra)
+    curve(
+        figure, drawn, "threshold", name="starved below", colour=colours.alarm, dash="dash", width=1.5, markers=False,
+        hover="layer %{x}<br>starved below %{y:,.0f} tokens",
+    )  # fmt: skip
     layout(figure, title=title, x="layer", y="tokens per expert (log scale)", theme=theme, height=360, wide=False)
-    figure.update_yaxes(**log_ticks([*y["fewest"], *y["most"], *frame["threshold"]]))
-    figure.update_xaxes(type="category", showgrid=False, nticks=24)
-    return figure
+    over_layers(figure)
+    return figure.update_yaxes(**log_ticks([*drawn["fewest"], *drawn["most"], *frame["threshold"]]))
 
 
 def domain_bars(frame: pl.DataFrame, *, theme: Theme = "light") -> go.Figure:
@@ -211,7 +138,7 @@ def domain_bars(frame: pl.DataFrame, *, theme: Theme = "light") -> go.Figure:
 
 
 def specialization_curves(frame: pl.DataFrame, *, domains: Sequence[str], theme: Theme = "light") -> go.Figure:
-    """How far each domain's load lies from the mean of the domains, over the layers.
+    """How far each domain's load lies from the mean of the domains, over the layers, and what chance alone gives.
 
     frame: ``app.frames.domains.specialization``.
     """
@@ -223,20 +150,13 @@ def specialization_curves(frame: pl.DataFrame, *, domains: Sequence[str], theme:
         part = frame.filter(pl.col("domain") == domain)
         name = safe(domain, 24)
         hover = (
-            f"{name}, layer %{{x}}<br>%{{y:.1%}} of the selections would have to move<br>%{{customdata:,}} "
-            "selections<extra></extra>"
+            f"{name}, layer %{{x}}<br>%{{y:.1%}} of the selections would have to move<br>%{{customdata:,}} selections"
         )
-        figure.add_scatter(
-            x=part["label"],
-            y=part["moved"],
-            customdata=part["selections"],
-            name=name,
-            mode="lines+markers",
-            line={"color": colour, "width": 2},
-            marker={"size": 5},
-            hovertemplate=hover,
-        )
+        curve(figure, part, "moved", name=name, colour=colour, hover=hover, customdata=part["selections"])
+    noise = frame.group_by("layer", "step", "label", maintain_order=True).agg(pl.col("noise").max())
+    curve(
+        figure, noise, "noise", name="by chance, at most", colour=palette(theme).muted, dash="dot", width=1.5,
+        markers=False, hover="layer %{x}<br>by chance alone at most %{y:.1%}",
+    )  # fmt: skip
     layout(figure, title=title, x="layer", y="selections that differ (share)", theme=theme, height=380)
-    figure.update_xaxes(type="category", showgrid=False, nticks=24)
-    figure.update_yaxes(tickformat=".0%", rangemode="tozero")
-    return figure
+    return over_layers(figure, percent=True)

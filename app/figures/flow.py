@@ -9,8 +9,9 @@ import plotly.graph_objects as go
 import polars as pl
 from numpy.typing import NDArray
 
-from app.figures.heatmap import MAX_DETAIL_CELLS
-from app.figures.style import Theme, colorbar, fade, layout, message, palette, scale
+from app.figures.heatmap import MAX_DETAIL_CELLS, percent_of_chance
+from app.figures.layers import curve, over_layers
+from app.figures.style import Theme, colorbar, layout, message, palette, pickable, safe, scale
 
 MEASURES = {
     "attraction": "times what popularity gives",
@@ -22,16 +23,20 @@ MEASURES = {
 }
 """What the colours of a map mean, by its measure."""
 
+_RATIOS = {"attraction": "what popularity gives", "lift": "what independence gives"}
+
 PREDICTORS = {
-    "transition": "experts of an earlier layer",
-    "popularity": "popularity: always the same experts",
-    "previous": "experts of the token before",
-    "router": "router run early on the earlier router's input",
-    "residual": "router run early through its own norm",
+    "transition": "earlier layer",
+    "popularity": "popularity",
+    "previous": "token before",
+    "router": "early router",
+    "residual": "early router, normed",
 }
+"""What foresees, short enough for a legend of two columns."""
+
 CONTROLS = {
-    "shuffled_in_sequence": "experts of another token of the same text",
-    "shuffled": "experts of any other token",
+    "shuffled_in_sequence": "other token of text",
+    "shuffled": "any other token",
 }
 _NOTHING = "Nothing was counted for this choice."
 
@@ -41,17 +46,19 @@ def pair_map(
     *,
     measure: str,
     title: str,
-    x: str = "expert",
-    y: str = "expert",
-    square: bool = True,
+    layer: str,
+    source: str | None = None,
     theme: Theme = "light",
 ) -> go.Figure:
-    """Experts by experts in the frame's order: of one layer (``square``), or of two.
+    """Experts by experts in the frame's order: of one layer, or of the earlier layer ``source`` by those of ``layer``.
 
-    frame: ``app.frames.flow.pairs`` or ``transitions``. Ratios are drawn on a logarithmic scale around 1.
+    frame: ``app.frames.flow.pairs`` or ``transitions``. Ratios are drawn on a logarithmic scale around 1. A click picks
+    the expert of the column.
     """
     if frame[measure].drop_nulls().is_empty():
         return message(_NOTHING, title=title, theme=theme, height=420)
+    square = source is None
+    x, y = ("expert", "expert") if source is None else tuple(f"expert of layer {safe(one)}" for one in (layer, source))
     cells = _cells(frame, measure)
     rows, columns = (_order(frame, *names) for names in (("place", "expert"), ("other_place", "other")))
     drawn, colours, hover = _coloured(cells, measure, theme)
@@ -66,6 +73,9 @@ def pair_map(
         heat.update(customdata=np.stack(detail, axis=-1).astype(np.float32))
         if measure not in (given, beside):
             words += f"<br>{hover}"
+    elif measure in _RATIOS:
+        heat.update(customdata=percent_of_chance(cells))
+        words += f"%{{customdata:,}} % of {_RATIOS[measure]}"
     else:
         words += hover
     heat.update(hovertemplate=words + "<extra></extra>")
@@ -73,25 +83,28 @@ def pair_map(
     axis: dict[str, Any] = {"type": "category", "showgrid": False, "zeroline": False, "ticks": "", "nticks": 20}
     figure.update_xaxes(categoryorder="array", categoryarray=columns, **axis)
     figure.update_yaxes(categoryorder="array", categoryarray=rows, autorange="reversed", **axis)
-    return figure
+    return pickable(figure, layer=f"={layer}", expert="x")
 
 
 def excess_curve(frame: pl.DataFrame, *, theme: Theme = "light") -> go.Figure:
-    """Share of the pairs that popularity does not explain. frame: ``app.frames.flow.co_activations``."""
+    """Share of the pairs that popularity does not explain. frame: ``app.frames.flow.excess``."""
     title = "Pairs of experts beyond popularity"
     shown = frame.drop_nulls("excess")
     if shown.is_empty():
         return message("Computed when the run is finished.", title=title, theme=theme)
     colours = palette(theme)
     figure = go.Figure()
-    hover = "layer %{x}<br>%{y:.1%} of %{customdata[0]:,.0f} pairs"
-    hover += "<br>experts %{customdata[1]} and %{customdata[2]} attract each other most: %{customdata[3]:.1f} times"
-    extra = shown.select("pairs", "expert", "other", "attraction").to_numpy()
-    _band(figure, shown, "excess", name="pairs as they are", colour=colours.accent, hover=hover, customdata=extra)
+    curve(
+        figure, shown, "excess", name="pairs as they are", colour=colours.accent,
+        hover="layer %{x}<br>%{y:.1%} of the pairs",
+    )  # fmt: skip
     noise = shown.select("label", pl.col("noise").alias("excess"), low="noise_low", high="noise_high")
-    hover = "layer %{x}<br>%{y:.1%} by noise alone"
-    _band(figure, noise, "excess", name="drawn by popularity alone", colour=colours.muted, hover=hover, dash="dot")
-    return _over_layers(figure, title=title, y="share of pairs (0 to 1)", theme=theme)
+    curve(
+        figure, noise, "excess", name="popularity alone", colour=colours.muted, dash="dot", markers=False,
+        hover="layer %{x}<br>%{y:.1%} by noise alone",
+    )  # fmt: skip
+    layout(figure, title=title, x="layer", y="share of pairs (0 to 1)", theme=theme, height=460, wide=False)
+    return over_layers(figure, percent=True)
 
 
 def information_curve(frame: pl.DataFrame, *, theme: Theme = "light") -> go.Figure:
@@ -102,13 +115,16 @@ def information_curve(frame: pl.DataFrame, *, theme: Theme = "light") -> go.Figu
         return message("Computed when the run is finished.", title=title, theme=theme)
     colours = palette(theme)
     figure = go.Figure()
-    names = {"observed": "the same token", **CONTROLS}
+    names = {"observed": "same token", **CONTROLS}
     for (control, name), colour in zip(names.items(), (colours.accent, *colours.categorical[2:4]), strict=True):
         part = near.filter(pl.col("control") == control)
         hover = f"layer %{{x}}<br>{name}: %{{y:.4f}} bits"
         dash = "solid" if control == "observed" else "dot"
-        _band(figure, part, "bits", name=name, colour=colour, hover=hover, dash=dash)
-    return _over_layers(figure, title=title, y="bits", theme=theme, percent=False)
+        curve(
+            figure, part, "bits", name=name, colour=colour, hover=hover, dash=dash, markers=control == "observed"
+        )  # fmt: skip
+    layout(figure, title=title, x="layer", y="bits", theme=theme, height=460, wide=False)
+    return over_layers(figure)
 
 
 def recall_curves(frame: pl.DataFrame, *, extra: int, theme: Theme = "light") -> go.Figure:
@@ -128,19 +144,17 @@ def recall_curves(frame: pl.DataFrame, *, extra: int, theme: Theme = "light") ->
         part = near.filter((pl.col("predictor") == "transition") & (pl.col("control") == control))
         _recall(figure, part, name, control, theme)
     chance = near.unique(["layer", "step"]).sort("layer", "step")
-    line = {"color": palette(theme).muted, "width": 1.3, "dash": "dash"}
-    figure.add_scatter(
-        x=chance["label"], y=chance["chance"], mode="lines", name="random experts", line=line,
-        hovertemplate="layer %{x}<br>random experts %{y:.1%}<extra></extra>",
+    curve(
+        figure, chance.select("label", "chance"), "chance", name="random experts", colour=palette(theme).muted,
+        dash="dash", width=1.3, markers=False, hover="layer %{x}<br>random experts %{y:.1%}",
     )  # fmt: skip
-    _over_layers(figure, title=title, y="choices foreseen (0 to 1)", theme=theme)
-    labels = near.unique(["layer", "step"]).sort("layer", "step")["label"].to_list()
-    return figure.update_xaxes(categoryorder="array", categoryarray=labels)
+    layout(figure, title=title, x="layer", y="choices foreseen (0 to 1)", theme=theme, height=460, wide=False)
+    return over_layers(figure, percent=True, labels=chance["label"].to_list())
 
 
 def width_curves(frame: pl.DataFrame, *, label: str, theme: Theme = "light") -> go.Figure:
     """Share of one layer's choices that are foreseen, by experts fetched; frame as ``recall_curves``."""
-    title = "All layers, by experts fetched" if label == "all" else f"Layer {label}, by experts fetched"
+    title = "All layers, by experts fetched" if label == "all" else f"Layer {safe(label)}, by experts fetched"
     mine = frame.filter((pl.col("label") == label) & (pl.col("control") == "observed"))
     if mine.is_empty():
         return message("No layer before this one foresees it.", title=title, theme=theme)
@@ -163,15 +177,25 @@ def width_curves(frame: pl.DataFrame, *, label: str, theme: Theme = "light") -> 
     figure.add_scatter(
         x=chance["extra"], y=chance["chance"], mode="lines", name="random experts", line=line, hovertemplate=hover
     )
-    layout(figure, title=title, x="experts fetched beyond k", y="choices foreseen (0 to 1)", theme=theme, height=460)
+    layout(
+        figure,
+        title=title,
+        x="experts fetched beyond k",
+        y="choices foreseen (0 to 1)",
+        theme=theme,
+        height=460,
+        wide=False,
+    )
     figure.update_xaxes(dtick=1, showgrid=False, tickprefix="+")
     return figure.update_yaxes(tickformat=".0%", rangemode="tozero")
 
 
 def _recall(figure: go.Figure, part: pl.DataFrame, name: str, key: str, theme: Theme) -> None:
-    dash = "dot" if key in CONTROLS else "solid"
-    hover = f"layer %{{x}}<br>{name}: %{{y:.1%}}"
-    _band(figure, part, "value", name=name, colour=_colour(key, theme), hover=hover, dash=dash)
+    control = key in CONTROLS
+    curve(
+        figure, part, "value", name=name, colour=_colour(key, theme), hover=f"layer %{{x}}<br>{name}: %{{y:.1%}}",
+        dash="dot" if control else "solid", markers=not control,
+    )  # fmt: skip
 
 
 def _colour(key: str, theme: Theme) -> str:
@@ -183,37 +207,6 @@ def _colour(key: str, theme: Theme) -> str:
         "previous": colours.categorical[4],
     }
     return known.get(key, colours.categorical[5])
-
-
-def _band(
-    figure: go.Figure,
-    frame: pl.DataFrame,
-    value: str,
-    *,
-    name: str,
-    colour: str,
-    hover: str,
-    dash: str = "solid",
-    customdata: Any = None,
-) -> None:
-    """A line over the layers and, where there are low and high, the band between them."""
-    if frame.is_empty():
-        return
-    x = frame["label"].to_list()
-    if frame["low"].drop_nulls().len():
-        line: dict[str, Any] = {"mode": "lines", "line": {"width": 0}, "hoverinfo": "skip", "showlegend": False}
-        figure.add_scatter(x=x, y=frame["high"], **line)
-        figure.add_scatter(x=x, y=frame["low"], fill="tonexty", fillcolor=fade(colour, 0.2), **line)
-    figure.add_scatter(
-        x=x, y=frame[value], customdata=customdata, mode="lines+markers", name=name, marker={"size": 5},
-        line={"color": colour, "width": 2, "dash": dash}, hovertemplate=hover + "<extra></extra>",
-    )  # fmt: skip
-
-
-def _over_layers(figure: go.Figure, *, title: str, y: str, theme: Theme, percent: bool = True) -> go.Figure:
-    layout(figure, title=title, x="layer", y=y, theme=theme, height=400)
-    figure.update_xaxes(type="category", showgrid=False, nticks=24)
-    return figure.update_yaxes(rangemode="tozero", **({"tickformat": ".0%"} if percent else {}))
 
 
 def _coloured(

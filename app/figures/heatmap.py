@@ -20,8 +20,7 @@ def matrix(frame: pl.DataFrame, value: str) -> tuple[NDArray[np.float32], list[s
     labels = frame["label"].unique(maintain_order=True).to_list()
     width = int(frame["expert"].max()) + 1 if len(frame) else 0  # type: ignore[arg-type]
     cells = np.full((len(labels), width), np.nan, np.float32)
-    row = {label: index for index, label in enumerate(labels)}
-    rows = np.array([row[label] for label in frame["label"]], int)
+    rows = frame["label"].replace_strict(labels, range(len(labels)), return_dtype=pl.Int64).to_numpy()
     cells[rows, frame["expert"].to_numpy()] = frame[value].cast(pl.Float32).fill_null(float("nan")).to_numpy()
     return cells, labels, width
 
@@ -64,7 +63,8 @@ def load_map(
     if cells.size <= MAX_DETAIL_CELLS:
         heat.update(customdata=np.stack([share, relative, tokens], axis=-1).astype(np.float32), hovertemplate=hover)
     elif value == "relative":
-        heat.update(hovertemplate="layer %{y}, expert %{x}<br>2^%{z:.2f} × the uniform share<extra></extra>")
+        words = "layer %{y}, expert %{x}<br>%{customdata:,} % of the uniform share<extra></extra>"
+        heat.update(customdata=percent_of_chance(relative), hovertemplate=words)
     else:
         heat.update(hovertemplate="layer %{y}, expert %{x}<br>%{z:.3f} % of selections<extra></extra>")
     return expert_map(go.Figure(heat), title=title, labels=labels, width=width, theme=theme)
@@ -100,6 +100,12 @@ def difference_map(frame: pl.DataFrame, *, domain: str, theme: Theme = "light") 
     else:
         heat.update(hovertemplate="layer %{y}, expert %{x}<br>difference %{z:+.2f} points<extra></extra>")
     return expert_map(go.Figure(heat), title=title, labels=labels, width=width, theme=theme)
+
+
+def percent_of_chance(ratios: NDArray[np.floating[Any]]) -> NDArray[np.uint16 | np.uint32]:
+    """Ratios to chance as whole per cent, for the hover text of a large map: two bytes a cell; unknown ones are 0."""
+    percent = np.nan_to_num(ratios * 100, nan=0.0, posinf=0.0).round()
+    return percent.astype(np.uint16 if percent.max(initial=0) <= np.iinfo(np.uint16).max else np.uint32)
 
 
 def _factor_ticks(bound: int) -> dict[str, Any]:

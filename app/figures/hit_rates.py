@@ -6,6 +6,8 @@ import plotly.graph_objects as go
 import polars as pl
 
 from app.figures.consistency import BESIDE_HEIGHT, CONTROL_WORDS, DASHES, shades
+from app.figures.interval import band, whiskers
+from app.figures.layers import curve, over_layers
 from app.figures.style import Theme, colours_of, fade, layout, message, palette, safe
 
 POLICY_WORDS = {"sch": "SCH", "lru": "LRU", "lfu": "LFU", "belady": "Belady"}
@@ -29,7 +31,7 @@ def hit_rate_curves(
         if part.is_empty():
             continue
         name = POLICY_WORDS[policy] + (f" ({segment_length} tokens ahead)" if policy == "sch" else "")
-        _interval_band(figure, part, colour)
+        band(figure, x=part["ratio"], low=part["low"], high=part["high"], colour=colour)
         hover = f"{name}<br>%{{customdata:,}} slots, ρ = %{{x:.2f}}<br>hit rate %{{y:.1%}}<extra></extra>"
         figure.add_scatter(
             x=part["ratio"],
@@ -74,22 +76,13 @@ def hit_rate_layers(frame: pl.DataFrame, *, policy: str, theme: Theme = "light")
     figure = go.Figure()
     for ratio, colour in zip((1.0, 2.0, 3.0), shades(3, theme), strict=True):
         part = frame.filter((pl.col("ratio") - ratio).abs() < 1e-6)
-        if len(part):
-            figure.add_scatter(
-                x=part["scope"],
-                y=part["value"],
-                name=f"ρ = {ratio:g}",
-                mode="lines+markers",
-                customdata=part["slots"],
-                line={"color": colour, "width": 2},
-                marker={"size": 5},
-                hovertemplate=f"layer %{{x}}, ρ = {ratio:g} (%{{customdata}} slots)<br>hit rate "
-                f"%{{y:.1%}}<extra></extra>",
-            )
-    layout(figure, title=title, x="layer", y="hit rate (0 to 1)", theme=theme, height=BESIDE_HEIGHT, wide=False)
-    figure.update_xaxes(type="category", showgrid=False, nticks=24)
-    figure.update_yaxes(tickformat=".0%", range=[0, 1.02])
-    return figure
+        hover = f"layer %{{x}}, ρ = {ratio:g} (%{{customdata}} slots)<br>hit rate %{{y:.1%}}"
+        curve(
+            figure, part.rename({"scope": "label"}), "value", name=f"ρ = {ratio:g}", colour=colour, hover=hover,
+            customdata=part["slots"],
+        )  # fmt: skip
+    layout(figure, title=title, x="layer", y="hit rate (0 to 1)", theme=theme, height=400)
+    return over_layers(figure, percent=True).update_yaxes(range=[0, 1.02])
 
 
 def beside_published(frame: pl.DataFrame, *, this: str, title: str, x: str, theme: Theme = "light") -> go.Figure:
@@ -106,15 +99,7 @@ def beside_published(frame: pl.DataFrame, *, this: str, title: str, x: str, them
     figure = go.Figure()
     for ours, colour in ((False, fade(colours.muted, 0.45)), (True, colours.accent)):
         part = shown.filter(pl.col("ours") == ours)
-        error = {
-            "type": "data",
-            "symmetric": False,
-            "array": (part["high"] - part["value"]).to_list(),
-            "thickness": 1.5,
-            "arrayminus": (part["value"] - part["low"]).to_list(),
-            "width": 4,
-            "color": colours.text,
-        }
+        error = whiskers(part["value"], part["low"], part["high"], colour=colours.text)
         figure.add_bar(
             x=part["value"],
             y=[name for name, own in zip(bold, shown["ours"], strict=True) if own == ours],
@@ -139,19 +124,3 @@ def beside_published(frame: pl.DataFrame, *, this: str, title: str, x: str, them
         type="category", showgrid=False, tickfont={"size": 11}, categoryorder="array", categoryarray=bold
     )
     return figure
-
-
-def _interval_band(figure: go.Figure, part: pl.DataFrame, colour: str) -> None:
-    if part["low"].null_count() == len(part):
-        return
-    for column, fill in (("high", None), ("low", "tonexty")):
-        figure.add_scatter(
-            x=part["ratio"],
-            y=part[column],
-            mode="lines",
-            line={"width": 0},
-            fill=fill,
-            fillcolor=fade(colour, 0.15),
-            showlegend=False,
-            hoverinfo="skip",
-        )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import polars as pl
 
 import store
@@ -41,12 +43,29 @@ def specialization(run: store.Run, *, phase: str | None = None) -> pl.DataFrame:
     """One row per MoE layer and domain: how far the domain's load lies from the mean of the domains.
 
     moved = half the sum of absolute differences of the shares: the part of the selections (0..1) that would have to
-    move to another expert to turn the domain's load into the mean load. 0 = the router does not tell them apart.
+    move to another expert to turn the domain's load into the mean load. 0 = the router does not tell them apart. noise
+    = what is expected of domains with the same load, if every selection were drawn for itself from the mean load.
     """
     frame = domain_shares(run, phase=phase)
-    return frame.group_by("layer", "step", "label", "domain", maintain_order=True).agg(
-        (pl.col("difference").abs().sum() / 2).alias("moved"), pl.col("tokens").sum().alias("selections")
+    keys = ["layer", "step", "label"]
+    pooled = pl.col("pooled_share")
+    frame = frame.with_columns(pl.col("tokens").sum().over(*keys, "domain").alias("selections"))
+    frame = frame.with_columns((pooled * (1 - pooled) / pl.col("selections")).alias("variance"))  # of one share
+    count = pl.len().over(*keys, "expert")  # of domains
+    others = pl.col("variance").sum().over(*keys, "expert") - pl.col("variance")
+    variance = (1 - 1 / count) ** 2 * pl.col("variance") + others / count**2  # of share - pooled_share
+    frame = frame.with_columns((variance * 2 / math.pi).sqrt().alias("by_chance"))
+    return frame.group_by(*keys, "domain", maintain_order=True).agg(
+        (pl.col("difference").abs().sum() / 2).alias("moved"),
+        (pl.col("by_chance").sum() / 2).alias("noise"),
+        pl.col("selections").first(),
     )
+
+
+def farthest(run: store.Run, *, phase: str | None = None) -> pl.DataFrame:
+    """One row per domain, the one that differs most first: domain, moved and noise, means over the layers."""
+    means = specialization(run, phase=phase).group_by("domain").agg(pl.col("moved", "noise").mean())
+    return means.sort(["moved", "domain"], descending=[True, False])
 
 
 def _against_pooled(frame: pl.DataFrame) -> pl.DataFrame:

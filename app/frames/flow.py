@@ -19,6 +19,9 @@ from profiler.metrics import transitions as formulas
 from profiler.metrics._trace import sequence_runs
 from profiler.metrics.similarity_agreement import clustered_order
 
+LEAST_EXPECTED = 10
+"""Pairs that popularity alone would give fewer tokens stand in no table and no sentence: their ratios are noise."""
+
 MEASURES = {
     "attraction": "attraction",
     "co_activation": "co-activation",
@@ -60,6 +63,18 @@ def pairs(run: store.Run, *, label: str, domain: str | None = None) -> pl.DataFr
     return frame.filter(pl.col("expert") != pl.col("other")).fill_nan(None)
 
 
+def excess(run: store.Run) -> pl.DataFrame:
+    """One row per MoE layer, from the stored metrics: layer, step, label, excess = share of pairs that popularity does
+    not explain, with low, high and what only noise gives (noise_low, noise, noise_high)."""
+    frame = with_label(run.metrics("pair_excess"))
+    keys, band = ["layer", "step", "label"], ("low", "value", "high")
+    seen = frame.filter(pl.col("control") == "observed").select(*keys, pl.col("value").alias("excess"), "low", "high")
+    noise = frame.filter(pl.col("control") == "popularity").select(
+        *keys, *(pl.col(name).alias(f"noise_{name}".removesuffix("_value")) for name in band)
+    )
+    return seen.join(noise, on=keys, how="left").sort("layer", "step")
+
+
 def co_activations(run: store.Run) -> pl.DataFrame:
     """One row per MoE layer: how far its pairs of experts are more than popularity.
 
@@ -76,7 +91,11 @@ def co_activations(run: store.Run) -> pl.DataFrame:
         frame = (
             pairs(run, label=layer_label(*key)) if layer.num_experts <= MOST_EXPERTS else pl.DataFrame(schema=_PAIRS)
         )
-        best = frame.filter(pl.col("expected") >= 10).sort("attraction", descending=True, nulls_last=True).head(1)
+        best = (
+            frame.filter(pl.col("expected") >= LEAST_EXPECTED)
+            .sort("attraction", descending=True, nulls_last=True)
+            .head(1)
+        )
         pair = best.select("expert", "other", "joint_tokens", "attraction").row(0) if len(best) else (None,) * 4
         if not seen and not len(best):
             continue
@@ -180,6 +199,19 @@ def lookaheads(run: store.Run, *, domain: str | None = None, phase: str | None =
     frame = with_label(pl.DataFrame(rows, schema=_LOOKAHEAD, orient="row"))
     names = ["layer", "step", "label", "distance", "input", "extra", "fetched", "value", "exact", "chance"]
     return _with_chance(run, frame).select(*names, "first_choice", "cosine", "tokens")
+
+
+def lacks_pairs(run: store.Run) -> bool:
+    """Whether the run has neither a trace nor recorded pairs, from which experts that meet could be counted."""
+    if run.has_trace or run.live or not run.layers or len(run.metrics("pair_excess")):
+        return False
+    return run.table("expert_pair", layer=run.layers[0].layer).is_empty()
+
+
+def strongest(frame: pl.DataFrame) -> pl.DataFrame:
+    """Of the frame :func:`pairs`, each pair once, the one of the largest attraction first; rare ones are left out."""
+    once = frame.filter((pl.col("expert") < pl.col("other")) & (pl.col("expected") >= LEAST_EXPECTED))
+    return once.sort("attraction", descending=True, nulls_last=True).drop("place", "other_place", "tokens")
 
 
 def sources(run: store.Run, label: str) -> list[str]:

@@ -40,7 +40,11 @@ def every_figure(run: store.Run, theme: style.Theme) -> Iterator[go.Figure]:
     yield srp_figures.router_size_curve(model, theme=theme)
     yield srp_figures.srp_layer_curves(consistency.srp_layers(run), theme=theme)
     yield srp_figures.srp_expert_scatter(consistency.srp_experts(run), theme=theme)
+    yield srp_figures.srp_map(
+        consistency.srp_experts(run).filter(pl.col("segment_length") == 16), length=16, theme=theme
+    )
     yield srp_figures.repetition_curves(consistency.repetition(run), theme=theme)
+    yield srp_figures.overlap_map(consistency.repetition(run), theme=theme)
     yield hit_rates.hit_rate_curves(shared, segment_length=16, scope_words="one cache", theme=theme)
     yield hit_rates.hit_rate_layers(rates.filter(pl.col("policy") == "lru"), policy="lru", theme=theme)
     yield token_figures.routing_map(tokens.token_routes(run, 1), layer="2", num_experts=16, theme=theme)
@@ -149,5 +153,6 @@ def test_a_large_map_stays_small() -> None:
         pl.lit(0).alias("step"),
     )
     figure = heatmap.load_map(frame)
-    assert figure.data[0].customdata is None
-    assert len(figure.to_json()) < 300_000
+    assert figure.data[0].customdata.dtype == np.uint16  # of the hover text: two bytes a cell
+    assert set(figure.data[0].customdata.ravel()) == {100}
+    assert len(figure.to_json()) < 350_000

@@ -13,6 +13,7 @@ import pytest
 import synthetic
 from numpy.typing import NDArray
 from streamlit.testing.v1 import AppTest
+from visiting import visited
 
 import store
 from app.commands.show import view
@@ -22,7 +23,6 @@ from profiler.headline import compute_and_store
 from profiler.importers.job import import_run
 from profiler.importers.recording import ImportOptions
 
-MAIN = Path(__file__).parents[2] / "app" / "main.py"
 SEQUENCES, EXPERTS, TOP_K, TOKENS = 12, synthetic.EXPERTS, synthetic.TOP_K, synthetic.TOKENS
 AXIS = {str(layer): axis for axis, layer in enumerate(synthetic.LAYERS)}
 
@@ -177,13 +177,10 @@ def test_lookahead_is_kept_by_domain(flow: store.Run) -> None:
     assert frame["fetched"].max() == TOP_K + 8
 
 
-def visit(monkeypatch: pytest.MonkeyPatch, directory: Path, **parameters: str) -> tuple[AppTest, str]:
-    monkeypatch.setenv("MOESCOPE_STORE", str(directory))
-    app = AppTest.from_file(str(MAIN), default_timeout=60)
-    for name, value in parameters.items():
-        app.query_params[name] = value
-    app.run()
-    app.switch_page("views/routing.py").run()
+def visit(
+    monkeypatch: pytest.MonkeyPatch, directory: Path, section: str = "Next layer", **parameters: str
+) -> tuple[AppTest, str]:
+    app = visited(monkeypatch, directory, "routing", section=section, **parameters)
     return app, words(app)
 
 
@@ -197,18 +194,17 @@ def titles(app: AppTest) -> list[str]:
     return [json.loads(chart.proto.spec)["layout"]["title"]["text"] for chart in app.get("plotly_chart")]
 
 
-def test_the_section_follows_the_address(monkeypatch: pytest.MonkeyPatch, path: Path) -> None:
-    chosen = {"layer": "3", "pairs": "Jaccard index", "from": "1", "fetched": "k + 2 experts"}
-    app, text = visit(monkeypatch, path.parent, **chosen)
-    expected = [
-        "Jaccard index, layer 3",
-        "Pairs of experts beyond popularity",
+def test_the_sections_follow_the_address(monkeypatch: pytest.MonkeyPatch, path: Path) -> None:
+    app, text = visit(monkeypatch, path.parent, "Pairs", layer="3", pairs="Jaccard index")
+    assert titles(app) == ["Jaccard index, layer 3", "Pairs of experts beyond popularity"]
+    assert "as often as their popularity explains" in text
+    app, text = visit(monkeypatch, path.parent, layer="3", **{"from": "1", "fetched": "k + 2 experts"})
+    assert titles(app) == [
         "From layer 1 to layer 3",
         "What the experts of the layer before say",
         "Experts foreseen one layer ahead",
         "Layer 3, by experts fetched",
     ]
-    assert [title for title in titles(app) if title in expected] == expected
     assert "Of the next layer's choices, k fetched experts hold" in text
     assert f"{SEQUENCES * TOKENS:,} tokens of {SEQUENCES} sequences; 95 % intervals over sequences" in text
     assert "12.5% by chance" in text
@@ -219,20 +215,23 @@ def test_the_section_follows_the_address(monkeypatch: pytest.MonkeyPatch, path: 
 
 
 def test_one_domain_is_counted_alone(monkeypatch: pytest.MonkeyPatch, path: Path) -> None:
-    _, text = visit(monkeypatch, path.parent, domain="deutsch")
-    assert f"{SEQUENCES // 3 * TOKENS:,} tokens of deutsch." in text
+    for section in ("Pairs", "Next layer"):
+        _, text = visit(monkeypatch, path.parent, section, domain="deutsch")
+        assert f"{SEQUENCES // 3 * TOKENS:,} tokens of deutsch." in text
 
 
 def test_what_a_run_lacks_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     write(tmp_path / "early", leave_out=("lookahead",), metrics=False)
     app, text = visit(monkeypatch, tmp_path / "early")
-    assert "needs the level `lookahead`" in text
+    assert "needs the level lookahead" in text
     assert "How far experts can be foreseen has not been computed" in text
-    assert "Attraction, layer 2" in titles(app)  # counted in the trace
-    assert "From layer 1 to layer 2" in titles(app)
+    assert "From layer 1 to layer 2" in titles(app)  # counted in the trace
+    app, text = visit(monkeypatch, tmp_path / "early", "Pairs")
+    assert titles(app) == ["Attraction, layer 1"]
     synthetic.live(tmp_path / "live", shards=1)
+    app, text = visit(monkeypatch, tmp_path / "live", "Pairs")
+    assert titles(app) == ["Attraction, layer 1"]
     app, text = visit(monkeypatch, tmp_path / "live")
-    assert "Attraction, layer 2" in titles(app)
     assert "computed from the whole trace when the collection ends" in text
 
 
@@ -247,9 +246,10 @@ def test_imports_say_why(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Non
     (tmp_path / "counts.csv").write_text(f"layer,expert\n{rows}\n")
     options = ImportOptions(num_experts=8, top_k=2)
     import_run("csv", tmp_path / "counts.csv", directory=tmp_path / "counts", name="counts", options=options)
-    app, text = visit(monkeypatch, tmp_path / "counts")
-    assert "Which experts meet, and which follow cannot be computed from what was imported" in text
-    assert not {"From layer 0 to layer 1", "Pairs of experts beyond popularity"} & set(titles(app))
+    for section, what in (("Pairs", "Which experts meet"), ("Next layer", "Which experts follow")):
+        app, text = visit(monkeypatch, tmp_path / "counts", section)
+        assert f"{what} cannot be computed from what was imported" in text
+        assert not titles(app)
 
 
 def test_views_are_the_frames_of_the_page(flow: store.Run) -> None:
@@ -266,15 +266,16 @@ def test_views_are_the_frames_of_the_page(flow: store.Run) -> None:
 def test_figures_draw_what_the_frames_hold(theme: Any, flow: store.Run) -> None:
     frame = frames.pairs(flow, label="3")
     pair = frame.sort("jaccard", descending=True, nulls_last=True).row(0, named=True)
-    heat = figures.pair_map(frame, measure="jaccard", title="x", theme=theme).data[0]
+    heat = figures.pair_map(frame, measure="jaccard", title="x", layer="3", theme=theme).data[0]
     rows, columns = (list(names).index(str(pair[name])) for names, name in ((heat.y, "expert"), (heat.x, "other")))
     assert heat.z[rows][columns] == pytest.approx(100 * pair["jaccard"], rel=1e-5)
     assert np.isnan(np.diag(np.array(heat.z, float))).all()
-    lift = figures.pair_map(frame, measure="lift", title="x", theme=theme).data[0]
+    lift = figures.pair_map(frame, measure="lift", title="x", layer="3", theme=theme).data[0]
     assert lift.z[rows][columns] == pytest.approx(np.clip(np.log2(pair["lift"]), lift.zmin, lift.zmax), rel=1e-5)
     assert (lift.zmid, lift.zmin) == (0.0, -lift.zmax)
-    over = frames.co_activations(flow)
+    over = frames.excess(flow)
     assert list(figures.excess_curve(over, theme=theme).data[2].y) == over["excess"].to_list()
+    assert over["excess"].to_list() == frames.co_activations(flow)["excess"].to_list()
     bits = figures.information_curve(frames.information(flow), theme=theme)
     assert len([trace for trace in bits.data if trace.name]) == 3
     frame = frames.predictability(flow)
@@ -282,17 +283,17 @@ def test_figures_draw_what_the_frames_hold(theme: Any, flow: store.Run) -> None:
     mine = frame.filter(predictor="transition", distance=1, control="observed", extra=1).filter(
         pl.col("label") != "all"
     )
-    assert list(curves["experts of an earlier layer"].y) == mine["value"].to_list()
+    assert list(curves["earlier layer"].y) == mine["value"].to_list()
     assert set(curves["random experts"].y) == {(TOP_K + 1) / EXPERTS}
     widths = figures.width_curves(frame, label="5", theme=theme)
-    assert sum(trace.name.startswith("experts of an earlier layer") for trace in widths.data) == 3
+    assert sum(trace.name.startswith("earlier layer") for trace in widths.data) == 3
 
 
 def test_figures_of_nothing_say_so(flow: store.Run) -> None:
     nothing = frames.predictability(flow).clear()
     for figure in (
-        figures.pair_map(frames.pairs(flow, label="3").clear(), measure="lift", title="x"),
-        figures.excess_curve(frames.co_activations(flow).clear()),
+        figures.pair_map(frames.pairs(flow, label="3").clear(), measure="lift", title="x", layer="3"),
+        figures.excess_curve(frames.excess(flow).clear()),
         figures.information_curve(frames.information(flow).clear()),
         figures.recall_curves(nothing, extra=0),
         figures.width_curves(nothing, label="3"),
@@ -307,13 +308,14 @@ def test_partners_face_each_other() -> None:
 
 
 def test_values_from_the_address_that_are_none_read_as_the_default(monkeypatch: pytest.MonkeyPatch, path: Path) -> None:
-    app, _ = visit(monkeypatch, path.parent, layer="99", pairs="<b>", fetched="k + 99 experts", **{"from": "x"})
-    chosen = [app.selectbox(key=key).value for key in ("layer", "pairs", "from", "fetched")]
-    assert chosen == ["2", "attraction", "1", "0"]
+    app, _ = visit(monkeypatch, path.parent, layer="99", fetched="k + 99 experts", **{"from": "x"})
+    assert [app.selectbox(key=key).value for key in ("layer", "from", "fetched")] == [None, "1", "0"]
+    app, _ = visit(monkeypatch, path.parent, "Pairs", pairs="<b>")
+    assert app.selectbox(key="pairs").value == "attraction"
 
 
 def test_hostile_domains_stay_text(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     synthetic.finished(tmp_path, hostile=True)
-    app, _ = visit(monkeypatch, tmp_path, domain=synthetic.HOSTILE)
+    app, _ = visit(monkeypatch, tmp_path, "Pairs", domain=synthetic.HOSTILE)
     captions = "\n".join(element.value for element in app.caption)
     assert "tokens of \\<script\\>" in captions and "<script>" not in captions

@@ -18,11 +18,11 @@ ROOT = Path(__file__).parents[2] / "app"
 FILES = [f"views/{Path(page.file).name}" for page in PAGES]
 CHARTS = {
     "overview": 0,
-    "routing": 10,
+    "routing": 2,
     "tokens": 1,
     "expert": 2,
     "super_experts": 2,
-    "local_consistency": 8,
+    "local_consistency": 2,
     "similarity": 1,  # the synthetic run has one kind
     "compare": 0,
     "compress": 4,  # the synthetic run lacks the stream, by which plans are priced

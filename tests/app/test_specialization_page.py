@@ -35,7 +35,7 @@ def special(path: Path) -> Iterator[store.Run]:
 
 
 def visit(monkeypatch: pytest.MonkeyPatch, directory: Path, **parameters: str) -> tuple[AppTest, str]:
-    app = visited(monkeypatch, directory, "routing", **parameters)
+    app = visited(monkeypatch, directory, "routing", section="Purpose", **parameters)
     kinds = (app.markdown, app.info, app.caption)
     return app, "\n".join(str(element.value) for kind in kinds for element in kind)
 
@@ -106,7 +106,7 @@ def test_figures_draw_what_the_frames_hold(theme: Any, special: store.Run) -> No
     part = frame.filter((pl.col("kind") == "domain") & (pl.col("form") == "largest"))
     curve = figures.layer_curve(part, title="x", y="y", theme=theme)
     assert list(curve.data[2].y) == part.drop_nulls("layer")["value"].to_list()
-    assert [trace.name for trace in curve.data][3:] == ["shuffled over all text", "uniformly random experts"]
+    assert [trace.name for trace in curve.data][3:] == ["shuffled over all text", "random experts"]
     points = frames.experts(special, kind="domain")
     assert list(figures.srp_scatter(points, title="x", x="x", theme=theme).data[0].y) == points["srp"].to_list()
     assert "nothing" in figures.layer_curve(part.clear(), title="x", y="y").layout.annotations[0].text
