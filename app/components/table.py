@@ -75,6 +75,8 @@ def show(
     hide: tuple[str, ...] = (),
     bordered: bool = True,
     figure: go.Figure | None = None,
+    height: int = MOST_HEIGHT,
+    whole: pl.DataFrame | None = None,
 ) -> None:
     """Draw a table with the sentence that says how to read it, and its downloads.
 
@@ -90,6 +92,8 @@ def show(
         hide: columns that are in the downloads only.
         bordered: whether it stands in a card of its own.
         figure: a chart of the same frame, for the downloads.
+        height: pixels that it takes at most.
+        whole: what the downloads hold, where the table shows it in other words.
     """
     shown = frame.drop(hide, strict=False)
     if {"layer", "label"} <= set(shown.columns):
@@ -101,10 +105,10 @@ def show(
             rows = {"on_select": _on_select(f"table-{key}", frame, picked), "selection_mode": "single-row"}
         st.dataframe(
             shown, key=f"table-{key}", hide_index=True, alt=alt, column_config=config, lazy=False,
-            height=min(ROW * (len(shown) + 1) + 2, MOST_HEIGHT), **rows,
+            height=min(ROW * (len(shown) + 1) + 2, height), **rows,
         )  # fmt: skip
         if read or len(frame):
-            chart.caption(read, frame, figure, key=key)
+            chart.caption(read, frame if whole is None else whole, figure, key=key)
 
 
 def _config(frame: pl.DataFrame, name: str, known: Mapping[str, Column]) -> Any:

@@ -14,7 +14,11 @@ const paint = (node, inks, index) => {
 // Line breaks and tabs are shown as signs too, so that no token is invisible.
 const visible = (text) => text.replaceAll("\r", "␍").replaceAll("\n", "⏎\n").replaceAll("\t", "⇥\t")
 
-const shown = (value, unit) => (unit === "%" ? `${Math.round(value * 1000) / 10} %` : `${Number(value.toPrecision(3))}${unit ? ` ${unit}` : ""}`)
+const shown = (value, unit) => {
+  if (unit === "%") return `${Math.round(value * 1000) / 10} %`
+  const number = value !== 0 && Math.abs(value) < 1e-3 ? value.toExponential(1) : Number(value.toPrecision(4)).toLocaleString("en-US")
+  return unit ? `${number} ${unit}` : number
+}
 
 function drawLegend(legend, data) {
   const parts = [make("span", "label", data.legend.label)]

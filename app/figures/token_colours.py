@@ -22,8 +22,9 @@ _GREY = 8
 
 
 def ramp(theme: Theme = "light") -> list[tuple[str, str]]:
-    """(background, ink) from little to much, :data:`STEPS` of them, along the figures' sequential scale."""
-    stops = np.array([_rgb(colour) for colour in palette(theme).sequential], np.float64)
+    """(background, ink) from little to much, :data:`STEPS` of them, along the figures' sequential scale; but for its
+    last two colours, in which a page of text would be too loud."""
+    stops = np.array([_rgb(colour) for colour in palette(theme).sequential[:-2]], np.float64)
     at = np.linspace(0, len(stops) - 1, STEPS)
     mixed = np.stack([np.interp(at, np.arange(len(stops)), stops[:, channel]) for channel in range(3)], axis=1)
     return [with_ink(_hex(colour), theme) for colour in mixed]

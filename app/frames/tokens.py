@@ -9,11 +9,15 @@ import numpy as np
 import polars as pl
 
 import store
+from app.frames.axes import parse_layer
 from app.frames.token_routes import Routes
 
 TOKENS = {"position": pl.Int64, "token_id": pl.Int64, "text": pl.String, "special": pl.Boolean}
 SPLIT = "\u2026"
 """Stands for a token that holds only a part of a character; the character stands at the token that completes it."""
+
+PART = 768
+"""Tokens that are shown at once; longer sequences are shown in parts."""
 
 _ALL = 2**32 - 1 - 8
 _PIECES = 3  # tokens that a character may begin before the one that completes it
@@ -68,9 +72,11 @@ def decode(pieces: Sequence[bytes]) -> list[str]:
     return texts
 
 
-def routes(run: store.Run, sequence: int, first: int = 0, last: int | None = None) -> Routes:
-    """The experts of the tokens ``first`` to ``last`` of one sequence, in all layers; none where there is no trace."""
-    trace = run.stretch(sequence, first=first, last=_ALL if last is None else last)
+def routes(run: store.Run, sequence: int, first: int = 0, last: int | None = None, label: str | None = None) -> Routes:
+    """The experts of the tokens ``first`` to ``last`` of one sequence, in all layers or in those of one decoder layer;
+    none where there is no trace."""
+    layers = None if label is None else [parse_layer(label)[0]]
+    trace = run.stretch(sequence, first=first, last=_ALL if last is None else last, layers=layers)
     if not len(trace.sequences):
         none = (len(trace.layers), 0, 0)
         return Routes(first, trace.layers, np.zeros(none, np.int16), np.zeros(none, np.float32))

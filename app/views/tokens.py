@@ -1,134 +1,239 @@
-"""Tokens: the text of one sequence, every token coloured by the expert that took it. Reads that sequence only."""
+"""Tokens: the text of one sequence, every token coloured by what the router did there. Reads one part of it only."""
 
 from __future__ import annotations
+
+from functools import cache, partial
+from typing import Any
 
 import polars as pl
 import streamlit as st
 
 from app import data, focus, state
-from app.components import chart, header
+from app.components import chart, header, table, token_colouring, token_find
 from app.components.page import render
+from app.components.sections import sections
+from app.components.token_colouring import Colouring
+from app.components.token_find import Finding
 from app.components.token_strip import token_strip
-from app.figures import tokens as figures
-from app.frames import axes, tokens
+from app.exhibits import tokens as exhibits
+from app.exhibits.absent import require
+from app.exhibits.exhibit import Absent
+from app.frames import token_find as finding_frames
+from app.frames import token_flips, token_measures, tokens
+from app.frames.token_measures import Measured
+from app.frames.token_routes import Routes
+from moescope.errors import MoescopeError
 from store import Run
 
-# Tokens drawn at once; longer sequences are shown in parts.
-PART = 768
-_MODES = {"expert": "first expert", "weight": "weight of the first expert", "entropy": "entropy of the gate weights"}
-_READ = {
-    "expert": "One colour per expert of the chosen layer: long stretches of one colour mean that neighbouring "
-    "tokens share their first expert.",
-    "weight": "The stronger the colour, the larger the first expert's part of the gate weights: it decides nearly "
-    "alone.",
-    "entropy": "The stronger the colour, the more evenly the gate weights spread over the selected experts.",
-}
+_READ_EXPERT = (
+    "The most frequent first choices of this part have a colour each: long stretches of one colour mean that "
+    "neighbouring tokens share their first expert."
+)
 
 
 def page(run: Run) -> None:
     """Draw the page."""
-    header.title("Tokens", run, what="Which experts does each token of a text use?")
-    if header.omitted("The experts of single tokens", run, "trace", "order"):
+    header.title(
+        "Tokens", run, what="Which experts does each token of a text use, and how decided was the router there?"
+    )
+    try:
+        require("The experts of single tokens", run, "trace", "order")
+    except Absent as missing:
+        chart.absent(missing)
         return
-    if not run.layers:
-        st.info("No layer has been recorded yet.", icon=":material/hourglass_top:")
+    if not run.layers or run.table("sequence").is_empty():
+        st.info("No sequence has been recorded yet.", icon=":material/hourglass_top:")
         return
+    others = [] if run.live else sorted(n for n, one in data.entries().items() if n != run.name and not one.live)
     with st.container(horizontal=True, gap="medium", vertical_alignment="bottom"):
         domain = state.choose_domain(run.domains)
-        listed = data.frame(tokens.sequences, run, domain=domain)
-        if listed.is_empty():
-            st.info("No sequence has been recorded yet.", icon=":material/hourglass_top:")
-            return
-        sequence = _choose_sequence(listed)
-        layer = focus.current().layer_in(run)
-        modes = list(_MODES)[:1] if "weights" in run.omissions else list(_MODES)
-        mode = state.choose("Colour by", modes, key="colour", words=_MODES.__getitem__)
-    chosen = listed.filter(pl.col("sequence") == sequence).row(0, named=True)
-    source = (chosen["source"] or "").rsplit("/", 1)[-1]
-    where = f" · from {state.plain(source)}" if source else ""
-    st.caption(f"{state.plain(chosen['domain'])} · {chosen['tokens']:,} tokens{where}")
-    if not run.info.text_kept and not header.omitted("The text of the tokens", run, "text"):
-        st.info(
-            "This run keeps no text, so tokens show their positions. Collect without `--no-text` to read them here.",
-            icon=":material/visibility_off:",
-        )
-    _sequence(run, sequence, layer=layer, mode=mode)
-
-
-def _choose_sequence(listed: pl.DataFrame) -> int:
-    """A sequence by its number; of a number that the domain lacks, the next one that it has."""
-    numbers = listed["sequence"]
-    asked = focus.current().sequence or 0
-    return int(numbers.filter(numbers >= min(asked, int(numbers[-1])))[0])
-
-
-def _sequence(run: Run, sequence: int, *, layer: str, mode: str) -> None:
-    text = data.detail(tokens.sequence_tokens, run, sequence=sequence)
-    routes = data.detail(tokens.token_routes, run, sequence=sequence)
-    if text.is_empty() or routes.is_empty():
-        st.info("No selections have been recorded for this sequence.", icon=":material/hourglass_top:")
+        way = state.choose("Find", token_find.ways(run, others), key="find", words=token_find.WAYS.__getitem__)
+        mode = token_colouring.choose(run, others)
+        colouring = token_colouring.options(run, mode)
+        other = token_colouring.other_run(run, others, wanted="flip" in mode or way == "flips")
+    finding = token_find.find(run, way=way, domain=domain, other=lambda: other)
+    sequence = _sequence(run, domain, finding)
+    if sequence is None:
         return
-    start = _choose_part(len(text))
-    inside = pl.col("position").is_between(start, start + PART - 1)
-    shown, shown_routes = text.filter(inside), routes.filter(inside)
-    colours = tokens.layer_routes(shown_routes, layer)
-    selected = _selected(len(text))
+    _about(run, sequence)
+    _text(run, sequence, colouring, finding, other)
+
+
+def _sequence(run: Run, domain: str | None, finding: Finding) -> int | None:
+    """The focused sequence, or the first that was found; of a number that the domain lacks, the next that it has."""
+    asked = focus.current().sequence
+    if asked is None and finding.found is not None and len(finding.found):
+        return int(finding.found["sequence"].to_numpy()[0])
+    numbers = data.frame(tokens.sequences, run, domain=domain)["sequence"]
+    if numbers.is_empty():
+        st.info("No sequence has been recorded in this domain yet.", icon=":material/hourglass_top:")
+        return None
+    later = numbers.filter(numbers >= (asked or 0))
+    return int((later if len(later) else numbers.tail(1)).to_numpy()[0])
+
+
+def _about(run: Run, sequence: int) -> None:
+    row = data.frame(tokens.sequences, run).filter(pl.col("sequence") == sequence).row(0, named=True)
+    source = (row["source"] or "").rsplit("/", 1)[-1]
+    where = f" · from {state.plain(source)}" if source else ""
+    prompt = row["prompt_tokens"]
+    made = f" · {row['tokens'] - prompt:,} generated" if prompt is not None and prompt < row["tokens"] else ""
+    st.caption(f"Sequence {sequence} · {state.plain(row['domain'])} · {row['tokens']:,} tokens{made}{where}")
+    if not run.info.text_kept:
+        reason = run.omissions.get("text")
+        words = "This run keeps no text, so tokens show their positions. Collect without `--no-text` to read them here."
+        if reason:
+            why = state.plain(reason.rstrip("."), 300)
+            words = f"The text of the tokens cannot be computed from what was imported: {why}."
+        st.info(words, icon=":material/visibility_off:")
+
+
+def _text(run: Run, sequence: int, colouring: Colouring, finding: Finding, other: Run | None) -> None:
+    length = int(data.frame(tokens.sequences, run).filter(pl.col("sequence") == sequence)["tokens"].to_numpy()[0])
+    selected = _selected(length)
+    first = _part(length, sequence, selected)
+    last = min(first + tokens.PART, length) - 1
+    text = data.detail(tokens.sequence_tokens, run, sequence=sequence, first=first, last=last)
+    routes: Routes = data.large(tokens.routes, run, sequence=sequence, first=first, last=last)
+    if text.is_empty() or not routes.count or (routes.ids < 0).all():
+        st.info("No selections have been recorded for this part.", icon=":material/hourglass_top:")
+        return
+
+    @cache
+    def there() -> tuple[Run, int] | None:
+        return _there(run, other, sequence, colouring.label)
+
+    measured: Measured | None = None
+    try:
+        measured = token_colouring.measured(run, routes, colouring, sequence=sequence, other=there)
+    except Absent as missing:
+        chart.absent(missing)
+    except MoescopeError as error:
+        st.info(state.plain(str(error), 400), icon=":material/visibility_off:")
+    colours = token_measures.of_first(routes, colouring.label) if measured is None else measured.frame
+    marks, marked = _marks(run, sequence, routes, colouring, finding, measured, there)
     token_strip(
-        shown, shown_routes, colours, layer=layer, mode=mode, selected=selected, on_select=_keep, total=len(text)
-    )
+        text, routes, colours, layer=colouring.label, mode="expert" if measured is None else colouring.mode,
+        selected=selected, on_select=partial(_keep, sequence), marks=marks, marked=marked, total=length,
+        measure=None if measured is None else measured.measure,
+    )  # fmt: skip
     chart.caption(
-        f"{_READ[mode]} Underlined: tokens with the same first expert as the one under the pointer. `{tokens.SPLIT}` "
-        "is a token that holds only a part of a character.",
-        routes.join(text.select("position", "text"), on="position"),
+        (_READ_EXPERT if measured is None else measured.measure.note)
+        + f" Thinly underlined: the same first expert as under the pointer. `{tokens.SPLIT}` is a part of a character.",
+        colours.join(text.select("position", "text"), on="position", how="left"),
         None,
-        key=f"sequence-{sequence}",
+        key=f"tokens-{sequence}-{first}",
     )
-    experts = {axes.layer_label(item.layer, item.step): item.num_experts for item in run.layers}[layer]
-    chart.show(
-        figures.routing_map(shown_routes, layer=layer, num_experts=experts, theme=state.theme()),
-        shown_routes.filter(pl.col("label") == layer),
-        key=f"map-{sequence}-{layer}",
-        read="Each column is a token, each mark an expert it used. Horizontal dashes are experts that stay in use "
-        "over many tokens: a cache likes them.",
-        rests_on=f"{len(shown):,} tokens of sequence {sequence}.",
-        alt=f"Map of experts and positions of layer {layer}",
-    )
-    if selected is not None:
-        _route_of(routes.filter(pl.col("position") == selected), selected, layer=layer)
+    _along(run, sequence, first, colouring, measured)
+    if selected is not None and routes.start <= selected < routes.start + routes.count:
+        _route_of(routes, selected)
 
 
-def _choose_part(length: int) -> int:
-    parts = [str(start) for start in range(0, length, PART)]
-    if len(parts) < 2:
+def _part(length: int, sequence: int, selected: int | None) -> int:
+    """The first token that is shown: of the chosen part, or of the part with the kept token where that has moved."""
+    count = max(-(-length // tokens.PART), 1)
+    held, seen = st.session_state, st.session_state.get("tokens-seen")
+    held["tokens-seen"] = now = (held.get("run"), sequence, selected)
+    if seen != now and selected is not None:
+        held["part"] = selected // tokens.PART + 1
+    elif seen is not None and seen[:2] != now[:2]:
+        held["part"] = 1
+    if count < 2:
         return 0
-    return int(state.choose("From token", parts, key="part", segmented=True))
+    if held.get("part") is None:
+        if "part" not in st.query_params:
+            held["part"] = 1
+    elif not (isinstance(held["part"], int) and 1 <= held["part"] <= count):
+        held["part"] = 1
+    with st.container(horizontal=True, gap="small", vertical_alignment="center"):
+        st.caption("Part", width="content")
+        part = st.number_input(
+            "Part", 1, count, None, step=1, key="part", bind="query-params", width=130, label_visibility="collapsed"
+        )  # fmt: skip
+        first = ((part or 1) - 1) * tokens.PART
+        last = min(first + tokens.PART, length) - 1
+        st.caption(f"of {count} · tokens {first:,} to {last:,} of {length:,}", width="content")
+    return first
+
+
+def _marks(
+    run: Run,
+    sequence: int,
+    routes: Routes,
+    colouring: Colouring,
+    finding: Finding,
+    measured: Measured | None,
+    there: Any,
+) -> tuple[list[int], str]:
+    """The positions that are underlined, and why."""
+    first, last = routes.start, routes.start + routes.count - 1
+    if finding.way == "text" and finding.found is not None:
+        wanted = {"wanted": finding.wanted, "regex": finding.regex}
+        return data.large(finding_frames.text_marks, run, sequence=sequence, first=first, last=last, **wanted), "found"
+    if finding.way == "expert":
+        mine = (routes.of(colouring.label)[0] == colouring.expert).any(axis=1)
+        return [first + int(at) for at in mine.nonzero()[0]], f"uses expert {colouring.expert}"
+    if colouring.mode == "flip" and measured is not None:
+        changed = measured.frame.filter(pl.col("value") > 0)
+        return changed["position"].to_list(), "flipped"
+    if finding.way == "flips" and (pair := there()) is not None:
+        theirs = data.large(tokens.routes, pair[0], sequence=pair[1], first=first, last=last)
+        values = token_flips.flips(run, pair[0], routes, theirs, labels=[colouring.label])
+        return [first + int(at) for at in (values > 0).nonzero()[0]], "flipped"
+    return [], ""
+
+
+def _there(run: Run, other: Run | None, sequence: int, label: str) -> tuple[Run, int] | None:
+    """The other run, and the sequence of the same text in it."""
+    if other is None:
+        return None
+    found = data.frames_of_two(token_flips.sequences, run, other, label=label)["sequences"]
+    row = found.filter(pl.col("sequence") == sequence)
+    if row.is_empty():
+        st.info(f"{state.code(other.name)} does not hold the text of sequence {sequence}.")
+        return None
+    return other, int(row["other_sequence"].to_numpy()[0])
 
 
 def _selected(length: int) -> int | None:
-    """The kept token, from the URL or from a click; None when there is none or it lies outside the sequence."""
+    """The kept token; None when there is none or it lies outside the sequence."""
     value = focus.current().token
     return value if value is not None and value < length else None
 
 
-def _keep() -> None:
-    """After a click in the strip: remember the token, and name it in the URL."""
-    strip = st.session_state.get("strip")
-    position = getattr(strip, "selected", None)
+def _keep(sequence: int) -> None:
+    """After a click in the strip: the token is the focus."""
+    position = getattr(st.session_state.get("strip"), "selected", None)
     if isinstance(position, int):
-        focus.pick(token=position)
+        focus.pick(sequence=sequence, token=position)
 
 
-def _route_of(route: pl.DataFrame, position: int, *, layer: str) -> None:
+def _along(run: Run, sequence: int, first: int, colouring: Colouring, measured: Measured | None) -> None:
+    def experts() -> None:
+        chart.exhibit(
+            exhibits.experts_along, run, key=f"experts-{sequence}-{first}", sequence=sequence, start=first,
+            layer=colouring.label,
+        )  # fmt: skip
+
+    def measure() -> None:
+        assert measured is not None
+        made = exhibits.of_measured(measured, sequence=sequence, theme=state.theme(), noted=False)
+        key = f"{colouring.mode}-{sequence}-{first}"
+        chart.show(made.figure, made.frame, key=key, read=made.read, alt=made.alt, rests_on=made.rests_on)
+
+    sections({"Experts": experts} if measured is None else {"Measure": measure, "Experts": experts})
+
+
+def _route_of(routes: Routes, position: int) -> None:
     st.subheader(f"Experts of the token at position {position}", anchor=False)
-    with st.container(horizontal=True, gap="small"):
-        for expert in route.filter(pl.col("label") == layer)["expert"].head(16).to_list():
-            there = {"layer": layer, "expert": str(expert)}  # the run stays in the address by itself
-            st.page_link("views/expert.py", label=f"Layer {layer}, expert {expert}", query_params=there)
-    wide = tokens.route_table(route)
-    st.dataframe(
-        wide, hide_index=True, alt=f"Experts of the token at position {position} in every layer", width="content"
+    at = position - routes.start
+    one = Routes(position, routes.layers, routes.ids[:, at : at + 1], routes.weights[:, at : at + 1])
+    table.show(
+        tokens.route_table(one.frame()),
+        key=f"token-{position}",
+        alt=f"Experts of the token at position {position} in every layer",
+        read="Gate weights in brackets. A row picks its layer.",
     )
-    chart.downloads(route, None, key=f"token-{position}")
 
 
 if __name__ == "__main__":

@@ -72,7 +72,7 @@ def test_every_page_of_a_bare_trace(bare: Path, file: str, monkeypatch: pytest.M
     name = Path(file).stem
     if name == "tokens":
         assert "The text of the tokens cannot be computed" in words
-        assert app.selectbox(key="colour").options == ["first expert"]
+        assert app.selectbox(key="colour").options == ["first expert", "cache misses", "importance"]
         assert len(app.get("plotly_chart")) == 1
     if name == "local_consistency":
         assert len(app.get("plotly_chart")) >= 5
