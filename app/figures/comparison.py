@@ -5,9 +5,11 @@ from __future__ import annotations
 import numpy as np
 import plotly.graph_objects as go
 import polars as pl
+from plotly.subplots import make_subplots
 
 from app.figures.heatmap import MAX_DETAIL_CELLS, expert_map, matrix
-from app.figures.style import Theme, colorbar, fade, layout, message, palette, scale
+from app.figures.interval import band
+from app.figures.style import Theme, colorbar, layout, message, palette, pickable, rows_height, safe, scale
 
 MEASURES = {"overlap": "experts in common", "exact": "same set", "first_choice": "same first choice"}
 _BASELINES = {
@@ -33,7 +35,7 @@ def agreement_curves(frame: pl.DataFrame, *, theme: Theme = "light") -> go.Figur
     x = frame["label"].to_list()
     figure = go.Figure()
     for (name, words), colour in zip(MEASURES.items(), colours.categorical, strict=False):
-        _band(figure, x, frame[f"{name}_low"], frame[f"{name}_high"], fade(colour, 0.18))
+        band(figure, x=x, low=frame[f"{name}_low"], high=frame[f"{name}_high"], colour=colour)
         ends = frame.select(f"{name}_low", f"{name}_high", "tokens").fill_null(float("nan")).to_numpy()
         hover = f"layer %{{x}}<br>{words} %{{y:.2%}}<br>95 % %{{customdata[0]:.2%}} to %{{customdata[1]:.2%}}"
         hover += "<br>%{customdata[2]:,.0f} tokens<extra></extra>"
@@ -52,7 +54,7 @@ def agreement_curves(frame: pl.DataFrame, *, theme: Theme = "light") -> go.Figur
     figure.update_yaxes(tickformat=".1~%" if least > ZOOMED else ".0%", rangemode="tozero")
     if least > ZOOMED:
         figure.update_yaxes(range=[least - 0.1 * (1 - least) - 1e-4, 1 + 0.1 * (1 - least) + 1e-4])
-    return figure
+    return pickable(figure, layer="x")
 
 
 def load_curve(frame: pl.DataFrame, *, theme: Theme = "light") -> go.Figure:
@@ -63,7 +65,7 @@ def load_curve(frame: pl.DataFrame, *, theme: Theme = "light") -> go.Figure:
     colours = palette(theme)
     x = frame["label"].to_list()
     figure = go.Figure()
-    _band(figure, x, frame["total_variation_low"], frame["total_variation_high"], fade(colours.accent, 0.18))
+    band(figure, x=x, low=frame["total_variation_low"], high=frame["total_variation_high"], colour=colours.accent)
     for y, words, line in (
         (frame["total_variation"], "load moved", {"color": colours.accent, "width": 2}),
         (1 - frame["overlap"], "selections changed", {"color": colours.muted, "dash": "dot", "width": 1.5}),
@@ -73,7 +75,7 @@ def load_curve(frame: pl.DataFrame, *, theme: Theme = "light") -> go.Figure:
     layout(figure, title="Load that moves", x="layer", y="share of selections", theme=theme, height=380, wide=False)
     figure.update_xaxes(type="category", showgrid=False, nticks=24)
     figure.update_yaxes(tickformat=".1~%", rangemode="tozero")
-    return figure
+    return pickable(figure, layer="x")
 
 
 def margin_bars(frame: pl.DataFrame, *, margin: str, where: str = "all layers", theme: Theme = "light") -> go.Figure:
@@ -112,10 +114,107 @@ def margin_bars(frame: pl.DataFrame, *, margin: str, where: str = "all layers", 
     return figure
 
 
-def load_difference_map(frame: pl.DataFrame, *, theme: Theme = "light") -> go.Figure:
+def load_pair_map(
+    frame: pl.DataFrame, *, names: tuple[str, str], picks_experts: bool = True, theme: Theme = "light"
+) -> go.Figure:
+    """Load of every expert in both runs beside each other, on one scale of factors of the uniform share.
+
+    frame: ``app.frames.comparison.load``. picks_experts: whether experts have the numbers of the first run.
+    """
+    figure = make_subplots(
+        rows=1, cols=2, shared_yaxes=True, horizontal_spacing=0.03, subplot_titles=[safe(name, 40) for name in names]
+    )
+    shares, labels, width = zip(*(matrix(frame, name) for name in ("share", "other_share")), strict=True)
+    sizes = np.isfinite(shares[0]).sum(1, keepdims=True)
+    with np.errstate(divide="ignore"):
+        logs = [np.log2(one * sizes) for one in shares]
+    largest = max((float(np.abs(one[np.isfinite(one)]).max(initial=0.0)) for one in logs), default=1.0)
+    bound = float(np.clip(np.ceil(largest), 1.0, 3.0))
+    hover = "layer %{y}, expert %{x}<br>2^%{z:.2f} × the uniform share<extra>%{fullData.name}</extra>"
+    for column, cells in enumerate(logs, start=1):
+        heat = go.Heatmap(
+            z=np.clip(cells, -bound, bound).astype(np.float32), y=labels[0], coloraxis="coloraxis", hoverongaps=False,
+            hovertemplate=hover, name=safe(names[column - 1]),
+        )  # fmt: skip
+        figure.add_trace(heat, row=1, col=column)
+    ticks = _factors(int(bound))
+    layout(
+        figure, title="Load of each expert in both runs", x=f"expert (0 to {width[0] - 1})", y="layer", theme=theme,
+        height=rows_height(len(labels[0])), legend=False, margin={"l": 8, "r": 12, "t": 66, "b": 8},
+        coloraxis={
+            "colorscale": scale(palette(theme).diverging), "cmid": 0.0, "cmin": -bound, "cmax": bound,
+            "colorbar": colorbar("times the uniform share", **ticks),
+        },
+    )  # fmt: skip
+    figure.update_yaxes(
+        type="category", autorange="reversed", showgrid=False, categoryorder="array", categoryarray=labels[0],
+        nticks=24, ticks="",
+    )  # fmt: skip
+    figure.update_yaxes(title_text="", row=1, col=2)
+    figure.update_xaxes(showgrid=False, zeroline=False, ticks="", nticks=16)
+    figure.update_annotations(font={"size": 12})
+    return pickable(figure, layer="y", expert="x") if picks_experts else pickable(figure, layer="y")
+
+
+def evenness_curves(frame: pl.DataFrame, *, names: tuple[str, str], theme: Theme = "light") -> go.Figure:
+    """How evenly each run loads its experts, per layer: normalised entropy and MaxVio, one panel each.
+
+    frame: ``app.frames.comparison.evenness``; the runs may have other layers and numbers of experts.
+    """
+    panels = {
+        "normalised_entropy": "Normalised entropy (1 = even)",
+        "max_violation": "MaxVio (busiest over mean, minus 1)",
+    }
+    figure = make_subplots(rows=1, cols=2, subplot_titles=list(panels.values()), horizontal_spacing=0.08)
+    colours = palette(theme).categorical
+    for column, (measure, words) in enumerate(panels.items(), start=1):
+        for side, (name, colour) in enumerate(zip(names, colours, strict=False)):
+            part = frame.filter(side=side)
+            figure.add_scatter(
+                x=part["label"], y=part[measure], name=safe(name, 40), legendgroup=str(side), showlegend=column == 1,
+                mode="lines+markers" if len(part) <= 48 else "lines", line={"color": colour, "width": 2},
+                marker={"size": 5}, customdata=part.select("num_experts", "tokens").to_numpy(), row=1, col=column,
+                hovertemplate=f"layer %{{x}}<br>{words.partition(' (')[0]} %{{y:.3f}}<br>%{{customdata[0]}} experts, "
+                "%{customdata[1]:,.0f} tokens<extra>%{fullData.name}</extra>",
+            )  # fmt: skip
+    layout(figure, title="How even the load is in both runs", x="layer", y="", theme=theme, height=340)
+    figure.update_layout(margin_t=94, legend_y=1.1)
+    figure.update_annotations(font={"size": 12})
+    order = list(dict.fromkeys(frame["label"]))
+    figure.update_xaxes(type="category", showgrid=False, nticks=24, categoryorder="array", categoryarray=order)
+    figure.update_yaxes(rangemode="tozero")
+    return pickable(figure, layer="x")
+
+
+def rank_curves(frame: pl.DataFrame, *, names: tuple[str, str], label: str, theme: Theme = "light") -> go.Figure:
+    """Load of one layer's experts from the busiest down, in both runs: what can be compared where experts of the two
+    have nothing to do with each other.
+
+    frame: ``app.frames.comparison.ranks`` of the layer.
+    """
+    figure = go.Figure()
+    for side, (name, colour) in enumerate(zip(names, palette(theme).categorical, strict=False)):
+        part = frame.filter(side=side)
+        hover = "%{x:.0%} of the experts take at least %{y:.2f} × the uniform share<br>expert %{customdata[0]}: "
+        figure.add_scatter(
+            x=part["part"], y=part["relative"], name=safe(name, 40), mode="lines+markers", marker={"size": 4},
+            line={"color": colour, "width": 2, "shape": "hv"}, customdata=part.select("expert", "tokens").to_numpy(),
+            hovertemplate=hover + "%{customdata[1]:,} tokens<extra>%{fullData.name}</extra>",
+        )  # fmt: skip
+    figure.add_hline(y=1, line={"color": palette(theme).muted, "dash": "dot", "width": 1})
+    title = f"Load by rank, layer {safe(label)}"
+    layout(figure, title=title, x="experts, the busiest first", y="times the uniform share", theme=theme, height=340)
+    figure.update_xaxes(tickformat=".0%", range=[0, 1.01], showgrid=False)
+    figure.update_yaxes(rangemode="tozero")
+    return figure
+
+
+def load_difference_map(
+    frame: pl.DataFrame, *, picks_experts: bool = True, theme: Theme = "light"
+) -> go.Figure:  # fmt: skip
     """Load of every expert in the second run minus the first, in percentage points.
 
-    frame: ``app.frames.comparison.load``.
+    frame: ``app.frames.comparison.load``. picks_experts: whether experts have the numbers of the first run.
     """
     points, labels, width = matrix(frame.with_columns(points=pl.col("difference") * 100), "points")
     bound = max(float(np.nanmax(np.abs(points))), 1e-6)
@@ -130,16 +229,16 @@ def load_difference_map(frame: pl.DataFrame, *, theme: Theme = "light") -> go.Fi
         hover += "<br>%{customdata[1]:.2%} in the second<br>difference %{z:+.3f} points<extra></extra>"
         heat.update(customdata=np.stack(shares, axis=-1), hovertemplate=hover)
     title = "Load of each expert, second run minus first"
-    return expert_map(go.Figure(heat), title=title, labels=labels, width=width, theme=theme)
+    figure = expert_map(go.Figure(heat), title=title, labels=labels, width=width, theme=theme)
+    return figure if picks_experts else pickable(figure, layer="y")
 
 
-def _band(figure: go.Figure, x: list[str], low: pl.Series, high: pl.Series, colour: str) -> None:
-    """A filled interval without an entry in the legend; nothing where it is not known."""
-    if low.drop_nulls().is_empty():
-        return
-    common = {"mode": "lines", "line": {"width": 0}, "hoverinfo": "skip", "showlegend": False}
-    figure.add_scatter(x=x, y=high, **common)
-    figure.add_scatter(x=x, y=low, fill="tonexty", fillcolor=colour, **common)
+def _factors(bound: int) -> dict[str, list[str] | list[int]]:
+    """Ticks of a log2 scale: 1/2 .. 2 up to 1/8 .. 8; the ends hold what lies beyond."""
+    words = {-3: "⅛", -2: "¼", -1: "½", 0: "1", 1: "2", 2: "4", 3: "8"}
+    values = list(range(-bound, bound + 1))
+    texts = [words[value] for value in values]
+    return {"tickvals": values, "ticktext": [f"≤ {texts[0]}", *texts[1:-1], f"≥ {texts[-1]}"]}
 
 
 def _range(low: float, high: float | None) -> str:

@@ -9,28 +9,37 @@ import polars as pl
 from numpy.typing import NDArray
 
 import store
+from app.frames import comparison_made, comparison_tokens
 from app.frames.axes import layer_label
-from app.frames.expert_tokens import shown
+from app.frames.load import balance, expert_load
 from profiler.alignment import align
 from profiler.comparison import Comparison, LayerComparison, compare
 from profiler.metrics import comparison as metrics
 from profiler.metrics._arrays import ratio
 from profiler.metrics.comparison import AGREEMENTS
 
-MIN_OCCURRENCES = 10
-"""Occurrences that a token id needs to be listed among the most changed ones."""
-
 Tables = dict[str, pl.DataFrame]
 
 
-def tables(run: store.Run, other: store.Run, *, by_position: bool = False) -> Tables:
+def tables(
+    run: store.Run, other: store.Run, *, by_position: bool = False, link: comparison_made.Link | None = None
+) -> Tables:
     """All frames of a comparison by the names of :data:`SECTIONS`.
+
+    link: the plan by which the model of one was made of the other's; it says which experts are which.
 
     Raises:
         InputError: the runs cannot be aligned.
     """
-    compared = compare(align(run, other, by_position=by_position))
+    compared = compare(align(run, other, by_position=by_position, made=comparison_made.made_by(link)))
     return {name: make(compared) for name, make in SECTIONS.items()}
+
+
+def tables_with(run: store.Run, *, other: str, version: object, by_position: bool, link: object) -> Tables:
+    """As :func:`tables`, with the run at a path; ``version``, of the file there, is for caches."""
+    found = link if isinstance(link, comparison_made.Link) else None
+    with store.open_run(other) as second:
+        return tables(run, second, by_position=by_position, link=found)
 
 
 def alignment(compared: Comparison) -> pl.DataFrame:
@@ -119,11 +128,14 @@ def margins(compared: Comparison) -> pl.DataFrame:
 
 def load(compared: Comparison) -> pl.DataFrame:
     """One row per MoE layer and expert: layer, step, label, expert, selections in both runs, share of the layer's
-    selections in each, difference = second minus first."""
+    selections in each, difference = second minus first. A share is null where a plan has left no such expert."""
     parts = []
     for layer in compared.layers:
         at, (first, second) = layer.pair.first, (load.sum(0) for load in layer.loads)
         size = len(first)
+        shares = [load / max(load.sum(), 1) for load in (first, second)]
+        there = [_has(size, names) for names in layer.pair.names]
+        moved = np.where(there[0] | there[1], shares[1] - shares[0], np.nan)
         parts.append(
             pl.DataFrame(
                 {
@@ -133,39 +145,34 @@ def load(compared: Comparison) -> pl.DataFrame:
                     "expert": np.arange(size),
                     "selections": first,
                     "other_selections": second,
-                    "share": first / max(first.sum(), 1),
-                    "other_share": second / max(second.sum(), 1),
-                    "difference": second / max(second.sum(), 1) - first / max(first.sum(), 1),
+                    "share": np.where(there[0], shares[0], np.nan),
+                    "other_share": np.where(there[1], shares[1], np.nan),
+                    "difference": moved,
                 },
                 schema=_LOAD,
             )
         )
+    return pl.concat(parts).fill_nan(None)
+
+
+def evenness(run: store.Run, *, other: str, version: object) -> pl.DataFrame:
+    """How evenly both runs load their experts, whatever their shapes: the columns of ``app.frames.load.balance`` behind
+    side (0 = this run, 1 = the one at a path, whose ``version`` is for caches)."""
+    with store.open_run(other) as second:
+        parts = [balance(one).with_columns(side=pl.lit(side)) for side, one in enumerate((run, second))]
     return pl.concat(parts)
 
 
-def changed(compared: Comparison, *, count: int = 100) -> pl.DataFrame:
-    """The token ids that agree least, over all layers: token_id, text, occurrences, overlap, exact.
-
-    Ids with ``MIN_OCCURRENCES`` occurrences. Empty where the runs were aligned by position.
-    """
-    found = compared.changes
-    if found is None:
-        return pl.DataFrame(schema=_CHANGED)
-    often = np.flatnonzero((found.occurrences >= MIN_OCCURRENCES) & (found.counted > 0))
-    overlap, exact = (values[often] / found.counted[often] for values in (found.overlap, found.exact))
-    order = np.lexsort((found.token_ids[often], overlap))[:count]
-    chosen = often[order]
-    pieces = compared.alignment.first.token_bytes(found.token_ids[chosen].tolist())
-    return pl.DataFrame(
-        {
-            "token_id": found.token_ids[chosen],
-            "text": [shown(pieces.get(token)) for token in found.token_ids[chosen].tolist()],
-            "occurrences": found.occurrences[chosen],
-            "overlap": overlap[order],
-            "exact": exact[order],
-        },
-        schema=_CHANGED,
-    )
+def ranks(run: store.Run, *, other: str, version: object, label: str) -> pl.DataFrame:
+    """Experts of one layer of both runs, the busiest first: side, label, expert, tokens, relative = load over the
+    uniform share, part = share of the experts that are at least as busy, 0..1."""
+    parts = []
+    with store.open_run(other) as second:
+        for side, one in enumerate((run, second)):
+            frame = expert_load(one).filter(label=label).sort("tokens", "expert", descending=[True, False])
+            part = pl.int_range(1, pl.len() + 1) / pl.len()
+            parts.append(frame.select(pl.lit(side).alias("side"), "label", "expert", "tokens", "relative", part=part))
+    return pl.concat(parts)
 
 
 SECTIONS: dict[str, Callable[[Comparison], pl.DataFrame]] = {
@@ -175,7 +182,9 @@ SECTIONS: dict[str, Callable[[Comparison], pl.DataFrame]] = {
     "domains": domains,
     "margins": margins,
     "load": load,
-    "changed": changed,
+    "changed": comparison_tokens.changed,
+    "sequences": comparison_tokens.sequences,
+    "flips": comparison_tokens.flips,
 }
 """The frames of a comparison by name, in the order in which the command prints them."""
 
@@ -194,6 +203,11 @@ def saturation(runs: Sequence[store.Run], *, by_position: bool = False) -> pl.Da
         frame.insert_column(0, pl.Series("run", [run.name] * len(frame)))
         parts.append(frame.with_columns(sequences=pl.lit(len(compared.alignment.pairs), pl.Int64)))
     return pl.concat(parts)
+
+
+def _has(experts: int, names: NDArray[np.int16] | None) -> NDArray[np.bool_]:
+    """(experts,) which numbers of the original stand for an expert of a run."""
+    return np.ones(experts, bool) if names is None else np.isin(np.arange(experts), names)
 
 
 def _baselines(layer: LayerComparison) -> tuple[float, float, float, float]:
@@ -246,7 +260,5 @@ _MARGINS = {"margin": pl.String, "label": pl.String, "low": pl.Float64, "high": 
             "unchanged": pl.Int64, "flip_share": pl.Float64}  # fmt: skip
 _LOAD = {**_KEYS, "expert": pl.Int32, "selections": pl.Int64, "other_selections": pl.Int64, "share": pl.Float64,
          "other_share": pl.Float64, "difference": pl.Float64}  # fmt: skip
-_CHANGED = {"token_id": pl.Int64, "text": pl.String, "occurrences": pl.Int64, "overlap": pl.Float64,
-            "exact": pl.Float64}  # fmt: skip
 _SATURATION = [*_KEYS, "tokens", "saturation", "saturation_low", "saturation_high", "first_choice", "first_choice_low",
                "first_choice_high", "chance", "popularity"]  # fmt: skip

@@ -1,28 +1,29 @@
-"""Compare: the same tokens in two runs: how far do they agree, where not, and what does that move?"""
+"""Compare: the same tokens in two runs: how far do they agree, where not, and what does that move? And checkpoints."""
 
 from __future__ import annotations
 
 import polars as pl
 import streamlit as st
 
-from app import data, state
-from app.components import chart, header
+from app import data, focus, state
+from app.components import chart, header, table
+from app.components.compare_chart import compare_chart
+from app.components.compare_header import compare_header
+from app.components.compare_text import compare_text
+from app.components.compare_timeline import compare_timeline
 from app.components.page import render
-from app.figures import comparison as figures
-from app.figures.style import safe
+from app.components.sections import sections
+from app.components.table import Column
+from app.exhibits import comparison as exhibits
+from app.exhibits.comparison import Second
+from app.exhibits.exhibit import Absent
+from app.figures.comparison import MARGINS, MEASURES
 from app.frames import comparison as frames
-from app.frames.axes import layer_labels
-from moescope.errors import InputError
-from store import Entry, Run
+from app.frames import comparison_made
+from app.frames.comparison_tokens import MIN_OCCURRENCES
+from store import Run
 
 _PAIRS = {"token ids": "by their tokens", "position": "by number and length"}
-_READ = {
-    "boundary_margin": "Small margins are ties that rounding can decide. Tokens that flip at large ones saw another "
-    "input, or another router.",
-    "left_weight": "How much of the output of these tokens came from experts that the other run does not use.",
-    "weight_gap": "Near 0 the expert that came weighs what the one that left did: a tie. Far from 0 the router changed "
-    "its mind.",
-}
 
 
 def page(run: Run) -> None:
@@ -30,8 +31,6 @@ def page(run: Run) -> None:
     header.title("Compare", run, what="The same tokens in two runs: where do they use other experts, and what moves?")
     if run.live:
         st.info("Runs are compared when the collection has ended.", icon=":material/hourglass_top:")
-        return
-    if header.omitted("Agreement with another run", run, "trace", "order"):
         return
     others = {name: entry for name, entry in data.entries().items() if name != run.name and not entry.live}
     if not others:
@@ -47,146 +46,149 @@ def page(run: Run) -> None:
             "Sequences paired", list(_PAIRS), key="pairs", words=_PAIRS.__getitem__, segmented=True,
             help="By number and length where a run keeps no token ids; you vouch for the texts being the same.",
         )  # fmt: skip
-    found = _compared(run, others[name], by_position=pairs == "position")
-    if found is not None:
-        _doubts(data.open_run(others[name].path))
-        _draw(run, found)
+    there = exhibits.second(run, data.frame, str(others[name].path))
+    compare_header(run, data.open_run(others[name].path), there)
+    by_position = pairs == "position"
+    sections(
+        {
+            "Agreement": lambda: _agreement(run, there, by_position),
+            "Flips": lambda: _flips(run, there, by_position),
+            "Load": lambda: _load(run, there, by_position),
+            "Text": lambda: _text(run, there, by_position),
+            "Timeline": lambda: compare_timeline(run, others),
+        }
+    )
 
 
-def _compared(run: Run, entry: Entry, *, by_position: bool) -> frames.Tables | None:
+def _compared(run: Run, there: Second, by_position: bool) -> frames.Tables | None:
     """The frames, or the reason why there are none."""
-    with st.spinner("Comparing the two runs, token by token"):
-        try:
-            return data.frames_of_two(frames.tables, run, data.open_run(entry.path), by_position=by_position)
-        except InputError as error:
-            st.info(f"These cannot be compared: {state.plain(str(error), 400)}", icon=":material/compare_arrows:")
-            return None
+    try:
+        with st.spinner("Comparing the two runs, token by token"):
+            return exhibits.compared(run, data.frame, there, by_position=by_position)
+    except Absent as missing:
+        chart.absent(missing)
+        return None
 
 
-def _doubts(other: Run) -> None:
-    """The verdict on the second run's capture where it is no good one; that of the first stands in the title."""
-    if other.badge.status in ("invalid", "warning"):
-        words = f"The capture of {state.code(other.name)} is doubtful: {state.plain(other.badge.reason, 300)}"
-        st.warning(words)
+def _agreement(run: Run, there: Second, by_position: bool) -> None:
+    found = _compared(run, there, by_position)
+    if found is None:
+        st.markdown("What can still be compared: how even the load of each is, and what was measured of the two.")
+        compare_chart(exhibits.load_evenness, run, key="compare-evenness", other=str(there.path))
+        _measured(run, there)
+        return
+    _alignment(found["alignment"])
+    _overall(found["agreement"])
+    compare_chart(
+        exhibits.agreement, run, key="compare-agreement", other=str(there.path), by_position=by_position
+    )  # fmt: skip
+    if len(found["domains"]) > 1:
+        shares = {measure: Column(words, "share") for measure, words in MEASURES.items()}
+        ends = tuple(name for name in found["domains"].columns if name.endswith(("_low", "_high")))
+        table.show(
+            found["domains"], key="compare-domains", hide=("jaccard", *ends), alt="Agreement of the two runs by domain",
+            columns={**shares, "token_layers": Column("tokens × layers", "count")},
+            read="Agreement by domain, over all layers. Intervals are in the download.",
+        )  # fmt: skip
+    _measured(run, there)
 
 
-def _draw(run: Run, found: frames.Tables) -> None:
-    rests_on = _alignment(found["alignment"])
-    _agreement(found, rests_on)
-    _flips(run, found["margins"])
-    _load(found)
-    _tokens(found["changed"])
-
-
-def _alignment(frame: pl.DataFrame) -> str:
-    """What was compared, as a sentence; also for the captions."""
+def _alignment(frame: pl.DataFrame) -> None:
+    """What was compared, and what has no partner."""
     first, second = frame.iter_rows(named=True)
-    words = f"{first['compared']:,} sequences, {first['tokens']:,} tokens"
     left = [row for row in (first, second) if row["left_out"]]
     without = "; ".join(
         f"{row['left_out']:,} of {row['sequences']:,} sequences of {state.code(row['run'])}" for row in left
     )
-    st.caption(f"Compared: {words}." + (f" Without partner, and left out: {without}." if left else ""))
-    return f"{words}; bands: 95 %, sequences drawn anew."
+    words = f"Compared: {first['compared']:,} sequences, {first['tokens']:,} tokens."
+    st.caption(words + (f" Without partner, and left out: {without}." if left else ""))
 
 
-def _agreement(found: frames.Tables, rests_on: str) -> None:
-    frame, layers = found["agreement"], found["layers"]
-    (shared,) = frame.filter(measure="overlap").iter_rows(named=True)
+def _overall(frame: pl.DataFrame) -> None:
     with st.container(horizontal=True, gap="small"):
-        for measure, words in figures.MEASURES.items():
+        for measure, words in MEASURES.items():
             (row,) = frame.filter(measure=measure).iter_rows(named=True)
             band = f"95 %: {row['low']:.2%} to {row['high']:.2%}. " if row["low"] is not None else ""
-            known = row["chance"] is not None
+            known = row["chance"] is not None and row["popularity"] is not None
             chance = f"Random: {row['chance']:.1%}; shuffled tokens: {row['popularity']:.1%}." if known else ""
-            st.metric(words.capitalize(), f"{row['value']:.2%}", help=band + chance, border=True)
-    chart.show(
-        figures.agreement_curves(layers, theme=state.theme()),
-        layers,
-        key="compare-agreement",
-        read="The share of a token's experts that both runs use, of tokens with the same set, and with the same first "
-        f"choice. Random selections have {shared['chance']:.1%} in common, and shuffled tokens, which share what is "
-        f"popular, {shared['popularity']:.1%}.",
-        rests_on=rests_on,
-        alt="Curves over the layers: experts in common, same set, same first choice, and their baselines",
-    )
-    if len(found["domains"]) > 1:
-        with st.expander("Agreement by domain", icon=":material/table:"):
-            percent = st.column_config.NumberColumn(format="percent")
-            columns = [name for name in found["domains"].columns if name not in ("domain", "token_layers")]
-            st.dataframe(
-                found["domains"], hide_index=True, alt="Agreement of the two runs by domain",
-                column_config=dict.fromkeys(columns, percent),
-            )  # fmt: skip
+            st.metric(words.capitalize(), f"{row['value']:.2%}", help=band + chance or None, border=True)
 
 
-def _flips(run: Run, frame: pl.DataFrame) -> None:
-    st.subheader("How close were the tokens that flip?", anchor=False)
-    known = [name for name in figures.MARGINS if name in frame["margin"].unique().to_list()]
+def _measured(run: Run, there: Second) -> None:
+    """Quality figures of the two models, where an evaluation is beside one of the runs."""
+    frame = comparison_made.measured(run, data.open_run(there.path))
+    if frame.is_empty():
+        st.caption(
+            "No evaluation of the one model against the other lies beside these runs; `moescope evaluate MODEL "
+            "--against BASE --data PATH --beside RUN` measures what the flips cost."
+        )
+        return
+    table.show(
+        frame, key="compare-measured", alt="What was measured of the two models",
+        columns={
+            "figure": Column("measured", "text"), "model": Column("model", "text"),
+            "base": Column("against", "text"), "held_out": Column("held-out text"),
+        },
+        read="From `moescope evaluate`: what the differences in routing, and all else that changed, cost in quality.",
+    )  # fmt: skip
+
+
+def _flips(run: Run, there: Second, by_position: bool) -> None:
+    found = _compared(run, there, by_position)
+    if found is None:
+        return
+    known = [name for name in MARGINS if name in found["margins"]["margin"].unique().to_list()]
+    label = focus.current().layer
+    layer = label if label in found["layers"]["label"].to_list() else None
     if not known:
         st.write("No token flips, or neither run holds gate weights that would tell how close it was.")
-        return
-    label = state.choose(
-        "Layer", [state.ALL, *layer_labels(run)], key="flips", words=lambda one: "all layers" if one == "all" else one
-    )
-    where = "all layers" if label == state.ALL else f"layer {safe(label)}"
     with chart.pair():
         for name in known:
-            shown = frame.filter(margin=name, label=label)
-            chart.show(
-                figures.margin_bars(shown, margin=name, where=where, theme=state.theme()),
-                shown,
-                key=f"compare-{name}-{label}",
-                read=_READ[name],
-                rests_on=f"{shown['flipped'].sum():,} tokens that flip.",
-                alt=f"Bars: {figures.MARGINS[name][0]}, of tokens whose set of experts differs",
-            )
-    if "boundary_margin" not in known:
+            compare_chart(
+                exhibits.margins, run, key=f"compare-{name}", other=str(there.path), by_position=by_position,
+                margin=name, layer=layer,
+            )  # fmt: skip
+        _changed(found["changed"])
+    if known and "boundary_margin" not in known:
         st.caption("With `--router-scores` in the first run, margins between logits tell tokens that flip from others.")
 
 
-def _load(found: frames.Tables) -> None:
-    st.subheader("What does it move?", anchor=False)
-    chart.show(
-        figures.load_difference_map(found["load"], theme=state.theme()),
-        found["load"],
-        key="compare-load",
-        read="Blue experts take more of the layer's selections in the second run, orange ones less.",
-        rests_on=f"{found['load']['selections'].sum():,} selections in the first run.",
-        alt="Map of layers and experts: load in the second run minus the first",
-    )
-    chart.show(
-        figures.load_curve(found["layers"], theme=state.theme()),
-        found["layers"],
-        key="compare-load-moved",
-        read="Total variation of the two loads. Where it lies far below the selections changed, flips cancel out: the "
-        "load stays, though single tokens go elsewhere.",
-        rests_on="Band: 95 %, jackknife over sequences.",
-        alt="Curve over the layers: share of the selections that moves to other experts",
-    )
-
-
-def _tokens(frame: pl.DataFrame) -> None:
-    st.subheader("Tokens that agree least", anchor=False)
+def _changed(frame: pl.DataFrame) -> None:
     if frame.is_empty():
-        st.write(f"No token id is known to occur at least {frames.MIN_OCCURRENCES} times in what is compared.")
+        st.write(f"No token id is known to occur at least {MIN_OCCURRENCES} times in what is compared.")
         return
-    number = st.column_config.NumberColumn
-    with st.container(border=True, gap="xsmall"):
-        st.dataframe(
-            frame, hide_index=True, height=320, alt="Token ids with the lowest agreement between the two runs",
-            column_config={
-                "token_id": number("id"),
-                "occurrences": number(format="localized"),
-                "overlap": number("experts in common", format="percent"),
-                "exact": number("same set", format="percent"),
-            },
-        )  # fmt: skip
-        chart.caption(
-            f"Ids with at least {frames.MIN_OCCURRENCES} occurrences, over all layers. Spaces are shown as ␣, line "
-            "ends as ⏎, parts of a character as bytes.",
-            frame, None, key="compare-tokens",
-        )  # fmt: skip
+    table.show(
+        frame, key="compare-tokens", alt="Token ids with the lowest agreement between the two runs",
+        columns={"text": Column("token", "text"), "overlap": Column("experts in common", "share"),
+                 "exact": Column("same set", "share")},
+        read=f"Token ids that agree least, of those with at least {MIN_OCCURRENCES} occurrences, over all layers. "
+        "Spaces are shown as ␣, line ends as ⏎, parts of a character as bytes.",
+    )  # fmt: skip
+
+
+def _load(run: Run, there: Second, by_position: bool) -> None:
+    other = {"other": str(there.path)}
+    if _compared(run, there, by_position) is not None:
+        compare_chart(exhibits.load_pair, run, key="compare-load-both", by_position=by_position, **other)
+        compare_chart(exhibits.load_difference, run, key="compare-load", by_position=by_position, **other)
+        with chart.pair():
+            compare_chart(exhibits.load_moved, run, key="compare-load-moved", by_position=by_position, **other)
+            _ranks(run, there)
+    else:
+        _ranks(run, there)
+    compare_chart(exhibits.load_evenness, run, key="compare-evenness", **other)
+
+
+def _ranks(run: Run, there: Second) -> None:
+    compare_chart(
+        exhibits.load_ranks, run, key="compare-ranks", other=str(there.path), layer=focus.current().layer_in(run)
+    )  # fmt: skip
+
+
+def _text(run: Run, there: Second, by_position: bool) -> None:
+    found = _compared(run, there, by_position)
+    if found is not None:
+        compare_text(run, there, found)
 
 
 if __name__ == "__main__":

@@ -17,13 +17,18 @@ from app.figures import comparison as figures
 from app.frames import comparison as frames
 from tests.profiler.paired import LAYERS, routed, texts, write
 
-TITLES = [
-    "Agreement of the selections",
-    "Gate weight that left, all layers",
-    "Gate weight that left against what came, all layers",
-    "Load of each expert, second run minus first",
-    "Load that moves",
-]
+TITLES = {
+    "Agreement": ["Agreement of the selections"],
+    "Flips": ["Gate weight that left, all layers", "Gate weight that left against what came, all layers"],
+    "Load": [
+        "Load of each expert in both runs",
+        "Load of each expert, second run minus first",
+        "Load that moves",
+        "Load by rank, layer 1",
+        "How even the load is in both runs",
+    ],
+    "Text": [],
+}
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +56,13 @@ def visit(monkeypatch: pytest.MonkeyPatch, directory: Path, **parameters: str) -
 
 def words(app: AppTest) -> str:
     kinds = (app.markdown, app.info, app.warning, app.caption, app.subheader)
-    return "\n".join(str(element.value) for kind in kinds for element in kind)
+    return "\n".join(str(element.value) for kind in kinds for element in kind).replace("\\", "")
+
+
+def opened(app: AppTest, section: str) -> AppTest:
+    app.button_group(key="section").set_value(section).run()
+    assert not app.exception, app.exception[0].message
+    return app
 
 
 def charts(app: AppTest) -> list[str]:
@@ -60,40 +71,61 @@ def charts(app: AppTest) -> list[str]:
 
 def test_the_page_shows_two_runs(monkeypatch: pytest.MonkeyPatch, runs: Path) -> None:
     app = visit(monkeypatch, runs, run="base", other="tuned")
-    assert charts(app) == TITLES
+    assert charts(app) == TITLES["Agreement"]
     said = words(app)
     assert "Compared: 7 sequences, 280 tokens. Without partner, and left out: 1 of 8 sequences of `base`" in said
     assert "7 sequences, 280 tokens; bands: 95 %" in said
-    assert "With `--router-scores`" in said
+    assert "two checkpoints of one shape" in said.lower() and "moescope evaluate" in said
     shares = {metric.label: float(metric.value.rstrip("%")) for metric in app.metric}
     assert 0.5 < shares["Experts in common"] / 100 < 0.8
     assert shares["Same set"] >= 50
+    opened(app, "Flips")
+    assert charts(app) == TITLES["Flips"] and "With `--router-scores`" in words(app)
     changed = app.dataframe[-1].value
     assert changed["overlap"].is_monotonic_increasing
     assert changed["occurrences"].sum() == 280
     assert synthetic.HOSTILE in changed["text"].iloc[0]  # a data frame shows text as it is
     assert all("<script" not in chart.proto.spec for chart in app.get("plotly_chart"))
-    app.selectbox(key="flips").select(str(LAYERS[1])).run()
-    assert charts(app)[1] == f"Gate weight that left, layer {LAYERS[1]}"
+    app.selectbox(key="layer").select(str(LAYERS[1])).run()
+    assert charts(app)[0] == f"Gate weight that left, layer {LAYERS[1]}"
+    app.selectbox(key="layer").set_value(None)
+    assert charts(opened(app, "Load")) == TITLES["Load"]
     app.selectbox(key="run").select("tuned").run()
+    assert not app.exception
+
+
+def test_text_of_the_sequence_that_flips_most(monkeypatch: pytest.MonkeyPatch, runs: Path) -> None:
+    app = opened(visit(monkeypatch, runs, run="base", other="tuned"), "Text")
+    assert charts(app) == []
+    flips, sequences = (app.dataframe[place].value for place in (-2, -1))
+    assert (flips["position"] >= 20).all()  # the later half is routed anew
+    most = sequences.iloc[0]
+    assert sequences["flip_share"].is_monotonic_decreasing and len(sequences) == 7
+    assert f"Sequence {most['sequence']}, " in words(app) and "of 40 tokens flip in some layer" in words(app)
+    app.number_input(key="sequence").set_value(6).run()
+    app.selectbox(key="layer").select("2").run()
+    assert not app.exception and "Sequence 6, " in words(app) and "tokens flip in layer 2" in words(app)
+    app.button_group(key="strip").set_value("flip").run()
     assert not app.exception
 
 
 def test_reasons_stand_on_the_page(monkeypatch: pytest.MonkeyPatch, runs: Path) -> None:
     app = visit(monkeypatch, runs, run="base", other="foreign")
-    assert "These cannot be compared: " in words(app)
-    assert "different tokenizers" in words(app)
-    assert charts(app) == []
+    assert "cannot be compared token by token: " in words(app)
+    assert "different tokenizers" in words(app) and "What can still be compared" in words(app)
+    assert charts(app) == ["How even the load is in both runs"]
     app.selectbox(key="other").select("silent").run()
     assert "keeps no token ids" in words(app)
-    app.get("button_group")[0].set_value("position").run()
+    app.button_group(key="pairs").set_value("position").run()
     assert not app.exception
-    assert charts(app) == [TITLES[0], *TITLES[3:]]  # nothing flips
-    assert "No token id is known" in words(app)
+    assert charts(app) == TITLES["Agreement"]
+    assert charts(opened(app, "Flips")) == []  # nothing flips
+    assert "No token flips" in words(app) and "No token id is known" in words(app)
+    assert charts(opened(app, "Text")) == []
 
 
 def test_bad_values_in_the_url_fall_back(monkeypatch: pytest.MonkeyPatch, runs: Path) -> None:
-    app = visit(monkeypatch, runs, run="base", other="../../etc/passwd", pairs="<b>", flips="99")
+    app = visit(monkeypatch, runs, run="base", other="../../etc/passwd", pairs="<b>", section="99")
     assert app.selectbox(key="other").value == "foreign"
     assert "base" not in app.selectbox(key="other").options
 
@@ -129,6 +161,10 @@ def test_figures_draw_what_the_frames_hold(theme: Any, runs: Path) -> None:
     gap = found["margins"].filter(margin="weight_gap", label="all")
     (bars,) = figures.margin_bars(gap, margin="weight_gap", theme=theme).data
     assert sum(bars.y) == pytest.approx(1)
+    both = figures.load_pair_map(found["load"], names=("base", "tuned"), theme=theme)
+    for trace, column in zip(both.data, ("share", "other_share"), strict=True):
+        shares = found["load"][column].to_numpy().reshape(2, -1)
+        np.testing.assert_allclose(trace.z, np.clip(np.log2(shares * 8), -1, 1), atol=1e-5)
     nothing = figures.margin_bars(gap.with_columns(flipped=pl.lit(0)), margin="weight_gap", theme=theme)
     assert nothing.layout.annotations[0].text == "No token flips here."
 
