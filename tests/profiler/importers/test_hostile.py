@@ -69,14 +69,14 @@ def test_an_object_array_is_not_unpickled(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("format_name", "name"), [("npz", "a.npz"), ("vllm", "a.npz"), ("sglang-stat", "a.pt")])
 def test_a_zip_bomb_is_not_inflated(tmp_path: Path, format_name: str, name: str) -> None:
     header = np.lib.format.magic(1, 0)
-    text = repr({"descr": "<i4", "fortran_order": False, "shape": (1 << 27, 3, 2)}).encode()
+    text = repr({"descr": "<i4", "fortran_order": False, "shape": (1 << 24, 3, 2)}).encode()
     text += b" " * (-(len(header) + 2 + len(text) + 1) % 64) + b"\n"
     with zipfile.ZipFile(tmp_path / name, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as archive:
         member = "experts.npy" if name.endswith("npz") else "a/data.pkl"
         with archive.open(member, "w", force_zip64=True) as stream:
             stream.write(header + struct.pack("<H", len(text)) + text)
             block = bytes(1 << 22)
-            for _ in range((1 << 27) * 24 >> 22 if name.endswith("npz") else 64):
+            for _ in range((1 << 24) * 24 >> 22 if name.endswith("npz") else 64):
                 stream.write(block)
     _refused(format_name, tmp_path / name, tmp_path, "times is not read|is compressed")
 
