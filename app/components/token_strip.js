@@ -37,7 +37,7 @@ function drawLegend(legend, data) {
     const { low, high, unit, above } = data.legend
     parts.push(make("span", "", shown(low, "")), bar, make("span", "", `${above ? "≥ " : ""}${shown(high, unit)}`))
   }
-  if (data.marks.length) parts.push(make("span", "token marked", data.marked))
+  if (data.marks.length) parts.push(make("span", "marked", data.marked))
   legend.replaceChildren(...parts)
 }
 

@@ -25,7 +25,7 @@ _MOUNTS: dict[str, Callable[..., Any]] = {}
 
 def token_strip(
     tokens: pl.DataFrame,
-    routes: Routes | pl.DataFrame,
+    routes: Routes,
     colours: pl.DataFrame,
     *,
     layer: str,
@@ -47,7 +47,7 @@ def token_strip(
 
     Args:
         tokens: part of ``app.frames.tokens.sequence_tokens``: successive positions.
-        routes: the same positions of ``app.frames.token_routes``, or of ``app.frames.tokens.token_routes``.
+        routes: the same positions of ``app.frames.tokens.routes``.
         colours: one row per token that is coloured: position, expert (its first choice), and for other modes than
             "expert" the measure, in column ``mode`` or ``value``; null = not known.
         layer: label of the layer that colours the text.
@@ -62,10 +62,9 @@ def token_strip(
         experts: the experts that get a colour of their own, in order; without, the most frequent first choices.
         total: tokens of the whole sequence, where the strip shows a part: arrow keys lead out of it.
     """
-    packed = routes if isinstance(routes, Routes) else Routes.of_frame(routes)
     payload = encode(tokens, colours, mode=mode, measure=measure, experts=experts, theme=state.theme()) | {
         "layer": layer,
-        "labels": packed.labels,
+        "labels": routes.labels,
         "selected": selected,
         "title": title,
         "linked": linked,
@@ -77,7 +76,7 @@ def token_strip(
     }
     with st.container(gap=None, key=f"{key}-box"):
         # Apart, because it is large and stays the same while colours and the kept token change: it is sent once.
-        carried = {"name": f"{key}-routes", "start": packed.start, "count": packed.count, **packed.packed}
+        carried = {"name": f"{key}-routes", "start": routes.start, "count": routes.count, **routes.packed}
         _mount("routes", "<span hidden></span>\n")(key=f"{key}-routes", data=carried, height=1)
         return _mount("strip", "<div class='strip'></div>\n")(
             key=key, data=payload, on_selected_change=on_select, on_picked_change=_pick(key), height="content"

@@ -19,6 +19,7 @@ STRENGTH = 0.5
 """Of an expert's colour on the background."""
 
 _GREY = 8
+_INKS = ("#0A0F14", "#FFFFFF")
 
 
 def ramp(theme: Theme = "light") -> list[tuple[str, str]]:
@@ -27,7 +28,7 @@ def ramp(theme: Theme = "light") -> list[tuple[str, str]]:
     stops = np.array([_rgb(colour) for colour in palette(theme).sequential[:-2]], np.float64)
     at = np.linspace(0, len(stops) - 1, STEPS)
     mixed = np.stack([np.interp(at, np.arange(len(stops)), stops[:, channel]) for channel in range(3)], axis=1)
-    return [with_ink(_hex(colour), theme) for colour in mixed]
+    return [with_ink(_hex(colour)) for colour in mixed]
 
 
 def shades(values: NDArray[np.float64], *, low: float, high: float, count: int = STEPS) -> NDArray[np.int64]:
@@ -42,7 +43,7 @@ def expert_colours(experts: Sequence[int], theme: Theme = "light") -> list[tuple
     """(background, ink) of each of the first experts, and last the grey of all others."""
     colours = [colour for index, colour in enumerate(palette(theme).categorical) if index != _GREY]
     chosen = [_mixed(colour, palette(theme).background) for colour in colours[: min(len(experts), EXPERTS)]]
-    return [with_ink(colour, theme) for colour in (*chosen, palette(theme).grid)]
+    return [with_ink(colour) for colour in (*chosen, palette(theme).grid)]
 
 
 def most_frequent(first: NDArray[np.integer]) -> list[int]:
@@ -52,11 +53,9 @@ def most_frequent(first: NDArray[np.integer]) -> list[int]:
     return [int(one) for one in order[:EXPERTS] if counts[one]]
 
 
-def with_ink(colour: str, theme: Theme = "light") -> tuple[str, str]:
-    """The colour, and the theme's text colour or its opposite, whichever stands out more on it."""
-    text = palette(theme).text
-    other = palette("dark" if theme == "light" else "light").text
-    return colour, max((text, other), key=lambda ink: contrast(ink, colour))
+def with_ink(colour: str) -> tuple[str, str]:
+    """The colour, and of a dark and a light ink the one that stands out more on it."""
+    return colour, max(_INKS, key=lambda ink: contrast(ink, colour))
 
 
 def contrast(one: str, other: str) -> float:

@@ -96,18 +96,3 @@ class Routes:
             },
             schema=ROUTES,
         )
-
-    @classmethod
-    def of_frame(cls, frame: pl.DataFrame) -> Routes:
-        """From rows of :data:`ROUTES` of successive positions."""
-        keys = frame.select("layer", "step").unique().sort("layer", "step")
-        layers = [(int(layer), int(step)) for layer, step in keys.iter_rows()]
-        start = int(frame["position"].min() or 0)  # type: ignore[arg-type]
-        count = int(frame["position"].max() or 0) - start + 1 if len(frame) else 0  # type: ignore[arg-type]
-        width = int(frame["rank"].max()) + 1 if len(frame) else 0  # type: ignore[arg-type]
-        ids = np.full((len(layers), count, width), -1, np.int16)
-        weights = np.zeros(ids.shape, np.float32)
-        axis = frame.select("layer", "step").join(keys.with_row_index("axis"), on=["layer", "step"], how="left")["axis"]
-        at = (axis.to_numpy(), frame["position"].to_numpy() - start, frame["rank"].to_numpy())
-        ids[at], weights[at] = frame["expert"].to_numpy(), frame["weight"].to_numpy()
-        return cls(start, layers, ids, weights)
