@@ -59,13 +59,17 @@ const mark = (plot, pick, focus, colours) => {
   if (host.dataset.marked === text && host.querySelectorAll(":scope > .moescope-mark").length === found.length) return
   host.dataset.marked = text
   host.querySelectorAll(":scope > .moescope-mark").forEach((node) => node.remove())
+  // In a map the mark is a frame around cells; behind curves it is a band.
+  const map = plot.data.some((trace) => trace.type === "heatmap")
   for (const { x, y, cell } of found) {
     const node = document.createElement("div")
     node.className = "moescope-mark"
+    const frame = { border: `${cell ? 2 : 1}px solid ${colours.line}`, boxShadow: `0 0 0 1px ${colours.ground}` }
+    const band = { background: `color-mix(in srgb, ${colours.line} 10%, transparent)` }
     Object.assign(node.style, {
-      position: "absolute", pointerEvents: "none", boxSizing: "border-box", zIndex: 2,
+      position: "absolute", pointerEvents: "none", boxSizing: "border-box", zIndex: 2, borderRadius: "2px",
       left: `${x.start - 1}px`, top: `${y.start - 1}px`, width: `${x.size + 2}px`, height: `${y.size + 2}px`,
-      border: `${cell ? 2 : 1}px solid ${colours.line}`, boxShadow: `0 0 0 1px ${colours.ground}`, borderRadius: "2px",
+      ...(map ? frame : band),
     })
     host.append(node)
   }
