@@ -123,8 +123,8 @@ def hit_rates(
         ),
         frame=frame,
         read="ρ = 1 is room for exactly what one token uses. LRU and LFU can be built; SCH looks ahead over a segment "
-        "and Belady knows the whole future, so they bound what a predictor could win. Where LRU lies on its shuffled "
-        "line, order in the text does not help a cache.",
+        "and Belady knows the whole future, so they bound what a predictor could win. Grey lines are LRU on shuffled "
+        "tokens and on random experts: where LRU lies on them, order in the text does not help a cache.",
         rests_on=rests + ("; bands are 95 % intervals over sequences." if scope == "shared" else "."),
         alt="Hit rate of SCH, LRU, LFU and Belady against cache size, with controls",
     )
@@ -172,6 +172,8 @@ def overlap(run: store.Run, *, frames: Frames = fresh, theme: Theme = "light") -
     frame = frames(frames_of_consistency.repetition, run).filter(pl.col("metric") == "mean_overlap")
     if frame.is_empty():
         raise not_yet("Repetition of experts", run)
+    if frame["lag"].n_unique() < 2:
+        raise Absent("Experts in common were computed for neighbouring tokens only.")
     return Exhibit(
         figure=figures.overlap_map(frame, theme=theme),
         frame=frame,
@@ -310,7 +312,7 @@ EXHIBITS = (
     Entry("srp-layers", srp_layers, "SRP of every layer", page="local-consistency"),
     Entry("srp-map", srp_map, "SRP of every expert", page="local-consistency"),
     Entry("srp-experts", srp_experts, "SRP of every expert against its use", page="local-consistency"),
-    Entry("hit-rates", hit_rates, "Cache hit rate against cache size", page="local-consistency"),
+    Entry("hit-rates", hit_rates, "Hit rate by cache size", page="local-consistency"),
     Entry("hit-rate-layers", hit_rate_layers, "Hit rate of every layer's own cache", page="local-consistency"),
     Entry("repetition", repetition, "Repetition of experts", page="local-consistency"),
     Entry("overlap", overlap, "Experts in common, by distance", page="local-consistency"),

@@ -252,13 +252,16 @@ def repetition_curves(frame: pl.DataFrame, *, theme: Theme = "light") -> go.Figu
             part = frame.filter((pl.col("metric") == metric) & (pl.col("control") == control))
             if part.is_empty():
                 continue
-            full = name if control == "observed" else f"{name}, {CONTROL_WORDS[control]}"
             seen = control == "observed"
+            full = name if seen else f"{name}, {CONTROL_WORDS[control]}"
+            # Colours tell the measures apart and dashes the controls, so that one entry per control is enough.
             curve(
-                figure, part, "value", name=full, colour=colour if seen else fade(colour, 0.55), dash=DASHES[control],
-                width=2.2 if seen else 1.3, markers=seen, hover=f"layer %{{x}}<br>{full}: %{{y:.1%}}",
+                figure, part, "value", name=name if seen else CONTROL_WORDS[control], dash=DASHES[control],
+                colour=colour if seen else fade(colour, 0.55), width=2.2 if seen else 1.3, markers=seen,
+                hover=f"layer %{{x}}<br>{full}: %{{y:.1%}}", legendgroup=name if seen else control,
+                showlegend=seen or metric == "mean_overlap",
             )  # fmt: skip
-    layout(figure, title=title, x="layer", y="share (0 to 1)", theme=theme, height=400)
+    layout(figure, title=title, x="layer", y="share (0 to 1)", theme=theme, height=400, wide=False)
     return over_layers(figure, percent=True)
 
 

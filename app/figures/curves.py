@@ -14,10 +14,10 @@ from app.figures.layers import curve, over_layers
 from app.figures.style import Theme, colours_of, layout, log_ticks, message, palette, safe
 
 BALANCE_WORDS = {
-    "normalised_entropy": ("normalised entropy", "0 to 1, 1 = even"),
+    "normalised_entropy": ("normalised entropy", "1 = even"),
     "gini": ("Gini", "0 = even"),
     "cv": ("coefficient of variation", "0 = even"),
-    "max_violation": ("MaxVio", "busiest expert over the mean, minus 1"),
+    "max_violation": ("MaxVio", "busiest over mean, less 1"),
 }
 CONFIDENCE_WORDS = {
     "entropy": ("Entropy of the router", "nats"),
@@ -142,7 +142,7 @@ def specialization_curves(frame: pl.DataFrame, *, domains: Sequence[str], theme:
 
     frame: ``app.frames.domains.specialization``.
     """
-    title = "How far each domain's load lies from the mean of the domains"
+    title = "Distance of each domain from their mean"
     if frame.is_empty() or len(domains) < 2:
         return message("One domain only: nothing to compare.", title=title, theme=theme)
     figure = go.Figure()
@@ -158,5 +158,5 @@ def specialization_curves(frame: pl.DataFrame, *, domains: Sequence[str], theme:
         figure, noise, "noise", name="by chance, at most", colour=palette(theme).muted, dash="dot", width=1.5,
         markers=False, hover="layer %{x}<br>by chance alone at most %{y:.1%}",
     )  # fmt: skip
-    layout(figure, title=title, x="layer", y="selections that differ (share)", theme=theme, height=380)
+    layout(figure, title=title, x="layer", y="selections that differ (share)", theme=theme, height=400, wide=False)
     return over_layers(figure, percent=True)

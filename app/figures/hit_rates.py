@@ -20,7 +20,7 @@ def hit_rate_curves(
 
     frame: rows of one scope of ``app.frames.consistency.hit_rates``.
     """
-    title = f"Cache hit rate against cache size, {scope_words}"
+    title = f"Hit rate by cache size, {scope_words}"
     if frame.is_empty():
         return message("Hit rates are computed when the run is finished.", title=title, theme=theme)
     figure = go.Figure()
@@ -30,7 +30,7 @@ def hit_rate_curves(
             part = part.filter(pl.col("segment_length") == segment_length)
         if part.is_empty():
             continue
-        name = POLICY_WORDS[policy] + (f" ({segment_length} tokens ahead)" if policy == "sch" else "")
+        name = POLICY_WORDS[policy] + (f" ({segment_length} tokens)" if policy == "sch" else "")
         band(figure, x=part["ratio"], low=part["low"], high=part["high"], colour=colour)
         hover = f"{name}<br>%{{customdata:,}} slots, ρ = %{{x:.2f}}<br>hit rate %{{y:.1%}}<extra></extra>"
         figure.add_scatter(
@@ -45,14 +45,14 @@ def hit_rate_curves(
     for control in ("shuffled_in_sequence", "shuffled", "uniform"):
         part = frame.filter((pl.col("policy") == "lru") & (pl.col("control") == control))
         if len(part):
-            name = f"LRU, {CONTROL_WORDS[control]}"
+            name = CONTROL_WORDS[control]
             figure.add_scatter(
                 x=part["ratio"],
                 y=part["value"],
                 name=name,
                 mode="lines",
                 line={"color": palette(theme).muted, "dash": DASHES[control], "width": 1.3},
-                hovertemplate=f"{name}<br>ρ = %{{x:.2f}}<br>hit rate %{{y:.1%}}<extra></extra>",
+                hovertemplate=f"LRU, {name}<br>ρ = %{{x:.2f}}<br>hit rate %{{y:.1%}}<extra></extra>",
             )
     layout(
         figure,
@@ -61,6 +61,7 @@ def hit_rate_curves(
         y="hit rate (0 to 1)",
         theme=theme,
         height=460,
+        wide=False,
     )
     figure.add_vline(x=1, line={"color": palette(theme).muted, "width": 1, "dash": "dot"})
     figure.update_yaxes(tickformat=".0%", range=[0, 1.02])
