@@ -50,6 +50,11 @@ def from_here(path: Path) -> str:
     return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)
 
 
+def sentence(text: str) -> str:
+    """Words as a sentence: a capital first, a full stop at the end."""
+    return text[:1].upper() + text[1:].removesuffix(".") + "."
+
+
 def _line(cells: list[str], widths: list[int], right: list[bool]) -> str:
     parts = [
         cell.rjust(width) if is_number else cell.ljust(width)

@@ -13,6 +13,7 @@ import streamlit as st
 
 from app import data, state
 from app.exhibits.exhibit import Absent, Exhibit
+from app.frames.plain import flat
 from store import Run
 
 
@@ -42,9 +43,10 @@ def draw(made: Exhibit, *, key: str, bordered: bool = True) -> None:
 
 def absent(missing: Absent) -> None:
     """Why something is not there, and the command that would change it."""
-    st.info(state.plain(missing.reason, 400), icon=":material/visibility_off:")
-    if missing.remedy:
-        st.code(missing.remedy, language="bash")
+    with st.container(gap="xsmall"):  # one cell of a grid
+        st.info(state.plain(missing.reason, 400), icon=":material/visibility_off:")
+        if missing.remedy:
+            st.code(missing.remedy, language="bash")
 
 
 def show(
@@ -83,7 +85,7 @@ def downloads(frame: pl.DataFrame, figure: go.Figure | None, *, key: str) -> Non
     with st.popover("Download", icon=":material/download:", type="tertiary", key=f"download-{key}"):
         st.download_button(
             "Data, CSV",
-            lambda: frame.write_csv().encode(),
+            lambda: flat(frame).write_csv().encode(),
             f"{name}.csv",
             "text/csv",
             key=f"csv-{key}",

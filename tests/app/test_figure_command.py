@@ -94,8 +94,9 @@ def test_the_list_says_what_the_run_has(
 @pytest.mark.parametrize(
     ("words", "message"),
     [(["lood"], "did you mean load"), (["load", "-o", "a.gif"], "svg, png, pdf"),
-     (["load", "--layer", "1"], "no choice"), (["load", "--set", "scale"], "NAME=VALUE"), (["load", "--set", "scale=huge"], "none of relative"),
-     (["load", "--domain", "nix"], "none of"), (["-o", "a.csv"], "name it")],
+     (["load", "--layer", "1"], "no choice"), (["load", "--set", "scale"], "NAME=VALUE"),
+     (["load", "--set", "scale=huge"], "none of relative"), (["load", "--domain", "nix"], "none of"),
+     (["-o", "a.csv"], "name it")],
 )  # fmt: skip
 def test_mistakes_are_one_line(
     finished_path: Path, words: list[str], message: str, capsys: pytest.CaptureFixture[str]

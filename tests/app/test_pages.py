@@ -28,6 +28,7 @@ CHARTS = {
     "compress": 4,  # the synthetic run lacks the stream, by which plans are priced
     "cache": 0,  # it asks first how large the model is beside its experts
     "placement": 10,
+    "data": 0,  # the answer of a question is first a table
 }
 Opener = Callable[..., AppTest]
 
