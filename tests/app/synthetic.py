@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
+import tempfile
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +100,18 @@ def info(*, text: bool = True, activations: bool = True, sequences: int = 9, mod
 
 
 def finished(directory: Path, name: str = "synthetic", *, metrics: bool = True, **options: Any) -> Path:
-    """A finished run, with derived metrics."""
+    """A finished run, with derived metrics: made once for the same options, and copied."""
+    made = _made(name, metrics, tuple(sorted(options.items())))
+    directory.mkdir(parents=True, exist_ok=True)
+    for file in made.iterdir():
+        shutil.copyfile(file, directory / file.name)
+    return directory / f"{name}.duckdb"
+
+
+@cache
+def _made(name: str, metrics: bool, given: tuple[tuple[str, Any], ...]) -> Path:
+    """A folder with the files of a finished run; it goes when the process ends."""
+    directory, options = Path(tempfile.mkdtemp(dir=_FOLDER.name)), dict(given)
     text, activations = options.get("text", True), options.get("activations", True)
     model = HOSTILE if options.get("hostile") else "tiny-moe"
     writer = RunWriter.create(directory, name, info(text=text, activations=activations, model=model))
@@ -105,7 +119,10 @@ def finished(directory: Path, name: str = "synthetic", *, metrics: bool = True, 
     path = writer.finish(seconds=1.5)
     if metrics:
         store.write_metrics(path, derived(activations=activations))
-    return path
+    return directory
+
+
+_FOLDER = tempfile.TemporaryDirectory(prefix="moescope-runs-")
 
 
 def live(directory: Path, name: str = "growing", *, shards: int = 1) -> RunWriter:
