@@ -39,14 +39,14 @@ def _every_layer_once(plan: Plan, step: CacheStep | PlaceStep) -> None:
 
 
 def _room_for_a_token(plan: Plan, step: CacheStep) -> None:
-    after, shapes = experts_after(plan), plan.source.by_key
+    staying, shapes = _left(plan), plan.source.by_key
     for layer in step.layers:
         key = (layer.layer, layer.step)
-        left = _left(plan, key)
+        left = staying.get(key, set())
         for expert in (*layer.pinned, *layer.disk):
             if expert not in left:
                 raise PlanError(f"the plan's cache step names expert {expert} of layer {key[0]}, which does not stay")
-        if layer.slots > len(after.get(key, ())):
+        if layer.slots > len(left):
             raise PlanError(f"layer {key[0]} has {len(left)} experts and {layer.slots} slots for them")
         need = min(shapes[key].top_k, len(left))
         if step.scope == "layer" and step.misses == "load" and layer.slots < need:
@@ -60,8 +60,9 @@ def _room_for_a_token(plan: Plan, step: CacheStep) -> None:
 
 
 def _every_expert_somewhere(plan: Plan, step: PlaceStep) -> None:
+    staying = _left(plan)
     for layer in step.layers:
-        left = _left(plan, (layer.layer, layer.step))
+        left = staying.get((layer.layer, layer.step), set())
         unknown = sorted(set(layer.experts) - left)
         if unknown:
             raise PlanError(f"the plan places expert {unknown[0]} of layer {layer.layer}, which does not stay")
@@ -70,6 +71,6 @@ def _every_expert_somewhere(plan: Plan, step: PlaceStep) -> None:
             raise PlanError(f"the plan gives expert {missing[0]} of layer {layer.layer} no slot on any device")
 
 
-def _left(plan: Plan, key: LayerKey) -> set[int]:
-    """Experts of a layer that stay, by their numbers in the source."""
-    return {one.lead for one in experts_after(plan).get(key, ())}
+def _left(plan: Plan) -> dict[LayerKey, set[int]]:
+    """Experts of each layer that stay, by their numbers in the source."""
+    return {key: {one.lead for one in experts} for key, experts in experts_after(plan).items()}
