@@ -73,12 +73,17 @@ def expression(wanted: str, *, regex: bool) -> str:
         if pl.Series([""]).str.contains(wanted).item():
             raise StoreError(f"the expression {wanted!r} matches the empty text, which is everywhere: ask for a letter")
     except pl.exceptions.PolarsError as error:
-        reason = str(error).strip().splitlines()[-1].removeprefix("error: ")
         raise StoreError(
-            f"{wanted!r} is no regular expression that can be searched ({reason}); look-around and back-references are "
-            "left out, so that every search ends in time"
+            f"{wanted!r} is no regular expression that can be searched ({_reason(str(error))}); look-around and "
+            "back-references are left out, so that every search ends in time"
         ) from None
     return wanted
+
+
+def _reason(message: str) -> str:
+    """What the library says of an expression, without its drawing of where."""
+    said = [line.partition("error: ")[2] for line in message.splitlines() if "error: " in line]
+    return said[-1] if said else "too large"
 
 
 def search(query: Query, numbers: pl.DataFrame, wanted: str, *, regex: bool, seconds: float) -> TextSearch:

@@ -33,7 +33,7 @@ _COLUMNS = {
     "hits": Column("tokens of the expert", "count"),
     "share": Column("share of its tokens", "share"),
     "weight": Column("largest gate weight", "number"),
-    "position": Column("first at token", "text"),
+    "position": Column("at token", "text", "where its row leads: the first, or the one with the largest gate weight"),
     "before": Column("text before", "text", width="medium"),
     "match": Column("found", "text", width="small"),
     "after": Column("text after", "text", width="medium"),

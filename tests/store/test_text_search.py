@@ -122,6 +122,11 @@ def test_what_cannot_be_searched_is_said(run: store.Run, wanted: str) -> None:
         run.search_text(wanted, regex=True)
 
 
+def test_the_fault_of_an_expression_is_named(run: store.Run) -> None:
+    with pytest.raises(StoreError, match="unclosed group"):
+        run.search_text("(cat", regex=True)
+
+
 def test_one_domain_and_a_limited_time(run: store.Run, monkeypatch: pytest.MonkeyPatch) -> None:
     assert set(run.search_text("cat", domain="b").frame["sequence"]) == {3}
     with pytest.raises(StoreError, match="no domain"):
