@@ -98,10 +98,12 @@ def presets(
         raise Absent("No plan can be made of this run.")
     frame = frames(preset_frames.comparison, run, **asked)
     made, priced = frame.filter(pl.col("refused").is_null()), len(frame["weighed_error"].drop_nulls())
-    if not priced and len(made):
+    if made.is_empty():
+        raise Absent(f"No preset can be planned so: {frame['refused'][0]}")
+    if not priced and "activations" not in run.info.levels:
         raise needs_level("The predicted error of presets", "activations", run)
     if not priced:
-        raise Absent(f"No preset can be planned so: {frame['refused'][0]}")
+        raise Absent("Presets that can be planned so merge or slim, and no error is predicted for those.")
     chosen = preset or preset_frames.first_choice(known["preset"].to_list())
     return Exhibit(
         figure=figures.preset_errors(frame, title="Predicted error by preset", chosen=chosen, theme=theme),
@@ -181,7 +183,7 @@ def measured(
 
 
 EXHIBITS = (
-    Entry("compress-curve", curve, "Size against predicted cost", page="compress"),
+    Entry("compress-curve", curve, "Size against predicted cost", page="compress", report=False),
     Entry("compress-presets", presets, "Predicted error of every preset", page="compress", report=False),
     Entry("room-depth", depth, "How far each layer turns the residual stream", page="compress"),
     Entry("room-width", width, "What the strongest neurons hold", page="compress"),

@@ -16,9 +16,10 @@ _FIRST_ROWS = 6
 _EVIDENCE_HEAD = (
     '<tr><th>evidence</th><th class="number">value</th><th>95 % interval or range</th><th>beside</th><th>from</th></tr>'
 )
+_WIDTHS = f"<colgroup>{'<col>' * 5}</colgroup>"
 _FINDINGS_HEAD = (
     '<div class="finding head" aria-hidden="true"><div></div><div class="wide">'
-    f'<table class="evidence">{_EVIDENCE_HEAD}</table></div></div>'
+    f'<table class="evidence">{_WIDTHS}{_EVIDENCE_HEAD}</table></div></div>'
 )
 
 
@@ -102,7 +103,7 @@ def _finding(one: Finding, anchors: dict[str, str]) -> str:
         for proof in one.evidence
     )  # fmt: skip
     table = (
-        f'<div class="wide"><table class="evidence"><thead>{_EVIDENCE_HEAD}</thead><tbody>{rows}</tbody></table></div>'
+        f'<div class="wide"><table class="evidence">{_WIDTHS}<thead>{_EVIDENCE_HEAD}</thead><tbody>{rows}</tbody></table></div>'
         if rows
         else ""
     )

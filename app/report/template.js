@@ -164,6 +164,7 @@
   });
   scheme.addEventListener("change", recolour);
 
+  if (window.innerWidth <= 900) document.querySelector("nav details").open = false;
   for (const plot of plots) {
     plot.height = Number(plot.dataset.height);
     plot.style.minHeight = `${plot.height - 34}px`;
