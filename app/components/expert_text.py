@@ -9,6 +9,7 @@ import streamlit as st
 
 from app import data, focus, state
 from app.components import chart, table
+from app.components.go import go
 from app.components.table import Column
 from app.exhibits.absent import require
 from app.exhibits.exhibit import Absent
@@ -59,7 +60,7 @@ def tokens(run: Run, where: dict[str, Any]) -> None:
             "share": Column("share", "bar"),
             "low": Column("from", "share"),
             "high": Column("to", "share"),
-            "lift": Column("lift", "figure", "share over the expert's share of all tokens; 1 = like any token"),
+            "lift": Column("lift", "number", "share over the expert's share of all tokens; 1 = like any token"),
         },
     )
 
@@ -98,9 +99,6 @@ def contexts(run: Run, where: dict[str, Any]) -> None:
         )  # fmt: skip
 
 
-def to_tokens(words: str, sequence: int, position: int | None, *, key: str) -> None:
-    """A button that leads to a token in its text."""
-    place = {"sequence": sequence, "token": position}
-    if st.button(words, key=f"read-{key}", type="tertiary", icon=":material/text_fields:", on_click=focus.pick,
-                 kwargs=place):  # fmt: skip
-        st.switch_page(_TOKENS_PAGE)
+def to_tokens(words: str, sequence: int, position: int | None) -> None:
+    """A link to a token in its text."""
+    go(words, _TOKENS_PAGE, icon=":material/text_fields:", sequence=sequence, token=position)

@@ -14,6 +14,7 @@ from app.figures.style import Theme, safe
 from app.frames import expert as frames_of_expert
 from app.frames import expert_cache, expert_errors
 from app.frames.axes import layer_labels
+from app.frames.consistency import srp_experts
 from app.frames.expert_trace import layer_info
 
 
@@ -100,7 +101,7 @@ def consistency(
     """SRP of an expert by segment length."""
     where = place(run, layer, expert)
     require("SRP of an expert", run, "trace", "order")
-    frame = frames(expert_cache.consistency, run, **where)
+    frame = expert_cache.consistency(frames(srp_experts, run), **where)
     if frame.is_empty():
         raise not_yet("SRP of an expert", run)
     return Exhibit(

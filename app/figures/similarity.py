@@ -60,7 +60,8 @@ def redundancy_band(frame: pl.DataFrame, *, title: str, theme: Theme = "light") 
     colours = palette(theme)
     x = frame["label"].to_list()
     figure = go.Figure()
-    for upper, lower, words in (("p95", "p05", "middle 90 % of pairs"), ("p75", "p25", "middle 50 %")):
+    # Both bands have one entry in the legend, where their colours would look alike.
+    for upper, lower, words in (("p95", "p05", "middle 90 % and 50 % of pairs"), ("p75", "p25", "")):
         band(figure, x=x, low=frame[lower], high=frame[upper], colour=colours.accent, name=words)
     extra = frame.select("p05", "p95", "pairs", "mean").to_numpy()
     hover = "layer %{x}<br>median %{y:.3f}, mean %{customdata[3]:.3f}"

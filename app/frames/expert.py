@@ -23,7 +23,7 @@ def of_layer(run: store.Run, *, label: str) -> pl.DataFrame:
     share over that of a balanced router, place by load (1 = the most used; of equal ones the lower number first).
     """
     layer = layer_info(run, label)
-    load = expert_load(run).filter((pl.col("layer") == layer.layer) & (pl.col("step") == layer.step))
+    load = expert_load(run, layer=layer)
     place = pl.col("tokens").rank("ordinal", descending=True).cast(pl.Int64)
     return load.sort("expert").select("expert", "tokens", "share", "relative", place.alias("place"))
 
@@ -75,7 +75,7 @@ def figures(run: store.Run, *, label: str, expert: int) -> pl.DataFrame:
     mean, chance = what an even router, or shuffled text, gives them (null where nobody knows), tokens that it rests on.
     """
     layer = layer_info(run, label, expert)
-    load = expert_load(run).filter((pl.col("layer") == layer.layer) & (pl.col("step") == layer.step))
+    load = expert_load(run, layer=layer)
     routed = _routed_tokens(run, layer)
     wanted = {
         "share of tokens": (pl.col("tokens") / routed, layer.top_k / layer.num_experts),
@@ -284,7 +284,7 @@ def _traced_partners(run: store.Run, label: str, expert: int) -> NDArray[np.floa
 def _co_activation(
     run: store.Run, layer: store.LayerInfo, expert: int, together: NDArray[np.float64]
 ) -> dict[str, NDArray[Any]]:
-    load = expert_load(run).filter((pl.col("layer") == layer.layer) & (pl.col("step") == layer.step))
+    load = expert_load(run, layer=layer)
     counts = load.sort("expert")["tokens"].to_numpy().astype(np.float64)
     others = np.where(np.arange(len(counts)) == expert, 0.0, counts)
     given = together / together[expert] if together[expert] else np.full(len(together), np.nan)

@@ -7,8 +7,6 @@ import polars as pl
 from numpy.typing import NDArray
 
 import store
-from app.frames import consistency as all_consistency
-from app.frames.axes import parse_layer
 from app.frames.expert_trace import expert_blocks, layer_info
 
 GAPS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
@@ -23,14 +21,15 @@ _DEPTHS = {"expert": pl.Int64, "depth": pl.Int64, "requests": pl.Int64}
 _HITS = {"slots": pl.Int64, "value": pl.Float64, "layer": pl.Float64, "uses": pl.Int64}
 
 
-def consistency(run: store.Run, *, label: str, expert: int) -> pl.DataFrame:
-    """One row per segment length: segment_length, value = the expert's SRP, layer = mean of the layer's experts,
+def consistency(frame: pl.DataFrame, *, label: str, expert: int) -> pl.DataFrame:
+    """SRP of one expert, one row per segment length: segment_length, value, layer = mean of the layer's experts,
     lower_bound = what always keeping it would give, frequency = part of the tokens that use it.
+
+    frame: ``app.frames.consistency.srp_experts``.
     """
-    layer, step = parse_layer(label)
-    frame = all_consistency.srp_experts(run).filter((pl.col("layer") == layer) & (pl.col("step") == step))
     return (
-        frame.with_columns(pl.col("value").mean().over("segment_length").alias("mean"))
+        frame.filter(pl.col("label") == label)
+        .with_columns(pl.col("value").mean().over("segment_length").alias("mean"))
         .filter(pl.col("expert") == expert)
         .select("segment_length", "value", pl.col("mean").alias("layer"), "lower_bound", "frequency")
         .sort("segment_length")

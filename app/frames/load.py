@@ -33,16 +33,20 @@ BALANCE = {
 }
 
 
-def expert_load(run: store.Run, *, domain: str | None = None, phase: str | None = None) -> pl.DataFrame:
-    """One row per routed expert of every MoE layer, unused ones included.
+def expert_load(
+    run: store.Run, *, domain: str | None = None, phase: str | None = None, layer: store.LayerInfo | None = None
+) -> pl.DataFrame:
+    """One row per routed expert of every MoE layer, or of one, unused ones included.
 
     Columns: layer, step, label, expert, num_experts, top_k; tokens that used the expert; first_choices; gate_sum;
     share of the layer's selections (0..1); relative = share x num_experts (1 = the uniform share); gate_share of the
     layer's gate mass (0..1). Shares are null for a layer without load.
     """
-    table = select(run.table("expert_load"), domain=domain, phase=phase).filter(pl.col("kind") == "routed")
+    table = run.table("expert_load", layer=None if layer is None else layer.layer)
+    table = select(table, domain=domain, phase=phase).filter(pl.col("kind") == "routed")
     summed = table.group_by("layer", "step", "expert").agg(pl.col("tokens", "first_choices", "gate_sum").sum())
-    frame = layer_grid(run.layers).join(summed, on=["layer", "step", "expert"], how="left", maintain_order="left")
+    grid = layer_grid(run.layers if layer is None else [layer])
+    frame = grid.join(summed, on=["layer", "step", "expert"], how="left", maintain_order="left")
     frame = frame.with_columns(pl.col("tokens", "first_choices").fill_null(0), pl.col("gate_sum").fill_null(0.0))
     share = _share("tokens")
     return frame.with_columns(

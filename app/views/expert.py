@@ -98,7 +98,7 @@ def _neighbours(run: Run, where: dict[str, Any]) -> None:
         | {
             "joint_tokens": Column("joint tokens", "count"),
             "given": Column("together", "share", "of this expert's tokens, those that use the other too"),
-            "lift": Column("lift", "figure", "together over what the other's popularity gives; 1 = by chance"),
+            "lift": Column("lift", "number", "together over what the other's popularity gives; 1 = by chance"),
         },
     )
 
@@ -136,7 +136,7 @@ def _outlier(run: Run, where: dict[str, Any]) -> None:
             width="stretch",
         )
         if row["sequence"] is not None and run.has_trace:
-            expert_text.to_tokens("Read it there", row["sequence"], row["position"], key="outlier")
+            expert_text.to_tokens("Read it there", row["sequence"], row["position"])
 
 
 def _absent_outputs(run: Run) -> None:

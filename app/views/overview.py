@@ -7,8 +7,9 @@ from functools import partial
 import polars as pl
 import streamlit as st
 
-from app import data, focus, state
+from app import data, state
 from app.components import chart, coverage, header, table
+from app.components.go import go
 from app.components.page import render
 from app.components.sections import sections
 from app.components.table import Column
@@ -56,12 +57,13 @@ def _findings(frame: pl.DataFrame, run: Run) -> None:
     _heading("What this run says", frame, key="findings")
     if frame.is_empty():
         st.caption("Nothing yet: findings come with the first shards." if run.live else "Nothing was counted.")
-    for index, row in enumerate(frame.iter_rows(named=True)):
+    for row in frame.iter_rows(named=True):
         with st.container(horizontal=True, wrap=False, vertical_alignment="center", gap="small"):
             evidence = state.plain(row["evidence"], 300)
             st.markdown(f":small[**{state.plain(row['finding'], 200)}**: {evidence}]", width="stretch")
             if row["page"] != "Overview":
-                _link(row["page"], key=f"finding-{index}", layer=row["layer"], expert=row["expert"])
+                target = next(page for page in PAGES if page.title == row["page"])
+                go(row["page"], target.file, icon=target.icon, layer=row["layer"], expert=row["expert"])
 
 
 def _heading(words: str, frame: pl.DataFrame, *, key: str) -> None:
@@ -70,17 +72,6 @@ def _heading(words: str, frame: pl.DataFrame, *, key: str) -> None:
         st.markdown(f"**{words}**", width="stretch")
         if len(frame):
             chart.downloads(frame, None, key=key)
-
-
-def _link(title: str, *, key: str, layer: str | None, expert: int | None) -> None:
-    """To a page, with the layer and expert of a finding picked."""
-    target = next(page for page in PAGES if page.title == title)
-    if layer is None:
-        st.page_link(target.file, label=title, icon=target.icon, width="content")
-        return
-    pick = {"layer": layer, "expert": expert}
-    if st.button(title, key=key, type="tertiary", icon=target.icon, on_click=focus.pick, kwargs=pick):
-        st.switch_page(target.file)
 
 
 def _alerts(frame: pl.DataFrame) -> None:

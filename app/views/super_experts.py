@@ -64,7 +64,7 @@ def _residual(run: Run) -> None:
         read="A row picks the layer and the place in the text. Decoder layers without experts are listed, too.",
         columns={
             "absolute_max": Column("largest |value|"),
-            "ratio": Column("× the median", "count", "over the median |value| of the same token"),
+            "ratio": Column("× the median", "figure", "over the median |value| of the same token"),
             "position": Column("at position", "text", "0 is the first token of its sequence"),
             "channel": Column("channel", "text"),
             "sequence": Column("sequence", "text"),
