@@ -7,46 +7,46 @@ from typing import Any
 import streamlit as st
 
 from app import data, state
-from app.components import chart
+from app.components import table
+from app.components.table import Column
 from app.frames import caching_beside as frames
-from planner.cache.beside import Beside
 from store import Run
+
+_COLUMNS = {
+    **{
+        name: Column(name, "share")
+        for name in (
+            "hit rate", "steps that wait", "recall", "chance", "precision", "steps whole", "of what LRU lacks"
+        )
+    },
+    "policy": Column("policy", "text", width="medium"),
+    "foreseen by": Column("foreseen by", "text", width="medium"),
+    "of which wasted": Column("of which wasted, MB"),
+}  # fmt: skip
 
 
 def section(run: Run, asked: dict[str, Any]) -> None:
     """Draw the section. asked: of :func:`app.frames.caching.answer`."""
-    st.subheader("Published ways beside each other", anchor=False)
+    st.caption("Policies, prefetchers, batches and bit planes as published, replayed on this trace with this memory.")
     if not state.choose_flag("Replay them too", key="beside", default=False, help="Some seconds more"):
         return
     with st.spinner("Replaying published policies"):
-        found: Beside = data.made(frames.compared, run, **asked)
-    percent = {
-        name: st.column_config.NumberColumn(format="percent")
-        for name in (
-            "hit rate",
-            "steps that wait",
-            "recall",
-            "chance",
-            "precision",
-            "steps whole",
-            "of what LRU lacks",
-        )
-    }
-    for name, frame, read in (
-        ("policies", frames.policies(found), "Which expert makes room, with the slots of this memory. Below the line "
-         "of those that know the future no engine can be; their distance is what a better policy could win."),
-        ("foreseen", frames.foreseen(found), "Which experts come next, one layer ahead, as many as a token uses. Only "
-         "what an LRU cache lacks can be saved; what is wasted delays what is needed. Drawn: true routes with as many "
-         "mistakes as were recorded or are named."),
-        ("outlook", frames.outlook(found), "Hit rates of text yet to come, forecast from the requests for fitting; "
-         "came: what the requests for judging gave."),
-        ("batches", frames.batches(found), "What runs together. All know the true routes, which flatters them; the "
-         "fewer experts a token reads, the fewer loads."),
-        ("planes", frames.planes(found), "Nested widths of 2, 3 and 4 bits, loaded plane by plane on an empty device. "
-         "Where the link decides, no order of loads gains much."),
+        found = data.frame(frames.compared, run, **asked)
+    for name, title, frame, read in (
+        ("policies", "Policies", frames.policies(found), "Which expert makes room, with the slots of this memory. "
+         "Below the line of those that know the future no engine can be; their distance is what a better policy could "
+         "win."),
+        ("foreseen", "Experts foreseen", frames.foreseen(found), "Which experts come next, one layer ahead, as many as "
+         "a token uses. Only what an LRU cache lacks can be saved; what is wasted delays what is needed. Drawn: true "
+         "routes with as many mistakes as were recorded or are named."),
+        ("outlook", "Forecasts", frames.outlook(found), "Hit rates of text yet to come, forecast from the requests for "
+         "fitting; came: what the requests for judging gave."),
+        ("batches", "Batches", frames.batches(found), "What runs together. All know the true routes, which flatters "
+         "them; the fewer experts a token reads, the fewer loads."),
+        ("planes", "Bit planes", frames.planes(found), "Nested widths of 2, 3 and 4 bits, loaded plane by plane on an "
+         "empty device. Where the link decides, no order of loads gains much."),
     ):  # fmt: skip
         if frame.is_empty():
             continue
-        with st.container(border=True, gap="xsmall"):
-            st.dataframe(frame, hide_index=True, width="stretch", column_config=percent)
-            chart.caption(read, frame, None, key=f"beside-{name}")
+        st.markdown(f"**{title}**")
+        table.show(frame, key=f"beside-{name}", columns=_COLUMNS, alt=f"{title} beside each other", read=read)

@@ -10,7 +10,6 @@ import store
 from app import data, state
 from app.components import chart, engine_file
 from app.frames import caching as frames
-from compressor.exporters import EXPORTERS
 from compressor.plan import Plan
 from moescope.errors import MoescopeError
 from planner.cache.study import Study
@@ -19,7 +18,6 @@ from store import Run
 
 def section(run: Run, found: Study, asked: dict[str, Any]) -> None:
     """Draw the section. asked: of :func:`app.frames.caching.answer`."""
-    st.subheader("Make an engine do it", anchor=False)
     titles = {one.name: frames.short(one) for one in found.ways}
     way = state.choose(
         "The plan of", list(titles), key="plan-of", words=titles.__getitem__, help="The fastest comes first."
@@ -31,11 +29,8 @@ def section(run: Run, found: Study, asked: dict[str, Any]) -> None:
         st.info(f"No plan for this way: {state.plain(str(error), 400)}", icon=":material/block:")
         return
     _plan(run, plan)
-    with st.expander("Files for engines", icon=":material/upload_file:"):
-        for engine in EXPORTERS:
-            if engine.step == "cache":
-                engine_file.show(engine, plan)
-    st.markdown("In a terminal:")
+    engine_file.every("cache", plan)
+    st.caption("The same in a terminal:")
     st.code(frames.commands(run, **asked), language="bash")
 
 

@@ -25,8 +25,8 @@ def section(run: Run, found: Study, asked: dict[str, Any]) -> None:
     """Draw the section. asked: of :func:`app.frames.caching.answer`."""
     names = frames.drawn_ways(found)
     if not names:
+        st.info("Tokens can be drawn of ways without prefetching, and this memory allows none.")
         return
-    st.subheader("One token on the clock", anchor=False)
     with st.container(horizontal=True, gap="medium", vertical_alignment="bottom"):
         way = state.choose("Way", names, key="way", words=lambda name: SHORT[name])
         mark = state.choose("Token", [*_MARKS, NUMBERED], key="mark", words=lambda name: _MARKS.get(name, name))

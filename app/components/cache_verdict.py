@@ -19,6 +19,10 @@ _LOOKS = {
 }
 
 
+FIRST = 2
+"""Reasons that stand there at once."""
+
+
 def card(found: Study) -> None:
     """The verdict with its reasons."""
     label, colour, icon = _LOOKS[found.verdict.word]
@@ -27,7 +31,11 @@ def card(found: Study) -> None:
         with st.container(horizontal=True, gap="small", vertical_alignment="center"):
             st.badge(label, color=colour, icon=icon)  # type: ignore[arg-type]
             st.markdown(f"**{state.plain(words[0].upper() + words[1:], 200)}**", width="content")
-        st.markdown("\n".join(f"- {state.plain(reason, 600)}" for reason in found.verdict.reasons))
+        first, others = found.verdict.reasons[:FIRST], found.verdict.reasons[FIRST:]
+        st.markdown("\n".join(f"- {state.plain(reason, 600)}" for reason in first))
+        if others:
+            with st.expander("More reasons", icon=":material/info:"):
+                st.markdown("\n".join(f"- {state.plain(reason, 600)}" for reason in others))
 
 
 def metrics(found: Study) -> None:
@@ -38,28 +46,25 @@ def metrics(found: Study) -> None:
     worst = found.domains[0]
     held, memory = size(found.slots * found.memory["slot"]), frames.memory(found)
     figures = (
-        ("Tokens per second", f"{rate:,.0f}" if rate >= 100 else f"{rate:.3g}", frames.short(best),
+        ("Tokens/s", f"{rate:,.0f}" if rate >= 100 else f"{rate:.3g}", frames.short(best),
          f"The fastest way: {best.title}."),
-        ("Milliseconds per token", f"{best.ms:.3g}", f"{best.low:.3g} to {best.high:.3g}",
+        ("ms per token", f"{best.ms:.3g}", f"{best.low:.3g} to {best.high:.3g}",
          "Mean over the tokens of the requests for judging; 95 % interval over requests."),
         ("Hit rate", f"{best.hit_rate:.1%}", hits,
          "Of the fastest way: uses whose expert was on the device; 95 % interval over requests."),
-        ("Bound, ms per token", f"{found.bound_ms:.3g}", f"{gap:.0%} above it",
+        ("Bound, ms", f"{found.bound_ms:.3g}", f"{gap:.0%} above it",
          "What no way to serve can beat with this memory, whatever it foresees."),
-        ("All experts on the device", f"{found.resident_ms:.3g} ms", f"{found.all_slots:,} experts",
-         "Per token, if the device were large enough."),
-        ("Experts on the device", f"{found.slots:,} of {found.all_slots:,}", held, "Slots, each as large as the largest"
-         " expert, and what they take."),
-        ("Keys and values", size(memory["kv"]), f"{memory['kv'] / found.memory['total']:.0%} of the memory",
-         f"Of {size(found.memory['total'])}: other weights {size(memory['other'])}, activations "
-         f"{size(memory['activations'])}, {size(memory['experts'])} are left for experts."),
+        ("Experts held", f"{found.slots:,} of {found.all_slots:,}", held, "On the device: slots, each as large as the "
+         f"largest expert, and what they take. Of {size(found.memory['total'])}: other weights "
+         f"{size(memory['other'])}, keys and values {size(memory['kv'])}, activations {size(memory['activations'])}. "
+         f"All experts on the device would take {found.resident_ms:.3g} ms per token."),
         ("Slowest domain", f"{worst.ms:.3g} ms", state.plain(worst.domain, 30),
          "Per token, of the best way that goes by the trace: what the least fortunate text gets."),
     )  # fmt: skip
     plain: dict[str, Any] = {"delta_color": "off", "delta_arrow": "off", "border": True, "height": "stretch"}
-    with st.grid(4, min_column_width=170, gap="small"):
+    with st.grid(6, min_column_width=150, gap="small"):
         for label, value, below, why in figures:
-            st.metric(label, value, below, help=state.plain(why, 400), **plain)
+            st.metric(label, value, below, help=state.plain(why, 600), **plain)
 
 
 def notes(found: Study) -> None:

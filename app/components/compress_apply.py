@@ -54,7 +54,6 @@ def section(run: Run, plan: Plan, asked: dict[str, Any]) -> None:
         plan: the plan.
         asked: arguments of ``planner.make`` that give it; empty where a search found it.
     """
-    st.subheader("Follow the plan", anchor=False)
     with st.container(horizontal=True, gap="small", vertical_alignment="center"):
         if st.button("Keep beside the run", icon=":material/save:", key="keep-plan"):
             _keep(run, plan)
@@ -64,7 +63,7 @@ def section(run: Run, plan: Plan, asked: dict[str, Any]) -> None:
         )  # fmt: skip
         st.caption(f"Plan {plan.digest[:12]}; the same run and the same choice give the same bytes.")
     compress_export.section(plan)
-    st.markdown("In a terminal:")
+    st.caption("The same in a terminal:")
     st.code(commands(run, asked), language="bash")
     with st.expander("Apply it from here, in the background", icon=":material/rocket_launch:"):
         _form(run, plan)

@@ -8,67 +8,53 @@ import polars as pl
 import streamlit as st
 
 from app import data, state
-from app.components import chart
-from app.figures import compress_bits as figures
-from app.figures.style import safe
+from app.components import chart, table
+from app.components.table import Column
+from app.exhibits import compress_plan as exhibits
+from app.exhibits.exhibit import Absent
 from app.frames import compress
 from app.frames import compress_bits as frames
-from compressor.plan import Plan
+from compressor.plan import Plan, QuantizeStep
 from planner.estimate.prediction import Calibration
 from store import Run
 
-_number = st.column_config.NumberColumn
 
-
-def maps(plan: Plan) -> None:
+def maps(run: Run, plan: Plan) -> None:
     """The widths as a map; nothing for plans that quantize nothing."""
-    found = frames.widths(plan)
-    if found.is_empty():
+    if not quantizes(plan):
         return
-    parts = frames.differing(found)
-    part = state.choose("Projection", parts, key="projection", segmented=True) if len(parts) > 1 else parts[0]
-    of = f" of {part} projections" if len(parts) > 1 else ""
-    chart.show(
-        figures.bits_map(found, part=part, title=f"Bits{of}: {safe(compress.title(plan))}", theme=state.theme()),
-        found,
-        key="plan-bits",
-        read="The stronger the colour, the narrower the weights: strong cells save most. "
-        + ("Crosses: experts that go. " if found["gone"].any() else "")
-        + ("The projections of an expert differ: choose one above." if len(parts) > 1 else ""),
-        rests_on=f"{len(found):,} experts; scales and zero points come on top (below).",
-        alt="Map of layers and experts: bits of a weight",
-    )
+    parts = data.of_plan(_parts, run, plan)
+    part = state.choose("Projection", parts, key="projection", segmented=True) if len(parts) > 1 else ""
+    of_plan(exhibits.of_bits, run, plan, key="plan-bits", part=part)
 
 
-def details(run: Run, plan: Plan, calibration: Calibration | None = None) -> None:
+def details(run: Run, plan: Plan, *, calibration: str = "") -> None:
     """How many weights have which width, and which layers the predicted cost comes from."""
-    given = key_of(calibration)
-    turned = data.of_plan(frames.turns, run, plan, calibration=given)
-    share = frames.histogram(plan)
-    if turned.is_empty() and share.is_empty():
+    if not quantizes(plan):
+        of_plan(exhibits.of_cost, run, plan, key="plan-cost", calibration=calibration)
         return
     with chart.pair():
-        if not turned.is_empty():
-            whole = turned["kl"].sum()
-            chart.show(
-                figures.cost_by_layer(turned, title="Where the predicted cost comes from", theme=state.theme()),
-                turned,
-                key="plan-cost",
-                read="The bars add up to the plan's predicted divergence: high ones are layers whose experts the plan "
-                "should spare first.",
-                rests_on=f"{whole:.3g} nats in all, {'corrected by measured plans' if given else 'from sums'}.",
-                alt="Stacked bars: predicted divergence by decoder layer and kind of change",
-            )
-        if not share.is_empty():
-            chart.show(
-                figures.histogram(share, title="Weights by width", theme=state.theme()),
-                share,
-                key="plan-widths",
-                read="How many of the experts' weights are stored in how many bits.",
-                rests_on=f"{share['weights'].sum():,} weights of experts that stay.",
-                alt="Bars: share of weights by width",
-            )
-    _table(plan)
+        of_plan(exhibits.of_cost, run, plan, key="plan-cost", calibration=calibration)
+        of_plan(exhibits.of_widths, run, plan, key="plan-widths")
+    with st.expander("All figures: widths by layer", icon=":material/table:"):
+        table.show(
+            data.of_plan(_widths, run, plan), key="plan-widths-table", bordered=False,
+            columns={"experts": Column("experts by width", "text"), "bits": Column("bits, all counted", "number")},
+            alt="Every layer: how many experts have which width, and effective bits",
+        )  # fmt: skip
+
+
+def of_plan(maker: exhibits.OfPlan, run: Run, plan: Plan, *, key: str, **choices: str) -> None:
+    """Draw an exhibit of the plan that is shown, or say why it is not there; made once per plan."""
+    try:
+        chart.draw(data.of_plan(maker, run, plan, theme=state.theme(), **choices), key=key)
+    except Absent as missing:
+        chart.absent(missing)
+
+
+def quantizes(plan: Plan) -> bool:
+    """Whether it gives experts widths."""
+    return any(isinstance(step, QuantizeStep) for step in plan.steps)
 
 
 def key_of(calibration: Calibration | None) -> str:
@@ -76,14 +62,9 @@ def key_of(calibration: Calibration | None) -> str:
     return json.dumps(calibration.content()) if calibration is not None and calibration.count else ""
 
 
-def _table(plan: Plan) -> None:
-    found = compress.widths(plan)
-    if found.is_empty():
-        return
-    with st.expander("All figures: widths by layer", icon=":material/table:"):
-        st.dataframe(
-            found.with_columns(pl.col("bits").round(3)),
-            hide_index=True,
-            alt="Every layer: how many experts have which width, and effective bits",
-            column_config={"label": "layer", "bits": _number("bits, all counted", format="%.3f")},
-        )
+def _parts(run: Run, plan: Plan) -> list[str]:
+    return frames.differing(frames.widths(plan))
+
+
+def _widths(run: Run, plan: Plan) -> pl.DataFrame:
+    return compress.widths(plan)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import streamlit as st
 
 from app import state
+from app.components import table
+from app.components.table import Column
 from app.frames import compress_check as frames
 from compressor.plan import Plan
 from moescope.errors import StoreError
 from store import Run
-
-_number = st.column_config.NumberColumn
 
 
 def section(run: Run, plan: Plan) -> None:
@@ -35,14 +35,14 @@ def section(run: Run, plan: Plan) -> None:
         return
     with st.expander("All figures: the matrices nearest to what no longer passes, and the routers",
                      icon=":material/table:"):  # fmt: skip
-        ends = {name: _number(format="%.4g") for name in ("found", "low", "high")}
-        st.caption("Error of a matrix: ||Q(W) - W|| / ||W||; from low to high is what its width makes.")
-        st.dataframe(worst, hide_index=True, alt="Matrices with the most unusual errors", column_config=ends)
+        table.show(
+            worst, key="check-worst", bordered=False, alt="Matrices with the most unusual errors",
+            columns={"low": Column("low"), "high": Column("high")},
+            read="Error of a matrix: ||Q(W) - W|| / ||W||; from low to high is what its width makes.",
+        )  # fmt: skip
         if len(flips):
-            st.caption("Share of the routers' selections that are others than before, on the same tokens.")
-            st.dataframe(
-                flips,
-                hide_index=True,
-                alt="Router flips by layer",
-                column_config={"flips": _number(format="percent"), "kl": _number("KL, nats", format="%.4g")},
-            )
+            table.show(
+                flips, key="check-flips", bordered=False, alt="Router flips by layer",
+                columns={"flips": Column("flips", "share"), "kl": Column("KL, nats")},
+                read="Share of the routers' selections that are others than before, on the same tokens.",
+            )  # fmt: skip

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import polars as pl
 import streamlit as st
 
 from app import data, state
-from app.components import chart, compress_search
-from app.figures import compress_curve as figures
+from app.components import chart, compress_search, table
+from app.components.table import Column
+from app.exhibits import compress as exhibits
+from app.exhibits.exhibit import Absent
 from app.frames import compress_curve as frames
 from app.frames import compress_presets
 from app.text import size
@@ -17,7 +20,6 @@ from moescope.errors import PlanError, StoreError
 from planner.recommendation import Candidate, Recommendation
 from store import Run
 
-_number = st.column_config.NumberColumn
 _LOOKS = {
     "apply": ("Apply", "green", ":material/check_circle:"),
     "with care": ("With care", "orange", ":material/warning:"),
@@ -25,62 +27,54 @@ _LOOKS = {
 }
 HERE = "this budget"
 """The advice for the slider's budget: one that was kept for it, else a first look."""
+_SHOWN = {
+    "name": Column("plan", "text"), "mix": Column("mix", "text"), "bytes": Column("experts take", "bytes"),
+    "bits": Column("bits"), "kl": Column("predicted KL"), "low": Column("from"), "high": Column("to"),
+    "measured": Column("measured KL", help="empty = not measured"), "measured_low": Column("from"),
+    "measured_high": Column("to"), "basis": Column("basis", "text"), "risks": Column("risks", "count"),
+    "elsewhere": Column("on other text", help="predicted on domains it was not made from"),
+}  # fmt: skip
 
 
-def section(run: Run, asked: dict[str, Any]) -> Recommendation | None:
-    """Draw the section.
+@dataclass(frozen=True)
+class Budget:
+    """What the experts may take.
 
-    Args:
-        run: a finished run.
-        asked: domains, guard, engine and allow_invalid, as ``planner.make`` takes them.
-
-    Returns:
-        what is advised for the budget; None where nothing can be.
+    Attributes:
+        memory: bytes.
+        source: which advice is shown: :data:`HERE`, or the file of a kept one.
+        kept: recommendations beside the run, the newest first.
     """
-    st.subheader("Size against cost", anchor=False)
+
+    memory: int
+    source: str
+    kept: list[tuple[str, Recommendation]]
+
+    @property
+    def calibration(self) -> str:
+        """What measured plans say of prices, as JSON."""
+        return frames.measured_factors(self.kept)
+
+
+def budget(run: Run) -> Budget:
+    """Draw the slider, and the choice among kept recommendations."""
     whole = compress_presets.expert_bytes(run)
-    kept = data.made(frames.recommended, run, files=frames.files(run, "recommendation"))
-    asked_for, source = _budget(run, whole, kept)
-    drawn, advised = st.container(), st.container()
-    try:
-        with st.spinner("Pricing plans from the run's sums"):
-            priced = {**asked, "calibration": frames.measured_factors(kept)}
-            tried = data.made(frames.first_look, run, **priced)
-            found = _advice(run, kept, source, asked_for, priced)
-    except PlanError as error:
-        st.warning(f"Nothing can be advised: {state.plain(str(error), 400)}", icon=":material/block:")
-        return None
-    budget = frames.budget_of(run, found)
-    best = found.candidates[0] if found.candidates else None
-    points = _points(run, [*tried, *(one for _, each in kept for one in each.candidates), *found.candidates], budget)
-    with drawn:
-        _figure(run, points, budget, best)
-    with advised:
-        _verdict(run, found, best, points)
-        if best is not None:
-            _best(run, best, whole)
-            _alternatives(run, found)
-        compress_search.form(run, found, best, asked)
-    return found
-
-
-def _budget(run: Run, whole: int, kept: list[tuple[str, Recommendation]]) -> tuple[int, str]:
-    """The budget of the experts, bytes, and which advice is shown."""
-    with st.container(horizontal=True, gap="medium", vertical_alignment="bottom"):
+    kept = data.frame(frames.recommended, run, files=frames.files(run, "recommendation"))
+    with st.container(width=330):
         percent = state.choose_share(
-            "Budget: what the experts may take, of what they take now", key="budget", default=25,
+            "Budget: what the experts may take, of now", key="budget", default=25,
             help=f"All experts take {size(whole)} now, in the type that their weights are kept in. Other weights of "
             "the model come on top.",
         )  # fmt: skip
-        shown, source = st.container(width="content"), HERE
-        if kept:
-            words = {name: f"kept: {size(frames.budget_of(run, one))}, {_measured_words(one)}" for name, one in kept}
-            words[HERE] = "for this budget"
-            names = [HERE, *(name for name, _ in kept)]
-            source = state.choose("Advice", names, key="advice", words=words.__getitem__)
-    budget = int(whole * percent / 100)
-    shown.metric("Budget", size(next((frames.budget_of(run, one) for name, one in kept if name == source), budget)))
-    return budget, source
+    shown, source = st.container(width="content"), HERE
+    if kept:
+        words = {name: f"kept: {size(frames.budget_of(run, one))}, {_measured_words(one)}" for name, one in kept}
+        words[HERE] = "for this budget"
+        names = [HERE, *(name for name, _ in kept)]
+        source = state.choose("Advice", names, key="advice", words=words.__getitem__)
+    memory = int(whole * percent / 100)
+    shown.metric("Budget", size(next((frames.budget_of(run, one) for name, one in kept if name == source), memory)))
+    return Budget(memory, source, kept)
 
 
 def _measured_words(found: Recommendation) -> str:
@@ -88,45 +82,64 @@ def _measured_words(found: Recommendation) -> str:
     return f"{count} measured" if count else "nothing measured"
 
 
-def _advice(
-    run: Run, kept: list[tuple[str, Recommendation]], source: str, memory: int, priced: dict[str, Any]
-) -> Recommendation:
-    for name, one in kept:
-        if name == source or (source == HERE and abs(frames.budget_of(run, one) - memory) < 2):
+def advice(run: Run, asked_for: Budget, asked: dict[str, Any]) -> Recommendation | None:
+    """What is advised for the budget; None where nothing can be, which is said.
+
+    asked: domains, guard, engine and allow_invalid, as ``planner.make`` takes them.
+    """
+    for name, one in asked_for.kept:
+        here = asked_for.source == HERE and abs(frames.budget_of(run, one) - asked_for.memory) < 2
+        if name == asked_for.source or here:
             return one
-    found: Recommendation = data.made(frames.advice, run, memory=memory, **priced)
-    return found
-
-
-def _points(run: Run, candidates: list[Candidate], budget: int) -> pl.DataFrame:
-    parts = [data.made(frames.stored_curve, run, files=frames.files(run, "curve")), frames.priced(run, candidates)]
     try:
-        parts.append(frames.priced(run, frames.evaluated(run)))
-    except StoreError as error:
-        st.error(f"The evaluations beside this run cannot be read: {state.plain(str(error), 300)}")
-    return frames.points(parts, budget=budget)
+        with st.spinner("Pricing plans from the run's sums"):
+            return data.frame(
+                frames.advice, run, memory=asked_for.memory, calibration=asked_for.calibration, **asked
+            )  # fmt: skip
+    except PlanError as error:
+        st.warning(f"Nothing can be advised: {state.plain(str(error), 400)}", icon=":material/block:")
+        return None
 
 
-def _figure(run: Run, points: pl.DataFrame, budget: int, best: Candidate | None) -> None:
-    measured = len(points["measured"].drop_nulls())
-    chart.show(
-        figures.cost_by_size(points, budget=budget, chosen=best.plan.digest if best else "", theme=state.theme()),
-        points,
-        key="curve",
-        read="Left is smaller, lower costs less: at the dashed budget, the best plan is the lowest point at its left. "
-        "Hollow points are predicted, and most were not measured; filled ones were, and a filled point far from its "
-        "hollow one says how wrong the prediction was. Intervals stand in the hover.",
-        rests_on=f"{len(points):,} plans, {measured} of them measured; {run.info.tokens:,} tokens of the run.",
-        alt="Points: size of all experts against predicted divergence for plans of every kind, with the budget",
-    )
-
-
-def _verdict(run: Run, found: Recommendation, best: Candidate | None, points: pl.DataFrame) -> None:
+def verdict(found: Recommendation) -> None:
+    """The answer in one line."""
     label, colour, icon = _LOOKS[found.verdict]
+    best = found.candidates[0] if found.candidates else None
     with st.container(horizontal=True, gap="small", vertical_alignment="center"):
         st.badge(label, color=colour, icon=icon)  # type: ignore[arg-type]
         words = state.plain(frames.mixture(best.plan), 200) if best else "Nothing reaches this budget."
         st.markdown(f"**{words[0].upper()}{words[1:]}**")
+
+
+def section(run: Run, found: Recommendation, asked_for: Budget, asked: dict[str, Any]) -> None:
+    """Size against cost, why the advice is what it is, and the longer ways to one."""
+    best = found.candidates[0] if found.candidates else None
+    points = _points(run, found, asked_for, asked)
+    try:
+        chart.draw(
+            exhibits.curve_of(run, points, budget=frames.budget_of(run, found), best=best, theme=state.theme()),
+            key="curve",
+        )
+    except Absent as missing:
+        chart.absent(missing)
+    _why(found, best, points)
+    if best is not None:
+        _alternatives(run, found)
+    compress_search.form(run, found, best, asked)
+
+
+def _points(run: Run, found: Recommendation, asked_for: Budget, asked: dict[str, Any]) -> pl.DataFrame:
+    with st.spinner("Pricing plans from the run's sums"):
+        tried = data.frame(frames.first_look, run, calibration=asked_for.calibration, **asked)
+    known, budget = [*tried, *found.candidates], frames.budget_of(run, found)
+    try:
+        return frames.everything(run, known, kept=asked_for.kept, budget=budget, frames=data.frame)
+    except StoreError as error:
+        st.error(f"The evaluations beside this run cannot be read: {state.plain(str(error), 300)}")
+        return frames.points([frames.priced(run, known)], budget=budget)
+
+
+def _why(found: Recommendation, best: Candidate | None, points: pl.DataFrame) -> None:
     st.markdown("\n".join(f"- {state.plain(reason, 500)}" for reason in found.reasons))
     other = frames.cheaper(points, best.kl if best is not None else None)
     if other is not None:
@@ -137,27 +150,7 @@ def _verdict(run: Run, found: Recommendation, best: Candidate | None, points: pl
         )
     for sentence in found.evidence:
         st.caption(state.plain(sentence, 400))
-
-
-def _best(run: Run, best: Candidate, whole: int) -> None:
-    """The best plan in figures, measured beside predicted, and its risks."""
-    price, seen = best.prediction, best.measurement
-    bits = frames.priced(run, [best])["bits"][0]
-    columns = st.columns(4)
-    change = f"{(best.bytes - whole) / whole:+.1%} of {size(whole)}"
-    plain: dict[str, Any] = {"delta_color": "off", "delta_arrow": "off"}
-    columns[0].metric("Weights of all experts", size(best.bytes), change, **plain)
-    columns[1].metric("Bits of a weight that stays", f"{bits:.3g}", "scales and zero points counted", **plain)
-    columns[2].metric(
-        "Predicted KL, nats per token", "unknown" if price is None else f"{price.kl:.3g}",
-        "" if price is None else f"{price.low:.3g} to {price.high:.3g}, {price.coverage:.0%}", **plain,
-        help=f"Divergence from the model as it is: {frames.rests_on(best)}.",
-    )  # fmt: skip
-    columns[3].metric(
-        "Measured KL", "not measured" if seen is None else f"{seen.kl:.3g}",
-        "" if seen is None else f"{seen.low:.3g} to {seen.high:.3g}, 95%; {seen.tokens:,} tokens", **plain,
-    )  # fmt: skip
-    if best.risks:
+    if best is not None and best.risks:
         with st.container(border=True, gap="xsmall"):
             st.markdown("**Look at these first**\n" + "\n".join(f"- {state.plain(risk, 400)}" for risk in best.risks))
 
@@ -165,28 +158,12 @@ def _best(run: Run, best: Candidate, whole: int) -> None:
 def _alternatives(run: Run, found: Recommendation) -> None:
     frame = frames.alternatives(run, found)
     with st.expander(f"All {len(frame)} plans for this budget, the best first", icon=":material/table:"):
-        st.dataframe(
-            frame,
-            hide_index=True,
+        table.show(
+            frame.select(*_SHOWN, *(name for name in frame.columns if name not in _SHOWN)), key="alternatives",
+            columns=_SHOWN, hide=tuple(name for name in frame.columns if name not in _SHOWN), bordered=False,
             alt="Every plan for the budget: size, bits, predicted and measured divergence",
-            column_order=[
-                "name", "mix", "bytes", "bits", "kl", "low", "high", "measured", "measured_low", "measured_high",
-                "elsewhere", "basis", "risks",
-            ],
-            column_config={
-                "name": "plan",
-                "bytes": _number("experts take", format="bytes"),
-                "bits": _number(format="%.3g"),
-                "kl": _number("predicted KL", format="%.3g"),
-                **{name: _number(format="%.3g") for name in ("low", "high")},
-                "measured": _number("measured KL", format="%.3g", help="empty = not measured"),
-                "measured_low": _number("from", format="%.3g"),
-                "measured_high": _number("to", format="%.3g"),
-                "elsewhere": _number("on other text", format="%.3g", help="predicted on domains it was not made from"),
-            },
+            read="Ranked by cost, dearer where text unlike the run's is predicted to cost far more.",
         )  # fmt: skip
-        chart.caption("Ranked by cost, dearer where text unlike the run's is predicted to cost far more.", frame, None,
-                      key="alternatives")  # fmt: skip
     if found.refused:
         with st.expander("Presets that reach no plan of this size", icon=":material/layers:"):
             for name, why in found.refused.items():

@@ -5,7 +5,6 @@ from __future__ import annotations
 import streamlit as st
 
 from app.components import engine_file
-from compressor.exporters import EXPORTERS
 from compressor.plan import Plan, QuantizeStep
 
 
@@ -15,6 +14,4 @@ def section(plan: Plan) -> None:
         return
     with st.expander("Files for other engines, which quantize by themselves", icon=":material/upload_file:"):
         st.caption("Widths alone: scales are chosen by the engine, so its result is another model than ours.")
-        for engine in EXPORTERS:
-            if engine.step == "quantize":
-                engine_file.show(engine, plan)
+        engine_file.every("quantize", plan)

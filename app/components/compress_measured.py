@@ -6,7 +6,9 @@ import polars as pl
 import streamlit as st
 
 from app import state
-from app.components import chart, compress_check
+from app.components import chart, compress_check, table
+from app.components.table import Column
+from app.exhibits import compress as exhibits
 from app.figures import compress_measured as figures
 from app.frames import compress_measured as frames
 from app.frames import evaluation
@@ -14,7 +16,11 @@ from compressor.plan import Plan
 from moescope.errors import StoreError
 from store import Run
 
-_number = st.column_config.NumberColumn
+_DOMAINS = {
+    "tokens": Column("predicted tokens", "count"), "base": Column("perplexity before"), "model": Column("after"),
+    "top1": Column("same next token", "share"), "routing": Column("same experts", "share"), "kl": Column("KL, nats"),
+    "ratio": Column("perplexity ratio"),
+}  # fmt: skip
 
 
 def section(run: Run, plan: Plan | None) -> None:
@@ -22,12 +28,12 @@ def section(run: Run, plan: Plan | None) -> None:
 
     plan: the one that is shown; whether it was measured is said first.
     """
-    st.subheader("What it cost, measured", anchor=False)
     if plan is not None:
         compress_check.section(run, plan)
     try:
         documents = frames.documents(run)
-        damages = {words: evaluation.domains(document) for words, document in documents.items()}
+        for each in documents.values():
+            evaluation.domains(each)  # what is damaged is said before anything is drawn
     except StoreError as error:
         st.error(f"The evaluations beside this run cannot be read: {state.plain(str(error), 300)}")
         return
@@ -42,28 +48,16 @@ def section(run: Run, plan: Plan | None) -> None:
         return
     names = list(documents)
     chosen = state.choose("Measured plan", names, key="measured", default=own[0] if own else names[0])
-    first = names[: figures.MOST] if chosen in names[: figures.MOST] else [*names[: figures.MOST - 1], chosen]
-    _damage({name: damages[name] for name in first}, chosen)
+    _damage(run, chosen)
     _detail(documents[chosen], chosen)
 
 
-def _damage(damages: dict[str, pl.DataFrame], chosen: str) -> None:
-    tokens = damages[chosen]["tokens"][0]
-    together = pl.concat([frame.with_columns(plan=pl.lit(name)) for name, frame in damages.items()])
-    rests_on = f"{tokens:,} predicted tokens for the chosen plan; 95 % intervals of pairs of sequences."
+def _damage(run: Run, chosen: str) -> None:
     with chart.pair():
-        for quantity, read in (
-            ("kl", "How far the edited model's next-token probabilities lie from the original's; 0 = the same. Domains "
-             "far to the right lost most."),
-            ("ratio", "Above 1 the edited model is more surprised by the text than the original was."),
-        ):  # fmt: skip
-            chart.show(
-                figures.damage(damages, quantity=quantity, theme=state.theme()),
-                together,
+        for quantity in ("kl", "ratio"):
+            chart.draw(
+                exhibits.measured(run, theme=state.theme(), quantity=quantity, chosen=chosen),
                 key=f"measured-{quantity}",
-                read=read,
-                rests_on=rests_on,
-                alt=f"Measured {quantity} by domain, for every measured plan",
             )
 
 
@@ -93,24 +87,12 @@ def _detail(document: evaluation.Document, chosen: str) -> None:
 
 
 def _tables(domains: pl.DataFrame, written: pl.DataFrame, probes: pl.DataFrame, sizes: pl.DataFrame) -> None:
-    st.dataframe(
-        domains,
-        hide_index=True,
-        alt="Damage by domain: KL, perplexities, agreement, with intervals",
-        column_config={
-            "tokens": _number("predicted tokens", format="localized"),
-            **{name: _number(format="%.4g") for name in domains.columns if name.startswith(("kl", "ratio"))},
-            "base": _number("perplexity before", format="%.4g"),
-            "model": _number("after", format="%.4g"),
-            "top1": _number("same next token", format="percent"),
-            "routing": _number("same experts", format="percent"),
-        },
-    )
-    ends = {name: _number(format="%.4g") for name in ("base", "model", "ratio", "difference")}
-    for frame, alt in (
-        (written, "What both models write"),
-        (probes, "Probes of both models"),
-        (sizes, "Size and speed of both models"),
+    for frame, key, alt in (
+        (domains, "domains", "Damage by domain: KL, perplexities, agreement, with intervals"),
+        (written, "written", "What both models write"),
+        (probes, "probes", "Probes of both models"),
+        (sizes, "sizes", "Size and speed of both models"),
     ):
         if len(frame):
-            st.dataframe(frame, hide_index=True, alt=alt, column_config=ends)
+            columns = _DOMAINS if key == "domains" else {}
+            table.show(frame, key=f"measured-{key}-table", alt=alt, columns=columns, bordered=False)

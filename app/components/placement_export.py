@@ -10,26 +10,19 @@ import streamlit as st
 from app.components import chart, engine_file
 from app.frames.placement import Placed
 from app.text import from_here
-from compressor.exporters import EXPORTERS
 from planner.placing import BATCH
 from store import Run
 
 
 def section(run: Run, found: Placed, asked: dict[str, Any]) -> None:
     """Draw the section."""
-    st.subheader("Files for engines", anchor=False)
-    st.caption("Written from the engines' sources; none was run. What a format cannot say is listed beside it.")
-    with st.grid(2, min_column_width=400, gap="small"):
-        for engine in EXPORTERS:
-            if engine.step == "place":
-                with st.container(border=True, gap="xsmall", height="stretch"):
-                    engine_file.show(engine, found.plan)
-        with st.container(border=True, gap="xsmall", height="stretch"):
-            st.download_button(
-                "Plan of moescope", found.plan.text(), f"{chart.file_name('placement')}.json", "application/json",
-                key="export-plan", icon=":material/download:", on_click="ignore",
-            )  # fmt: skip
-            st.caption("- For moescope export, and as a record of what this rests on.")
+    engine_file.every("place", found.plan)
+    with st.container(horizontal=True, gap="small", vertical_alignment="center"):
+        st.download_button(
+            "Plan of moescope", found.plan.text(), f"{chart.file_name('placement')}.json", "application/json",
+            key="export-plan", icon=":material/download:", on_click="ignore",
+        )  # fmt: skip
+        st.caption("For moescope export, and as a record of what this rests on.")
     st.caption("The same from a terminal, where the plan is kept beside the run:")
     st.code(command(run, asked), language="bash")
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import polars as pl
 import streamlit as st
 
 from app import state
-from app.components import chart
+from app.components import table as tables
+from app.components.table import Column
 from app.frames import placement as frames
 from app.frames.placement import Placed
 from app.text import size
@@ -16,13 +16,13 @@ from app.text import size
 DOMAINS = 8
 """Domains that are named."""
 
-_number = st.column_config.NumberColumn
 _PLAIN: dict[str, Any] = {"delta_color": "off", "delta_arrow": "off", "border": True, "height": "stretch"}
 _COLUMNS = {
-    "placement": "placement", "balancedness": "balancedness", "per_pass": "busy, per pass",
-    "saved": "busiest saves", "devices": "devices per token", "remote": "pairs that leave", "moves": "layer to layer",
+    "placement": Column("placement", "text"), "balancedness": Column("balancedness", "number"),
+    "per_pass": Column("busy, per pass", "share"), "saved": Column("busiest saves", "share"),
+    "devices": Column("devices per token", "number"), "remote": Column("pairs that leave", "share"),
+    "moves": Column("layer to layer", "share"),
 }  # fmt: skip
-_SHARES = ("per_pass", "saved", "remote", "moves")
 
 
 def sentence(found: Placed) -> None:
@@ -93,30 +93,23 @@ def notes(found: Placed) -> None:
 def table(found: Placed) -> None:
     """Placements beside each other."""
     frame = frames.comparison(found)
-    known = {name: title for name, title in _COLUMNS.items() if frame[name].count()}
-    shares = frame.with_columns(pl.col(_SHARES) * 100)
-    shown = shares.select(pl.col(name).alias(title) for name, title in known.items())
-    config = {
-        title: _number(format="%.1f %%" if name in _SHARES else "%.3f")
-        for name, title in known.items()
-        if name != "placement"
-    }
-    st.dataframe(shown, hide_index=True, width="stretch", column_config=config)
-    chart.caption(
-        "*LPT with swaps* is made from the same text without replicas: what replicas have to beat. *LPT on the later "
-        "text itself* knows what comes: without replicas hardly anything does better. *Uniformly random experts* is "
-        "this placement under a router without preferences: what chance alone unbalances, and no placement mends. "
+    known = [name for name in _COLUMNS if frame[name].count()]
+    tables.show(
+        frame, key="placements", columns=_COLUMNS, hide=tuple(name for name in frame.columns if name not in known),
+        alt="Placements beside each other: balance, what is saved, what crosses devices",
+        read="*LPT with swaps* is made from the same text without replicas: what replicas have to beat. *LPT on the "
+        "later text itself* knows what comes: without replicas hardly anything does better. *Uniformly random experts* "
+        "is this placement under a router without preferences: what chance alone unbalances, and no placement mends. "
         "*Busiest saves*: part of the busiest devices' work, added up over passes, against experts as they lie."
         if found.verdict is not None
         else "Both on the counts that the placement was made from.",
-        frame, None, key="placements",
     )  # fmt: skip
 
 
 def slots(found: Placed) -> None:
     """Which expert lies where."""
-    frame = frames.slots(found)
-    with st.expander("Which device holds which experts", icon=":material/table:"):
-        renamed = frame.rename({"label": "layer"})
-        st.dataframe(renamed, hide_index=True, width="stretch", height=360)
-        chart.caption("Experts in the order of the device's slots.", renamed, None, key="placement-slots")
+    tables.show(
+        frames.slots(found), key="placement-slots", columns={"experts": Column("experts", "text", width="large")},
+        alt="The experts that each device holds of each layer",
+        read="Which device holds which experts, in the order of its slots.",
+    )  # fmt: skip

@@ -18,15 +18,20 @@ from compressor.exporters import EXPORTERS
 from compressor.plan import CacheStep, Plan, QuantizeStep
 from moescope.errors import MoescopeError
 from planner.cache.study import Study
+from planner.machines import MACHINES, as_json
 
 OTHER = 2.0**20
 """Bytes beside the experts: the synthetic run does not say."""
 
 ASKED: dict[str, Any] = {"context-length": "512", "other-weights": f"{OTHER / 2**30:g}"}
-CHARTS = (
-    "Time per token by memory for experts", "Ways to serve with this memory", "Hit rate by slots per layer",
-    "What the hit rate with", "Time per token by domain", "Hit rate by domain", "Token ",
-)  # fmt: skip
+SECTIONS = {
+    "Speed": ("Time per token by memory for experts", "Ways to serve with this memory"),
+    "Hit rates": ("Hit rate by slots per layer", "What the hit rate with"),
+    "Domains": ("Time per token by domain", "Hit rate by domain"),
+    "One token": ("Token ",),
+    "Published ways": (),
+    "Plan and files": (),
+}
 
 
 @pytest.fixture(scope="module")
@@ -64,20 +69,23 @@ def studied(directory: Path, **changes: Any) -> Study:
 
 def test_the_study_is_shown_whole(monkeypatch: pytest.MonkeyPatch, directory: Path) -> None:
     app, found = visit(monkeypatch, directory, **ASKED), studied(directory)
-    assert not app.error
-    drawn = titles(app)
-    assert len(drawn) == len(CHARTS)
-    assert all(title.startswith(beginning) for title, beginning in zip(drawn, CHARTS, strict=True))
-    assert all(chart.proto.alt for chart in app.get("plotly_chart"))
-    assert len(app.caption) >= len(drawn)
-    text = words(app).replace("\\", "")
+    assert app.button_group(key="section").options == list(SECTIONS)
+    for section, beginnings in SECTIONS.items():
+        app.button_group(key="section").set_value(section).run()
+        assert not app.exception and not app.error
+        drawn = titles(app)
+        assert len(drawn) == len(beginnings)
+        assert all(title.startswith(beginning) for title, beginning in zip(drawn, beginnings, strict=True))
+        assert all(chart.proto.alt for chart in app.get("plotly_chart"))
+        assert len(app.caption) >= len(drawn)
+    text = words(app).replace("\\", "")  # of the last section: plan and files
     assert found.verdict.sentence[1:] in text
     assert all(reason in text for reason in found.verdict.reasons)
     shown = {one.label: (one.value, one.delta) for one in app.metric}
-    assert shown["Milliseconds per token"] == (f"{found.best.ms:.3g}", f"{found.best.low:.3g} to {found.best.high:.3g}")
+    assert shown["ms per token"] == (f"{found.best.ms:.3g}", f"{found.best.low:.3g} to {found.best.high:.3g}")
     assert shown["Hit rate"][0] == f"{found.best.hit_rate:.1%}"
-    assert shown["Bound, ms per token"][0] == f"{found.bound_ms:.3g}"
-    assert shown["Experts on the device"][0] == f"{found.slots} of {found.all_slots}"
+    assert shown["Bound, ms"][0] == f"{found.bound_ms:.3g}"
+    assert shown["Experts held"][0] == f"{found.slots} of {found.all_slots}"
     assert found.slots == found.all_slots // 2  # what is shown at first
     assert "moescope cache" in text and f"--vram {int(found.memory['total'])}" in text
 
@@ -92,7 +100,7 @@ def test_the_study_is_made_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
         return real(*args, **more)
 
     monkeypatch.setattr(frames, "study", counted)
-    app = visit(monkeypatch, tmp_path, **ASKED)
+    app = visit(monkeypatch, tmp_path, section="One token", **ASKED)
     app.selectbox(key="way").select("lru").run()
     app.selectbox(key="mark").select("slowest").run()
     assert not app.exception
@@ -100,11 +108,13 @@ def test_the_study_is_made_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     app.selectbox(key="bits").select("4").run()
     assert not app.exception
     assert len(made) == 2
+    app.button_group(key="section").set_value("Plan and files").run()
+    assert len(made) == 2
     assert "--preset uniform_bits --bits 16 --set widths=[4]" in words(app)
 
 
 def test_a_token_is_chosen_by_its_time_or_number(monkeypatch: pytest.MonkeyPatch, directory: Path) -> None:
-    app = visit(monkeypatch, directory, way="LRU", mark="the slowest", **ASKED)
+    app = visit(monkeypatch, directory, section="One token", way="LRU", mark="the slowest", **ASKED)
     found = studied(directory)
     with store.open_run(directory / "synthetic.duckdb") as run:
         clock = caching_token.clocked(
@@ -121,7 +131,7 @@ def test_a_token_is_chosen_by_its_time_or_number(monkeypatch: pytest.MonkeyPatch
 
 def test_plans_and_files(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     path = synthetic.finished(tmp_path)
-    app = visit(monkeypatch, tmp_path, **ASKED)
+    app = visit(monkeypatch, tmp_path, section="Plan and files", **ASKED)
     app.button(key="keep-cache-plan").click().run()
     assert not app.exception
     plan = Plan.load(store.list_plans(path)[0])
@@ -143,7 +153,7 @@ def test_plans_and_files(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Non
 
 def test_the_plan_of_another_way(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     path = synthetic.finished(tmp_path)
-    app = visit(monkeypatch, tmp_path, **ASKED, bits="4")
+    app = visit(monkeypatch, tmp_path, section="Plan and files", **ASKED, bits="4")
     app.selectbox(key="plan-of").select("lru").run()
     app.button(key="keep-cache-plan").click().run()
     widths, cache = Plan.load(store.list_plans(path)[0]).steps
@@ -183,7 +193,8 @@ def test_an_invalid_run_is_answered_only_on_demand(monkeypatch: pytest.MonkeyPat
     assert "may be wrong" in words(app)
     app.toggle(key="allow-invalid").set_value(True).run()
     assert not app.exception
-    assert len(charts(app)) == len(CHARTS)
+    assert len(charts(app)) == len(SECTIONS["Speed"])
+    app.button_group(key="section").set_value("Plan and files").run()
     assert "--allow-invalid" in words(app)
 
 
@@ -191,8 +202,37 @@ def test_published_ways_are_replayed_on_demand(monkeypatch: pytest.MonkeyPatch, 
     def columns(app: AppTest) -> list[str]:
         return [name for frame in app.dataframe for name in frame.value.columns]
 
-    assert not {"policy", "sequences"} & set(columns(visit(monkeypatch, directory, **ASKED)))
-    app = visit(monkeypatch, directory, **ASKED, beside="true")
+    assert not {"policy", "sequences"} & set(columns(visit(monkeypatch, directory, section="Published ways", **ASKED)))
+    app = visit(monkeypatch, directory, section="Published ways", **ASKED, beside="true")
     shown = {name: frame.value for frame in app.dataframe for name in frame.value.columns}
     assert "Least recently used" in set(shown["policy"]["policy"])
     assert set(shown["sequences"]["sequences"]) >= {"in order of arrival", "the same, then swapped while it helps"}
+
+
+def test_the_machine_and_the_phase_can_be_told_in_full(
+    monkeypatch: pytest.MonkeyPatch, directory: Path, tmp_path: Path
+) -> None:
+    app = visit(monkeypatch, directory, section="Plan and files", **ASKED, chunk="4", disk="sata")
+    command = next(one.value for one in app.code if "moescope cache" in one.value)
+    assert "--disk sata" in command and "--chunk 4" in command and "--ram" not in command
+    assert "disk sata, context 512 tokens, prompts in chunks of 4 tokens" in words(app)
+    app.number_input(key="host-memory").set_value(8.0).run()
+    assert f"--ram {8 * 2**30}" in next(one.value for one in app.code if "moescope cache" in one.value)
+    file = tmp_path / "mine.json"
+    file.write_text(as_json(MACHINES["rtx3090"]), encoding="utf-8")
+    app.text_input(key="machine-file").input(str(file)).run()
+    assert not app.exception
+    assert f"--machine {file}" in next(one.value for one in app.code if "moescope cache" in one.value)
+    app.text_input(key="machine-file").input(str(tmp_path / "none.json")).run()
+    assert "no machine file" in words(app) and not charts(app)
+
+
+def test_kept_studies_are_listed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    path = synthetic.finished(tmp_path)
+    found = studied(tmp_path)
+    store.write_plan(path, json.dumps(found.content()), kind="caching")
+    store.write_plan(path, '{"kind": "caching"}', kind="caching", name="damaged")
+    app = visit(monkeypatch, tmp_path, section="Plan and files", **ASKED)
+    (table,) = [frame.value for frame in app.dataframe if "answer" in frame.value.columns]
+    assert table["answer"].to_list() == [found.verdict.sentence]
+    assert table["ms"].to_list() == [found.best.ms]

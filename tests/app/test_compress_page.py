@@ -64,12 +64,19 @@ def clean(directory: Path) -> Path:
 
 
 def visit(monkeypatch: pytest.MonkeyPatch, directory: Path, **parameters: str | list[str]) -> AppTest:
-    return visited(monkeypatch, directory, "compress", **({"plan": "of a preset"} | parameters))
+    return visited(monkeypatch, directory, "compress", **({"plan": "of a preset", "section": "Plan"} | parameters))
 
 
 def words(app: AppTest) -> str:
     kinds = (app.markdown, app.info, app.warning, app.error, app.success, app.caption, app.subheader, app.code)
     return "\n".join(str(element.value) for kind in kinds for element in kind)
+
+
+def turn(app: AppTest, section: str) -> str:
+    """Open a section; the words on the page then."""
+    app.button_group(key="section").set_value(section).run()
+    assert not app.exception, app.exception[0].message
+    return words(app)
 
 
 def charts(app: AppTest) -> list[dict[str, Any]]:
@@ -115,27 +122,29 @@ def test_the_plan_stands_there_at_once(monkeypatch: pytest.MonkeyPatch, clean: P
     app = visit(monkeypatch, clean)
     with store.open_run(clean / "sample.duckdb") as run:
         plan = planner.make(run, share=0.25)
-    assert titles(app)[:2] == [f"What becomes of every expert: {DEFAULT}, 25 %, per_layer", "Predicted error by preset"]
+    assert titles(app) == [f"What becomes of every expert: {DEFAULT}, 25 %, per_layer"]
     assert metrics(app)["Experts"] == ("72", "-25.0% of 96")
-    assert metrics(app)["Weights of all experts"] == ("6.75 MiB", "-25.0% of 9 MiB")
-    assert metrics(app)["Parameters per token"][1] == "unchanged"
+    assert metrics(app)["Experts take"] == ("6.75 MiB", "-25.0% of 9 MiB")
+    assert metrics(app)["Active"][1] == "unchanged"
     assert metrics(app)["Predicted error"][0] == f"{plan.estimate.weighed_error:.3g}"
     price = plan.estimate.prediction
     assert price is not None
-    assert metrics(app)["Predicted KL"] == (f"{price.kl:.3g}", f"{price.low:.3g} to {price.high:.3g}")
-    text = words(app)
+    assert metrics(app)["Predicted KL"] == (f"{price.kl:.3g}", f"{price.low:.2g} to {price.high:.2g}")
+    assert "108,000 tokens" in words(app)
+    units = next(one.value for one in app.dataframe if "fate" in one.value.columns)  # of the layer in focus: the first
+    expected = frames.units(plan).filter(label="0")
+    assert units["fate"].to_list() == expected["fate"].to_list() and len(units) == 16
+    assert "HEAPr" in turn(app, "Presets")  # what this run cannot give
+    assert titles(app) == ["Predicted error by preset"]
+    text = turn(app, "Apply")
     assert plan.digest[:12] in text
-    assert "108,000 tokens" in text
     assert f"--preset {DEFAULT} --share 0.25 -o plan.json" in text
-    assert "has not been measured yet" in text
-    assert "HEAPr" in text  # what this run cannot give
-    units = next(one.value for one in app.dataframe if "fate" in one.value.columns)
-    assert (units["fate"] == "dropped").sum() == 24
+    assert "has not been measured yet" in turn(app, "Measured")
 
 
 def test_room_to_cut_stands_by_layer_and_domain(monkeypatch: pytest.MonkeyPatch, clean: Path) -> None:
-    app = visit(monkeypatch, clean)
-    assert "Where there is room" in [one.value for one in app.subheader]
+    app = visit(monkeypatch, clean, section="Room")
+    assert titles(app) == ["Influence of each layer's experts", "How much of a layer its strongest neurons hold"]
     with store.open_run(clean / "sample.duckdb") as run:
         depth, width = room.depth(run), room.width(run)
         plain, sums = run.table("moe_output"), run.table("neuron_activation")
@@ -155,18 +164,19 @@ def test_a_link_restores_the_choice(monkeypatch: pytest.MonkeyPatch, clean: Path
     assert titles(app)[:2] == [
         "What becomes of every expert: camera_p, 40 %, masked", "Neurons that stay: camera_p, 40 %, masked",
     ]  # fmt: skip
-    assert "--preset camera_p --share 0.4 --domains c,german --no-guard" in words(app)
     with store.open_run(clean / "sample.duckdb") as run:
         plan = planner.make(run, preset="camera_p", share=0.4, domains=["c", "german"], guard=False)
-    assert plan.digest[:12] in words(app)
     assert "Predicted error" not in metrics(app)  # a plan that slims has a price, and no such error
     assert plan.estimate.prediction is not None
     assert metrics(app)["Predicted KL"][0] == f"{plan.estimate.prediction.kl:.3g}"
+    text = turn(app, "Apply")
+    assert "--preset camera_p --share 0.4 --domains c,german --no-guard" in text
+    assert plan.digest[:12] in text
 
 
 def test_bad_values_in_a_link_fall_back(monkeypatch: pytest.MonkeyPatch, clean: Path) -> None:
     app = visit(monkeypatch, clean, preset="nothing", share="0", domains="klingon", by="weight", memory="-3")
-    assert f"--preset {DEFAULT} --share 0.25 -o plan.json" in words(app)
+    assert f"--preset {DEFAULT} --share 0.25 -o plan.json" in turn(app, "Apply")
 
 
 def test_a_budget_in_bytes(monkeypatch: pytest.MonkeyPatch, clean: Path) -> None:
@@ -179,17 +189,18 @@ def test_a_budget_in_bytes(monkeypatch: pytest.MonkeyPatch, clean: Path) -> None
 
 
 def test_forms_that_stock_engines_do_not_load(monkeypatch: pytest.MonkeyPatch, clean: Path) -> None:
-    app = visit(monkeypatch, clean, preset="Copies")
+    app = visit(monkeypatch, clean, preset="Copies", section="Apply")
     app.selectbox(key="form").select("per_layer").run()
     assert not app.exception
     assert "--form per_layer" in words(app) or "No such plan" in words(app)
     app.selectbox(key="form").select("padded").run()
     assert "without a bias" in words(app)
-    assert "Predicted error by preset" in titles(app)  # the others stand all the same
+    assert "merge or slim" in turn(app, "Presets")  # the others stand all the same
+    assert any("refused" in one.value.columns for one in app.dataframe)
 
 
 def test_a_plan_is_kept_once(monkeypatch: pytest.MonkeyPatch, clean: Path) -> None:
-    app = visit(monkeypatch, clean, preset="REAP")
+    app = visit(monkeypatch, clean, preset="REAP", section="Apply")
     press(app, "Keep beside the run")
     press(app, "Keep beside the run")
     (path,) = store.list_plans(clean / "sample.duckdb")
@@ -201,7 +212,7 @@ def test_typed_paths_are_checked_before_anything_starts(
 ) -> None:
     started: list[dict[str, Any]] = []
     monkeypatch.setattr(jobs, "start", lambda run, **what: started.append(what))
-    app = visit(monkeypatch, clean, preset="REAP")
+    app = visit(monkeypatch, clean, preset="REAP", section="Apply")
     (tmp_path / "empty").mkdir()
     for source, destination, texts, message in (
         ("", str(tmp_path / "out"), "", "where is the checkpoint"),
@@ -243,7 +254,7 @@ def test_texts_may_be_labelled(tmp_path: Path) -> None:
 def test_a_job_runs_and_its_end_is_shown(monkeypatch: pytest.MonkeyPatch, clean: Path, tmp_path: Path) -> None:
     import time
 
-    app = visit(monkeypatch, clean, preset="REAP")
+    app = visit(monkeypatch, clean, preset="REAP", section="Apply")
     app.text_input(key="apply-source").input(str(MODEL))
     app.text_input(key="apply-destination").input(str(tmp_path / "out"))
     press(app, "Apply")
@@ -267,18 +278,19 @@ def test_what_was_measured_stands_beside_the_original(monkeypatch: pytest.Monkey
         store.write_plan(run, plan.text())
         store.write_evaluation(run, document(plan.digest, model={"name": plan.target.preset}))
     store.write_evaluation(run, document("0" * 64))  # of a plan that is not here
-    app = visit(monkeypatch, clean, preset="REAP")
+    app = visit(monkeypatch, clean, preset="REAP", section="Measured")
     assert "has not been measured" not in words(app)
-    assert titles(app)[4:] == [
+    assert metrics(app)["Measured KL"][0] == "0.5"
+    assert titles(app) == [
         "KL divergence from the original", "Perplexity beside the original's",
         "Probes, edited model against the original",
     ]  # fmt: skip
-    names = [trace["name"] for trace in charts(app)[4]["data"]]
+    names = [trace["name"] for trace in charts(app)[0]["data"]]
     assert sorted(name.split(",")[0] for name in names) == ["frequency", "reap"]
     assert app.selectbox(key="measured").value.startswith("reap, 25 %")
     assert "Perplexity has risen" in words(app)
     assert "A note on it" in words(app)
-    assert "has not been measured yet" in words(visit(monkeypatch, clean, preset="EAN"))
+    assert "has not been measured yet" in words(visit(monkeypatch, clean, preset="EAN", section="Measured"))
 
 
 def test_damaged_evaluations_end_in_a_sentence(monkeypatch: pytest.MonkeyPatch, clean: Path) -> None:
@@ -287,7 +299,7 @@ def test_damaged_evaluations_end_in_a_sentence(monkeypatch: pytest.MonkeyPatch, 
         plan = planner.make(opened, preset="reap", share=0.25)
     store.write_plan(run, plan.text())
     store.write_evaluation(run, document(plan.digest, divergence={"tokens": "many"}))
-    assert "is damaged" in words(visit(monkeypatch, clean))
+    assert "is damaged" in words(visit(monkeypatch, clean, section="Measured"))
     (clean / "sample.plans" / "plan-junk.json").write_text("junk")
     with store.open_run(run) as opened:
         assert list(measured.plan_titles(opened)) == [plan.digest]
@@ -301,11 +313,12 @@ def test_a_live_run_waits(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
 def test_a_run_of_one_level_names_the_others(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     synthetic.finished(tmp_path, activations=False)
     app = visit(monkeypatch, tmp_path)
-    text = words(app)
-    assert "--preset frequency" in text
-    assert "without level activations" in text.replace("\\", "")
     assert metrics(app)["Predicted error"][0] == "unknown"
-    assert "cannot predict" in charts(app)[1]["layout"]["annotations"][0]["text"]
+    assert "--preset frequency" in turn(app, "Apply")
+    text = turn(app, "Presets").replace("\\", "")
+    assert "without level activations" in text
+    assert "needs the level activations" in text and not charts(app)
+    assert "needs the level activations" in turn(app, "Room").replace("\\", "") and not charts(app)
 
 
 def test_counts_without_a_model_say_why(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -330,7 +343,7 @@ def test_an_invalid_run_is_planned_only_on_demand(monkeypatch: pytest.MonkeyPatc
     app.toggle(key="allow-invalid").set_value(True).run()
     assert not app.exception
     assert "No such plan" not in words(app)
-    assert "--allow-invalid" in words(app)
+    assert "--allow-invalid" in turn(app, "Apply")
 
 
 def test_nothing_can_go_where_tokens_use_every_expert(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -25,9 +25,9 @@ CHARTS = {
     "local_consistency": 2,
     "similarity": 1,  # the synthetic run has one kind
     "compare": 0,
-    "compress": 4,  # the synthetic run lacks the stream, by which plans are priced
+    "compress": 0,  # the synthetic run lacks the stream, by which plans are priced
     "cache": 0,  # it asks first how large the model is beside its experts
-    "placement": 10,
+    "placement": 4,
     "data": 0,  # the answer of a question is first a table
 }
 Opener = Callable[..., AppTest]

@@ -16,11 +16,23 @@ from visiting import visited
 
 import store
 from app.cli import parser
-from app.components import placement_controls
+from app.exhibits import placement as exhibits
 from compressor.exporters import EXPORTERS, exporter
 from planner.place.verdict import verdict
 from planner.placing import place
 from sample_data import RUN
+
+SECTIONS = {
+    "Balance": (
+        "Balancedness by forward pass", "Balancedness per layer, forward passes", "Balancedness by tokens in a pass",
+        "Balancedness per layer, windows of text",
+    ),
+    "Devices": ("Load per device, as experts lie", "Load per device, this placement"),
+    "Side by side": ("By domain: balancedness per pass",),
+    "Traffic": ("Token-expert pairs that leave their device", "Moves from layer to layer"),
+    "Moving": ("What has to be moved, per layer",),
+    "Files": (),
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -66,8 +78,13 @@ def test_the_verdict_stands_there_at_once(monkeypatch: pytest.MonkeyPatch, direc
     assert found["Busy, per pass"][0] == f"{told.after.pass_balancedness:.1%}"
     assert found["Pairs that leave"][0] == f"{told.after.remote_share:.1%}"
     assert found["To be sent"][1] == f"{told.copied:,} experts"
-    assert "Slots of each expert" not in titles(app) and len(titles(app)) == 10
     assert "108,000 tokens" in words(app)
+    assert app.button_group(key="section").options == list(SECTIONS)
+    for section, drawn in SECTIONS.items():
+        app.button_group(key="section").set_value(section).run()
+        assert not app.exception
+        assert titles(app) == list(drawn)
+        assert all(chart.proto.alt for chart in app.get("plotly_chart"))
 
 
 def test_choices_are_in_the_url(monkeypatch: pytest.MonkeyPatch, directory: Path) -> None:
@@ -78,13 +95,14 @@ def test_choices_are_in_the_url(monkeypatch: pytest.MonkeyPatch, directory: Path
         "requests": "16",
         "domains": ["c", "german"],
     }
-    app = visit(monkeypatch, directory, **chosen)
+    app = visit(monkeypatch, directory, section="Devices", **chosen)
+    assert "Slots of each expert" in titles(app)
+    app = visit(monkeypatch, directory, section="Files", **chosen)
     with store.open_run(directory / "sample.duckdb") as run:
         asked: dict[str, Any] = {"devices": 4, "redundant": 4, "nodes": 2, "batch": 16, "domains": ["c", "german"]}
         plan = place(run, **asked)
         told = verdict(run, plan, batch=16)
     assert told.sentence in words(app)
-    assert "Slots of each expert" in titles(app)
     command = app.code[-1].value
     options = parser().parse_args(shlex.split(command)[1:])
     assert (options.devices, options.redundant, options.nodes, options.batch) == (4, 4, 2, 16)
@@ -92,7 +110,7 @@ def test_choices_are_in_the_url(monkeypatch: pytest.MonkeyPatch, directory: Path
 
 
 def test_another_method_changes_the_page(monkeypatch: pytest.MonkeyPatch, directory: Path) -> None:
-    app = visit(monkeypatch, directory, devices="4")
+    app = visit(monkeypatch, directory, devices="4", section="Files")
     before = metrics(app)["Devices per token"]
     app.selectbox(key="method").select("affinity").run()
     assert not app.exception
@@ -106,7 +124,7 @@ def test_another_method_changes_the_page(monkeypatch: pytest.MonkeyPatch, direct
 
 
 def test_every_file_is_offered_with_what_it_cannot_say(monkeypatch: pytest.MonkeyPatch, directory: Path) -> None:
-    app = visit(monkeypatch, directory, devices="4", redundant="4")
+    app = visit(monkeypatch, directory, devices="4", redundant="4", section="Files")
     engines = [one for one in EXPORTERS if one.step == "place"]
     assert {one.title for one in engines} | {"Plan of moescope"} <= set(downloads(app))
     with store.open_run(directory / "sample.duckdb") as run:
@@ -141,10 +159,10 @@ def test_counts_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         "as engines begin",
     }  # fmt: skip
     assert not [one for one in app.number_input if one.key == "requests"]
-    assert titles(app) == [
-        "Load per device, as experts lie", "Load per device, this placement", "Balancedness per layer, the counts",
-        "What has to be moved, per layer",
-    ]  # fmt: skip
+    assert titles(app) == ["Balancedness per layer, the counts"]
+    assert app.button_group(key="section").options == [name for name in SECTIONS if name != "Traffic"]
+    app.button_group(key="section").set_value("Side by side").run()
+    assert not app.exception and not titles(app)
     assert list(metrics(app)) == ["Balancedness", "To be sent"]
 
 
@@ -156,7 +174,7 @@ def test_a_model_whose_experts_are_not_known(monkeypatch: pytest.MonkeyPatch, tm
 
 
 def test_a_long_trace_is_read_in_part(monkeypatch: pytest.MonkeyPatch, directory: Path) -> None:
-    monkeypatch.setattr(placement_controls, "PAGE_TOKENS", 20_000)
+    monkeypatch.setattr(exhibits, "TOKENS", 20_000)
     app = visit(monkeypatch, directory, devices="4")
     assert "Rests on about 20,000 of 108,000 tokens" in words(app) and "moescope place reads all" in words(app)
     with store.open_run(directory / "sample.duckdb") as run:
@@ -167,10 +185,11 @@ def test_a_long_trace_is_read_in_part(monkeypatch: pytest.MonkeyPatch, directory
 def test_a_run_whose_checks_failed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     synthetic.finished(tmp_path)
     monkeypatch.setattr(store.Run, "badge", store.Badge("invalid", "counts differ"))
-    app = visit(monkeypatch, tmp_path, devices="4")
+    app = visit(monkeypatch, tmp_path, devices="4", section="Moving")
     assert "counts differ" in words(app) and "allow an invalid run" in words(app) and not titles(app)
     app.toggle(key="allow-invalid").set_value(True).run()
     assert not app.exception and titles(app)
+    app.button_group(key="section").set_value("Files").run()
     assert "--allow-invalid" in app.code[-1].value
 
 
