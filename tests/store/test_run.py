@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import duckdb
@@ -157,6 +158,15 @@ def test_unknown_tables_and_columns_are_refused(tmp_path: Path) -> None:
         writer.finish()
 
 
+@pytest.fixture(scope="module")
+def live_and_finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[store.Run, store.Run]]:
+    """The same run while it is collected and when it is finished, opened; nothing may change them."""
+    live = _write_two_shards(tmp_path_factory.mktemp("live"))
+    finished = _write_two_shards(tmp_path_factory.mktemp("finished"))
+    with store.open_run(live.folder) as first, store.open_run(finished.finish()) as second:
+        yield first, second
+
+
 @pytest.mark.parametrize(
     "sql",
     [
@@ -174,14 +184,12 @@ def test_unknown_tables_and_columns_are_refused(tmp_path: Path) -> None:
         "",
     ],
 )
-def test_a_reader_only_reads(tmp_path: Path, sql: str) -> None:
-    writer = _write_two_shards(tmp_path)
-    with store.open_run(writer.folder) as live, pytest.raises(StoreError):
-        live.query(sql)
-    with store.open_run(writer.finish()) as run:
+def test_a_reader_only_reads(live_and_finished: tuple[store.Run, store.Run], sql: str) -> None:
+    live, run = live_and_finished
+    for one in (live, run):
         with pytest.raises(StoreError):
-            run.query(sql)
-        _check_merged(run)
+            one.query(sql)
+    _check_merged(run)
     assert not Path("/tmp/moescope-must-not-exist.csv").exists()
 
 
