@@ -75,7 +75,7 @@ def _load(run: Run) -> None:
     with st.expander("All measures as a table", icon=":material/table:"):
         table.show(
             data.frame(load.balance, run, **text), key="balance-measures", alt="Balance of every MoE layer",
-            columns=_BALANCE, bordered=False,
+            read="A row picks its layer; headings say on hovering what they measure.", columns=_BALANCE, bordered=False,
         )  # fmt: skip
 
 

@@ -117,8 +117,9 @@ def test_domains_stand_beside_what_chance_gives(opened: store.Run) -> None:
     shares = [load.expert_load(opened, domain=name).filter(pl.col("label") == "2") for name in opened.domains]
     pooled = np.mean([share["share"].to_numpy() for share in shares], axis=0)
     rng, drawn = np.random.default_rng(0), []
+    totals = [int(share["tokens"].to_numpy().sum()) for share in shares]
     for _ in range(2000):
-        several = np.array([rng.multinomial(part["tokens"].sum(), pooled) / part["tokens"].sum() for part in shares])
+        several = np.array([rng.multinomial(total, pooled) / total for total in totals])
         drawn.append(np.abs(several[0] - several.mean(axis=0)).sum() / 2)
     assert row["noise"] == pytest.approx(np.mean(drawn), rel=0.05)
     most = frame.group_by("domain").agg(pl.col("moved").mean()).sort("moved", descending=True)
@@ -141,11 +142,11 @@ def test_answers_of_local_consistency_are_the_stored_figures(opened: store.Run) 
 
 def test_answers_of_a_run_of_counts_are_empty_or_absent(counts: store.Run) -> None:
     assert routing.load(counts).startswith("Layer **")
-    for answer in (routing.domains, routing.purpose, routing.confidence, routing.pairs, routing.foresight):
-        assert answer(counts) == ""
-    for answer in (local.srp, local.caches, local.published):
+    empty = (routing.domains, routing.purpose, routing.confidence, routing.pairs, routing.foresight)
+    assert [answer(counts) for answer in empty] == [""] * len(empty)
+    for absent in (local.srp, local.caches, local.published):
         with pytest.raises(Absent):
-            answer(counts)
+            absent(counts)
 
 
 def test_repetition_is_drawn_over_one_token_and_by_distance() -> None:
