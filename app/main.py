@@ -25,7 +25,7 @@ LOOK_EVERY = 3.0
 def main() -> None:
     """Draw the sidebar and the chosen page."""
     # The icon is an emoji: a Material icon here would be fetched from the network as the favicon.
-    st.set_page_config(page_title="moescope", page_icon="🔭", layout="wide", initial_sidebar_state="expanded")
+    st.set_page_config(page_title="moescope", page_icon="🔭", layout="wide", initial_sidebar_state=236)
     pages = [
         st.Page(page.file, title=page.title, icon=page.icon, url_path=page.url, default=index == 0)
         for index, page in enumerate(PAGES)

@@ -20,29 +20,29 @@ def focus_bar(run: Run) -> None:
     if not labels:
         return
     _drop_impossible(run, labels)
-    with st.container(key="focus-bar", horizontal=True, gap="small", vertical_alignment="center"):
+    with st.container(key="focus-bar", horizontal=True, gap="xsmall", vertical_alignment="center"):
         st.page_link(str(_VIEWS / "overview.py"), label=state.plain(run.name, 40))
         _crumb("Layer", "routing")
         st.selectbox(
-            "Layer", labels, index=None, placeholder="any", key="layer", bind="query-params", width=96,
+            "Layer", labels, index=None, placeholder="any", key="layer", bind="query-params", width=92,
             label_visibility="collapsed",
         )  # fmt: skip
         _crumb("Expert", "expert")
         experts = [str(number) for number in range(focus.experts_of(run, st.session_state.get("layer")))]
         st.selectbox(
-            "Expert", experts, index=None, placeholder="any", key="expert", bind="query-params", width=96,
+            "Expert", experts, index=None, placeholder="any", key="expert", bind="query-params", width=92,
             label_visibility="collapsed",
         )  # fmt: skip
         if run.has_trace:
             _crumb("Sequence", "tokens")
             st.number_input(
                 "Sequence", min_value=0, value=None, step=1, placeholder="any", key="sequence", bind="query-params",
-                width=120, label_visibility="collapsed",
+                width=104, label_visibility="collapsed",
             )  # fmt: skip
             st.caption("token", width="content")
             st.number_input(
                 "Token", min_value=0, value=None, step=1, placeholder="any", key="token", bind="query-params",
-                width=120, label_visibility="collapsed",
+                width=104, label_visibility="collapsed",
             )  # fmt: skip
         st.space("stretch")
         copy_link()

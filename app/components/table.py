@@ -107,8 +107,11 @@ def show(
             shown, key=f"table-{key}", hide_index=True, alt=alt, column_config=config, lazy=False,
             height=min(ROW * (len(shown) + 1) + 2, height), **rows,
         )  # fmt: skip
-        if read or len(frame):
-            chart.caption(read, frame if whole is None else whole, figure, key=key)
+        everything = frame if whole is None else whole
+        if read:
+            chart.caption(read, everything, figure, key=key)
+        elif len(frame):
+            chart.downloads(everything, figure, key=key)
 
 
 def _config(frame: pl.DataFrame, name: str, known: Mapping[str, Column]) -> Any:
