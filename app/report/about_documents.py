@@ -67,7 +67,8 @@ def ablations(run: store.Run, frames: Frames) -> list[Finding]:
         largest = float(controls.to_numpy().max()) if len(controls) else None
         names = frames_of_ablation.names(document["experts"])
         proof = (Evidence("perplexity against the whole model", ablated["ratio"], ablated["ratio_low"],
-                          ablated["ratio_high"], largest, "worst of the controls", source="ablation"),)  # fmt: skip
+                          ablated["ratio_high"], largest, "worst of the controls", source="ablation",
+                          exhibit="ablation"),)  # fmt: skip
         found.append(Finding("Experiments", f"Switched off {names}: {sentence.rstrip('.')}.", proof,
                              "attention" if more else "plain"))  # fmt: skip
     return found
@@ -81,9 +82,9 @@ def _plan(row: dict[str, object]) -> Finding:
     sentence += f"; measured on {row['tokens']:,} tokens, perplexity is {row['ratio']:.3f} × the original's."
     return Finding("Plans", sentence, (
         Evidence("KL divergence, nats per token", row["kl"], control=0.0, control_is="the model as it was",  # type: ignore[arg-type]
-                 source="evaluation"),
+                 source="evaluation", exhibit="compress-measured"),
         Evidence("perplexity ratio", row["ratio"], control=1.0, control_is="the model as it was",  # type: ignore[arg-type]
-                 source="evaluation"),
+                 source="evaluation", exhibit="compress-measured"),
     ))  # fmt: skip
 
 
@@ -92,7 +93,7 @@ def _evaluation(row: dict[str, object]) -> Finding:
     sentence += "." if row["held_out"] else ", which were not held out."
     return Finding("Plans", sentence, (
         Evidence("KL divergence, nats per token", row["kl"], row["kl_low"], row["kl_high"], 0.0,  # type: ignore[arg-type]
-                 "the base itself", source="evaluation"),
+                 "the base itself", source="evaluation", exhibit="compress-measured"),
         Evidence("perplexity ratio", row["ratio"], row["ratio_low"], row["ratio_high"], 1.0,  # type: ignore[arg-type]
-                 "the base itself", source="evaluation"),
+                 "the base itself", source="evaluation", exhibit="compress-measured"),
     ))  # fmt: skip

@@ -60,11 +60,11 @@ def super_experts(run: store.Run, frames: Frames) -> list[Finding]:
     else:
         sentence = "There is no super expert: no output stands out from the others by the published rules."
     proof = [Evidence("super experts by the paper's rule", float(len(paper)), form="count", source="super_experts",
-                      exhibit="outliers")]  # fmt: skip
+                      exhibit="outputs")]  # fmt: skip
     for layer, expert, value in largest.select("label", "expert", "value").iter_rows():
         proof.append(Evidence(f"largest |output|: layer {layer}, expert {expert}", value, control=limit["paper"],
                               control_is="what the paper's rule asks for", source="table expert_output",
-                              exhibit="outliers"))  # fmt: skip
+                              exhibit="outputs"))  # fmt: skip
     massive = frames(frames_of_super_experts.residual, run).filter("massive")["layer"].to_list()
     if massive:
         sentence += (
@@ -172,10 +172,10 @@ def _redundancy(found: pl.DataFrame, *, layers: int) -> Finding:
     source = BY_NAME[kind].metric
     return Finding("Redundancy", sentence, (
         Evidence(f"similarity of the {compared}, mean of pairs", mean, control=random,
-                 control_is="random vectors, without sign", source=source, exhibit="redundancy"),
-        Evidence("the most alike", top["largest"], source=source, exhibit="redundancy"),
+                 control_is="random vectors, without sign", source=source, exhibit="similarity-over-layers"),
+        Evidence("the most alike", top["largest"], source=source, exhibit="similarity-over-layers"),
         Evidence(f"pairs above {_NEAR}", float(near), control=float(pairs), control_is="pairs in all", form="count",
-                 source=source, exhibit="redundancy"),
+                 source=source, exhibit="similarity-over-layers"),
     ))  # fmt: skip
 
 

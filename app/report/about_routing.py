@@ -75,9 +75,9 @@ def dead(run: store.Run, frames: Frames) -> list[Finding]:
     tone = "attention" if nearly or (unused and chance < unused / 2) else "plain"
     return [Finding("Dead experts", sentence, (
         Evidence("experts never used", float(unused), control=chance, control_is="expected of a balanced router",
-                 form="count" if chance < 0.5 else "number", source="dead_experts", exhibit="dead"),
+                 form="count" if chance < 0.5 else "number", source="dead_experts", exhibit="balance"),
         Evidence(f"experts below {load.NEARLY_DEAD:.0%} of the balanced load", float(nearly), form="count",
-                 source="table expert_load", exhibit="dead"),
+                 source="table expert_load", exhibit="balance"),
     ), tone)]  # type: ignore[arg-type]  # fmt: skip
 
 
@@ -105,9 +105,9 @@ def confidence(run: store.Run, frames: Frames) -> list[Finding]:
     return [Finding("Confidence", sentence, (
         Evidence("entropy of the router, part of the largest possible", part, low=tightest["part"],
                  high=loosest["part"], control=1.0, control_is="a router that does not care; range over layers",
-                 form="share", source="table router_load", exhibit="entropy"),
+                 form="share", source="table router_load", exhibit="confidence"),
         Evidence("probability of the first choice", share, control=uniform, control_is="1 / experts", form="share",
-                 source="table router_load", exhibit="top-probability"),
+                 source="table router_load", exhibit="confidence"),
     ))]  # fmt: skip
 
 
@@ -192,9 +192,9 @@ def foresight(run: store.Run, frames: Frames) -> list[Finding]:
     )
     return [Finding("Foresight", sentence, (
         Evidence("recall of the next layer's experts", best["value"], best["low"], best["high"], base,
-                 "most popular experts", "share", "transition_recall", "foresight"),
+                 "most popular experts", "share", "transition_recall", "transition-information"),
         Evidence("the same", best["value"], best["low"], best["high"], best["chance"], "random experts", "share",
-                 "transition_recall", "foresight"),
+                 "transition_recall", "transition-information"),
     ))]  # fmt: skip
 
 

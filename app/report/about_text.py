@@ -89,7 +89,7 @@ def _starved(run: store.Run, frames: Frames) -> list[Finding]:
             sentence += f" About {most} tokens of such text would give all that were used enough."
     return [Finding("Coverage", sentence, (
         Evidence("experts with too few tokens", float(len(found)), control=float(experts), control_is="experts in all",
-                 form="count", source="starved_experts", exhibit="coverage"),
+                 form="count", source="starved_experts", exhibit="tokens-per-expert"),
     ), "attention" if len(found) else "plain")]  # fmt: skip
 
 

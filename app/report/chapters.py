@@ -102,13 +102,10 @@ def _finding(one: Finding, anchors: dict[str, str]) -> str:
         f"<td>{text(proof.beside)}</td><td>{_source(proof.source, anchors.get(proof.exhibit))}</td></tr>"
         for proof in one.evidence
     )  # fmt: skip
-    table = (
-        f'<div class="wide"><table class="evidence">{_WIDTHS}<thead>{_EVIDENCE_HEAD}</thead><tbody>{rows}</tbody></table></div>'
-        if rows
-        else ""
-    )
+    table = f'<table class="evidence">{_WIDTHS}<thead>{_EVIDENCE_HEAD}</thead><tbody>{rows}</tbody></table>'
+    proof = f'<div class="wide">{table}</div>' if rows else ""
     said = f'<div><h3>{text(one.subject)}</h3><p class="sentence">{text(one.sentence)}</p></div>'
-    return f'<div class="finding {one.tone}">{said}<div>{table}</div></div>'
+    return f'<div class="finding {one.tone}">{said}<div>{proof}</div></div>'
 
 
 def _source(source: str, anchor: str | None) -> str:

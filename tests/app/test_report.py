@@ -20,6 +20,7 @@ import synthetic
 from streamlit.testing.v1 import AppTest
 
 import store
+from app import exhibits
 from app.cli import main
 from app.exhibits import Exhibit
 from app.report import document, packing
@@ -85,6 +86,8 @@ def test_findings_agree_with_the_tables(run: store.Run) -> None:
     entropies = [(2.0 - 0.2 * depth) / np.log(synthetic.EXPERTS) for depth in range(len(synthetic.LAYERS))]
     assert by_subject["Confidence"].evidence[0].value == pytest.approx(np.mean(entropies), rel=1e-9)
     assert by_subject["Plans"].tone == "unknown"
+    named = {proof.exhibit for one in by_subject.values() for proof in one.evidence} - {""}
+    assert named <= set(exhibits.entries())
 
 
 def test_a_run_of_counts_alone_says_what_it_cannot_say(tmp_path: Path) -> None:
@@ -140,7 +143,6 @@ def test_pieces_unpack_to_what_went_in() -> None:
 
 
 def test_the_difference_turns_a_light_figure_into_the_dark_one(run: store.Run) -> None:
-    from app import exhibits
     from app.report.html import _plain
 
     light, dark = (_plain(exhibits.make("load", run, theme=theme).figure) for theme in ("light", "dark"))
