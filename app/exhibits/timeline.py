@@ -126,14 +126,11 @@ def load_and_probability(
         frames(collapse, run).filter(label=label).select("measure", "value").iter_rows()
     )
     return Exhibit(
-        figure=figures.load_against_probability(
-            frame, label=label, checkpoint=run.name, loss=values["balance_loss"], correlation=values["correlation"],
-            theme=theme,
-        ),
+        figure=figures.load_against_probability(frame, label=label, checkpoint=run.name, theme=theme),
         frame=frame,
         read="Each point is an expert. At the cross, all of them, the router is balanced; far up on the dotted line, "
         "load and probability concentrate on the same experts, which is what the load-balance loss punishes.",
-        rests_on=f"{run.info.tokens:,} tokens; f = load, P = mean router probability.",
+        rests_on=f"{run.info.tokens:,} tokens; f = load, P = mean router probability{_figures(values)}.",
         alt=f"Scatter of the experts of layer {label}: load against router probability",
     )  # fmt: skip
 
@@ -144,6 +141,14 @@ def _part(run: store.Run, frames: Frames, others: str | None, order: str, measur
     by: Order = "date" if order == "date" else "chosen" if order == "chosen" else "step"
     frame = measured(run, frames, checkpoints(run, frames, others, order=by), measure=measure)
     return frame.filter(measure=measure)
+
+
+def _figures(values: dict[str, float | None]) -> str:
+    """Load-balance loss and correlation of a layer, as the end of a sentence."""
+    named = {"balance_loss": "load-balance loss", "correlation": "Pearson's r"}
+    return "".join(
+        f"; {words} {value:.2f}" for name, words in named.items() if (value := values[name]) is not None
+    )  # fmt: skip
 
 
 def _layers(frame: pl.DataFrame) -> str:

@@ -163,7 +163,7 @@ def evenness_curves(frame: pl.DataFrame, *, names: tuple[str, str], theme: Theme
     """
     panels = {
         "normalised_entropy": "Normalised entropy (1 = even)",
-        "max_violation": "MaxVio (busiest over mean, minus 1)",
+        "max_violation": "MaxVio (0 = even)",
     }
     figure = make_subplots(rows=1, cols=2, subplot_titles=list(panels.values()), horizontal_spacing=0.08)
     colours = palette(theme).categorical

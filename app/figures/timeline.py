@@ -21,7 +21,7 @@ def lines(
     """
     found = MEASURES[measure]
     part, cells = summary.filter(measure=measure), frame.filter(measure=measure).drop_nulls("value")
-    title = f"{found.title} over the checkpoints"
+    title = found.title
     if part.is_empty():
         return message("No run here holds what this needs.", title=title, theme=theme)
     colours, figure = palette(theme), go.Figure()
@@ -72,7 +72,7 @@ def layer_map(frame: pl.DataFrame, *, measure: str, theme: Theme = "light") -> g
     low, high, colours = _range(cells, measure, theme)
     heat = go.Heatmap(
         z=cells, x=checkpoints, y=labels, zmin=low, zmax=high, colorscale=scale(colours), hoverongaps=False,
-        colorbar=colorbar(safe(found.unit.partition(",")[0])),
+        colorbar=colorbar(safe(found.unit.partition(",")[0].partition(" (")[0])),
         hovertemplate=f"layer %{{y}}, %{{x}}<br>{safe(found.title)} %{{z:{_digits(found)}}}<extra></extra>",
     )  # fmt: skip
     figure = go.Figure(heat)
@@ -101,8 +101,7 @@ def layer_map(frame: pl.DataFrame, *, measure: str, theme: Theme = "light") -> g
 
 
 def load_against_probability(
-    frame: pl.DataFrame, *, label: str, checkpoint: str, loss: float | None, correlation: float | None,
-    theme: Theme = "light",
+    frame: pl.DataFrame, *, label: str, checkpoint: str, theme: Theme = "light"
 ) -> go.Figure:  # fmt: skip
     """Load f against router probability P of one layer's experts, both over the uniform share.
 
@@ -129,13 +128,8 @@ def load_against_probability(
         x=[1], y=[1], mode="markers", hovertemplate="a balanced router<extra></extra>", showlegend=False,
         marker={"symbol": "cross-thin", "size": 14, "line": {"width": 2, "color": colours.alarm}},
     )  # fmt: skip
-    words = [
-        f"loss {loss:.2f}" if loss is not None else "",
-        f"r = {correlation:.2f}" if correlation is not None else "",
-    ]
-    note = ", ".join(word for word in words if word)
     layout(
-        figure, title=f"{title}: {note}" if note else title, x="P × E, mean router probability over the uniform one",
+        figure, title=title, x="P × E, mean router probability over the uniform one",
         y="f × E / k, load over uniform", theme=theme, height=360, legend=False,
     )  # fmt: skip
     figure.update_xaxes(rangemode="tozero")

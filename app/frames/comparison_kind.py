@@ -33,13 +33,15 @@ class Kind:
 def provenance(first: store.Run, second: store.Run, *, link: Link | None = None) -> pl.DataFrame:
     """One row per part of the provenance: what, first, second, verdict ("differs", "same", "not known").
 
-    Empty texts stand for what a run does not say. Those that differ come first.
+    Empty texts stand for what a run does not say; what neither says is left out. Those that differ come first.
     """
     rows = []
     for what, read in _PARTS.items():
         values = tuple(read(run) for run in (first, second))
+        if values == ("", ""):
+            continue
         verdict = "not known" if "" in values else "same" if values[0] == values[1] else "differs"
-        rows.append((what, *values, "same" if values == ("", "") else verdict))
+        rows.append((what, *values, verdict))
     if link is not None:
         applied = done(link.load())
         values = ("", applied) if link.base == "first" else (applied, "")

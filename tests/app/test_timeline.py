@@ -205,7 +205,7 @@ def test_the_page_takes_runs_named_alike(monkeypatch: pytest.MonkeyPatch, folder
     app.selectbox(key="measure").select("dead").run()
     assert not app.exception and not app.error
     titles = [json.loads(chart.proto.spec)["layout"]["title"]["text"] for chart in app.get("plotly_chart")]
-    assert titles[:2] == ["Dead experts over the checkpoints", "Dead experts by layer"]
+    assert titles[:2] == ["Dead experts", "Dead experts by layer"]
     assert titles[2].startswith("Load against probability, layer 1, train-20k")
     assert "Layer 1\\: 4 dead experts at 20k; since 1500\\." in app.warning[0].value
     app.multiselect(key="checkpoints").set_value(["train-500", "other"]).run()
