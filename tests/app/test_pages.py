@@ -16,6 +16,7 @@ from app.views import PAGES
 
 ROOT = Path(__file__).parents[2] / "app"
 FILES = [f"views/{Path(page.file).name}" for page in PAGES]
+# Charts of the section that each page opens with; a page that is not listed must draw one at least.
 CHARTS = {
     "overview": 0,
     "routing": 2,
@@ -68,7 +69,8 @@ def charts(app: AppTest) -> list[dict]:
 @pytest.mark.parametrize("file", FILES)
 def test_every_page_opens_on_a_finished_run(open_app: Opener, finished_path: Path, file: str) -> None:
     app = visit(open_app(finished_path.parent), file)
-    assert len(charts(app)) == CHARTS[Path(file).stem]
+    known = CHARTS.get(Path(file).stem)
+    assert len(charts(app)) == known if known is not None else charts(app)
     assert not app.error
     assert all(chart.proto.alt for chart in app.get("plotly_chart"))
     # Each chart has a sentence that says how to read it, and its downloads.
