@@ -29,6 +29,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"what to write, by its ending: {', '.join(PICTURES)} (they need moescope[images] and Chromium), html, or "
         "the data as csv, parquet or json; without it, the data is printed",
     )  # fmt: skip
+    parser.add_argument(
+        "--quick", action="store_true", help="list without looking whether the run has each, which draws them all"
+    )
     chosen = parser.add_argument_group("choices", "each figure has some of them; the list says which")
     chosen.add_argument("--layer", metavar="L", help="the MoE layer (2.1 = second module of layer 2)")
     chosen.add_argument("--expert", metavar="E", help="number of the expert")
@@ -72,12 +75,15 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _list(opened: store.Run, options: argparse.Namespace) -> None:
-    from app.frames.figures import figures
+    from app.frames.figures import figures, listed
     from app.telling import Telling
     from app.text import table
 
-    with Telling() as tell:
-        frame = figures(opened, tell=tell)
+    if options.quick:
+        frame = listed()
+    else:
+        with Telling() as tell:
+            frame = figures(opened, tell=tell)
     print(json.dumps(frame.to_dicts()) if options.json else table(frame, rows=None))
 
 
