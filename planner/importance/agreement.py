@@ -13,7 +13,7 @@ import store
 from moescope.errors import PlanError
 from planner.importance.entry import score
 from planner.importance.registry import SCORES
-from profiler.metrics.agreement import SHARES, chance_band, score_agreement
+from profiler.metrics.agreement import SHARES, Band, chance_band, score_agreement
 
 _SCHEMA = {
     "layer": pl.Int32, "step": pl.Int32, "first": pl.String, "second": pl.String, "spearman": pl.Float64,
@@ -59,6 +59,7 @@ def agreement(run: store.Run, *, domain: str | None = None) -> pl.DataFrame:
     rows: list[tuple[object, ...]] = []
     layers: list[np.ndarray] = []
     sizes: list[int] = []
+    bands: dict[int, Band] = {}  # by the number of experts
     for (layer, step), part in scores.group_by("layer", "step", maintain_order=True):
         if len(part) < 2 or not pairs:
             continue
@@ -67,7 +68,9 @@ def agreement(run: store.Run, *, domain: str | None = None) -> pl.DataFrame:
         measured = score_agreement(scores=np.where(unknown[:, None], 0.0, values), shares=SHARES)
         table = np.stack([measured.spearman, measured.kendall, *measured.overlap])
         table[:, unknown] = table[:, :, unknown] = np.nan
-        band = chance_band(num_experts=[len(part)], measure="spearman", num_draws=400)
+        if len(part) not in bands:
+            bands[len(part)] = chance_band(num_experts=[len(part)], measure="spearman", num_draws=400)
+        band = bands[len(part)]
         layers.append(table)
         sizes.append(len(part))
         rows += [

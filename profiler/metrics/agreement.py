@@ -6,7 +6,7 @@ cut, each belongs to it in part, as if the tie were broken by lot; so experts th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -91,10 +91,10 @@ def score_agreement(*, scores: ArrayLike, shares: Sequence[float] = SHARES) -> S
     values = np.asarray(scores, dtype=np.float64)
     if values.ndim != 2 or np.isnan(values).any():
         raise MetricError(f"scores have shape {values.shape} or hold NaN; they are (scores, experts) numbers")
-    cuts = [_in_cut(values, share) for share in shares]
+    cuts, ranks = [_in_cut(values, share) for share in shares], _standard_ranks(values)
     return ScoreAgreement(
-        spearman=spearman(first=values[:, None], second=values[None]),
-        kendall=kendall(first=values[:, None], second=values[None]),
+        spearman=_correlated(ranks[:, None], ranks[None]),
+        kendall=_kendall_of_all(values),
         overlap=np.stack([_overlap(cut[:, None], cut[None]) for cut in cuts]),
     )
 
@@ -114,9 +114,9 @@ def chance_band(
     generator = np.random.default_rng(seed)
     total = np.zeros(num_draws)
     for experts in num_experts:
-        order = np.arange(experts, dtype=np.float64)
-        drawn = generator.permuted(np.tile(order, (num_draws, 1)), axis=1)
-        total += _measured(order, drawn, measure)
+        # What is compared is permuted, not the scores behind it: nothing has to be ranked once per draw.
+        values, compare = _comparison(np.arange(experts, dtype=np.float64), measure)
+        total += compare(values, generator.permuted(np.tile(values, (num_draws, 1)), axis=1))
     means = total / len(num_experts)
     low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
     return Band(float(means.mean()), float(low), float(high))
@@ -156,24 +156,52 @@ def _checked(first: ArrayLike, second: ArrayLike) -> tuple[FloatArray, FloatArra
     return one, other
 
 
-def _measured(first: FloatArray, second: FloatArray, measure: str) -> FloatArray:
+def _comparison(scores: FloatArray, measure: str) -> tuple[FloatArray, Callable[[FloatArray, FloatArray], FloatArray]]:
+    """What a measure compares of scores, and how it compares two of them along the last axis."""
     if measure == "spearman":
-        return spearman(first=first, second=second)
+        return _standard_ranks(scores), _correlated
     if measure == "kendall":
-        return kendall(first=first, second=second)
+        return scores, lambda first, second: kendall(first=first, second=second)
     try:
-        return overlap(first=first, second=second, share=float(measure))
+        return _in_cut(scores, float(measure)), _overlap
     except ValueError:
         raise MetricError(f"measure is {measure!r}; it is spearman, kendall or a share such as 0.25") from None
 
 
-def _standard_ranks(values: FloatArray) -> FloatArray:
-    """Ranks with mean 0 and length 1; 0 where all are tied."""
-    from scipy.stats import rankdata  # takes most of a second
+def _kendall_of_all(values: FloatArray) -> FloatArray:
+    """(S, S) tau-b of all pairs of S scores: one product of the matrix that says of two experts which is larger."""
+    one, other = np.triu_indices(values.shape[1], 1)
+    kind = np.float32 if len(one) < 2**24 else np.float64  # whole numbers up to there are exact
+    signs = np.empty((len(values), len(one)), kind)
+    for row, scores in zip(signs, values, strict=True):
+        first, second = scores[one], scores[other]
+        np.subtract(first > second, first < second, out=row, dtype=kind)
+    products = (signs @ signs.T).astype(np.float64)
+    untied = np.sqrt(np.diag(products))
+    return ratio(products, np.outer(untied, untied))
 
-    ranks = rankdata(values, axis=-1)
+
+def _standard_ranks(values: FloatArray) -> FloatArray:
+    """Ranks with mean 0 and length 1, NaN where a value is; 0 where all are tied."""
+    ranks = _mean_ranks(values)
     ranks = ranks - ranks.mean(axis=-1, keepdims=True)
     return ratio(ranks, np.sqrt((ranks**2).sum(axis=-1, keepdims=True)), empty=0.0)
+
+
+def _mean_ranks(values: FloatArray) -> FloatArray:
+    """Ranks from 0 along the last axis; ties share their mean, NaN makes all NaN. As scipy's, whose import is slow."""
+    order = np.argsort(values, axis=-1)
+    ordered = np.take_along_axis(values, order, axis=-1)
+    places = np.arange(values.shape[-1])
+    begins = np.ones(values.shape, dtype=bool)
+    begins[..., 1:] = ordered[..., 1:] != ordered[..., :-1]
+    ends = np.roll(begins, -1, axis=-1)
+    first = np.maximum.accumulate(np.where(begins, places, 0), axis=-1)
+    last = np.minimum.accumulate(np.where(ends, places, places[-1])[..., ::-1], axis=-1)[..., ::-1]
+    ranks = np.empty(values.shape)
+    np.put_along_axis(ranks, order, (first + last) / 2, axis=-1)
+    ranks[np.isnan(values).any(axis=-1)] = np.nan
+    return ranks
 
 
 def _correlated(first: FloatArray, second: FloatArray) -> FloatArray:

@@ -83,6 +83,16 @@ def test_all_pairs_at_once() -> None:
     assert found.spearman[0, 2] == pytest.approx(-1.0) and found.kendall[1, 1] == pytest.approx(1.0)
     assert found.overlap[1, 0, 2] == 0.0 and found.overlap.shape == (2, 3, 3)
     np.testing.assert_allclose(found.spearman, found.spearman.T)
+    tied = np.random.default_rng(3).integers(0, 5, (3, 40)).astype(float)
+    found = score_agreement(scores=tied)
+    for one, other in itertools.product(range(3), repeat=2):
+        assert found.kendall[one, other] == pytest.approx(stats.kendalltau(tied[one], tied[other]).statistic)
+        assert found.spearman[one, other] == pytest.approx(stats.spearmanr(tied[one], tied[other]).statistic)
+    assert np.isnan(score_agreement(scores=np.array([[1.0, 1.0, 1.0], [1.0, 2.0, 3.0]])).kendall[0]).all()
+
+
+def test_a_value_that_is_no_number_has_no_rank() -> None:
+    assert np.isnan(spearman(first=np.array([1.0, np.nan, 2.0]), second=np.arange(3.0)))
 
 
 @pytest.mark.parametrize(
