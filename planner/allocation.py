@@ -175,12 +175,21 @@ def lowest(values: Array, shape: LayerShape, count: int, protected: Collection[i
 
     Of equal values the higher number goes first.
     """
-    gone: list[int] = []
+    return _first(_by_value(values, shape, protected), count // shape.groups)
+
+
+def _by_value(values: Array, shape: LayerShape, protected: Collection[int]) -> list[list[int]]:
+    """The experts of each group that may go, the lowest first."""
+    scores = values.tolist()
+    orders = []
     for block in blocks(shape):
         free = [expert for expert in block.tolist() if expert not in protected]
-        free.sort(key=lambda expert: (values[expert], -expert))
-        gone += free[: count // shape.groups]
-    return sorted(gone)
+        orders.append(sorted(free, key=lambda expert: (scores[expert], -expert)))
+    return orders
+
+
+def _first(orders: Sequence[Sequence[int]], each: int) -> list[int]:
+    return sorted(expert for order in orders for expert in order[:each])
 
 
 def lost_by_count(values: Array, shape: LayerShape, protected: Collection[int]) -> Array:
@@ -191,8 +200,9 @@ def lost_by_count(values: Array, shape: LayerShape, protected: Collection[int]) 
     most = most_removed(shape, protected)
     costs = np.full(most + 1, np.inf)
     total = np.abs(values).sum() or 1.0
+    orders = _by_value(values, shape, protected)
     for count in range(0, most + 1, shape.groups):
-        costs[count] = values[lowest(values, shape, count, protected)].sum() / total
+        costs[count] = values[_first(orders, count // shape.groups)].sum() / total
     return costs
 
 

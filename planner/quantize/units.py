@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
@@ -84,7 +85,7 @@ class Units:
     sizes: Whole
     shared: Whole
 
-    @property
+    @cached_property
     def weights(self) -> Whole:
         """(units,) weights of each."""
         return np.array([unit.weights for unit in self.units])
@@ -96,7 +97,7 @@ class Units:
         capacity: Whole = np.floor(self._bits * whole).astype(np.int64) - self.shared[:, 1]
         return capacity
 
-    @property
+    @cached_property
     def capacity(self) -> int:
         """Bits that all routed experts may take."""
         return math.floor(self._bits * int(self.weights.sum() + self.shared[:, 0].sum())) - int(self.shared[:, 1].sum())
