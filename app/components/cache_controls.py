@@ -35,7 +35,7 @@ def controls(run: Run) -> dict[str, Any] | None:
     Raises:
         PlanError: no budget can be worked out for such a choice, or a file that is no machine.
     """
-    with st.container(horizontal=True, gap="medium", vertical_alignment="bottom"):
+    with st.container(horizontal=True, gap="small", vertical_alignment="bottom"):
         with st.container(width=235):
             chosen: dict[str, Any] = {"machine": _machine()}
         memory = st.container(width=165)

@@ -96,7 +96,7 @@ def _predicted(price: dict[str, Any] | None) -> None:
 
 def _error(error: float | None) -> None:
     st.metric(
-        "Predicted error", "unknown" if error is None else f"{error:.3g}", "of the layers' output", **_PLAIN,
+        "Predicted error", "unknown" if error is None else f"{error:.3g}", "of outputs", **_PLAIN,
         help="Squared error of the MoE layers' outputs over their square, before anything is routed anew, mean over "
         "layers, each weighed by how far it turns the residual stream; 0 = unchanged. It ranks plans of one size that "
         "drop; it does not say what the model loses.",

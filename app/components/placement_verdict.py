@@ -47,23 +47,23 @@ def figures(found: Placed) -> None:
     with st.grid(5, min_column_width=160, gap="small"):
         st.metric(
             "Balancedness", f"{after['balancedness']:.3f}",
-            f"{before['balancedness']:.3f} as experts lie", **_PLAIN,
+            f"{before['balancedness']:.3f} before", **_PLAIN,
             help="Mean over largest load of a device, per window of text and layer; 1 = all carry as much."
             + f" On {'later text than' if found.verdict else 'the counts that'} the placement was made from.",
         )  # fmt: skip
         if found.verdict is not None:
             st.metric(
-                "Busy, per pass", f"{after['per_pass']:.1%}", f"{before['per_pass']:.1%} as experts lie",
+                "Busy, per pass", f"{after['per_pass']:.1%}", f"{before['per_pass']:.1%} before",
                 **_PLAIN, help="Part of the devices' time that is used if every layer of every forward pass waits for "
                 f"its busiest device, {found.batch} requests at once. Uniformly random experts: "
                 f"{table['chance']['per_pass']:.1%}.",
             )  # fmt: skip
             st.metric(
-                "Devices per token", f"{after['devices']:.2f}", f"{before['devices']:.2f} as experts lie", **_PLAIN,
+                "Devices per token", f"{after['devices']:.2f}", f"{before['devices']:.2f} before", **_PLAIN,
                 help="Devices that the experts of one token in one layer lie on.",
             )  # fmt: skip
             st.metric(
-                "Pairs that leave", f"{after['remote']:.1%}", f"{before['remote']:.1%} as experts lie", **_PLAIN,
+                "Pairs that leave", f"{after['remote']:.1%}", f"{before['remote']:.1%} before", **_PLAIN,
                 help="Share of token-expert pairs whose expert is not on the device that the token's request is on.",
             )  # fmt: skip
         copied, bytes_ = int(moved["copied"].sum()), int(moved["bytes"].sum())

@@ -70,7 +70,7 @@ def cost_by_size(
     values = [*shown["kl"].drop_nulls(), *shown["measured"].drop_nulls()]
     layout(
         figure, title=title, x=f"weights of all experts, {_UNITS[unit]}", y="KL divergence, nats per token (log scale)",
-        theme=theme, height=480,
+        theme=theme, height=500, wide=False,
     )  # fmt: skip
     figure.update_yaxes(**log_ticks(max(value, _LEAST) for value in values))
     figure.update_xaxes(rangemode="tozero")

@@ -73,7 +73,7 @@ def test_the_verdict_stands_there_at_once(monkeypatch: pytest.MonkeyPatch, direc
     assert told.sentence in words(app) and told.sentence.startswith("No")
     found = metrics(app)
     assert found["Balancedness"] == (
-        f"{told.after.mean_balancedness:.3f}", f"{told.before.mean_balancedness:.3f} as experts lie"
+        f"{told.after.mean_balancedness:.3f}", f"{told.before.mean_balancedness:.3f} before"
     )  # fmt: skip
     assert found["Busy, per pass"][0] == f"{told.after.pass_balancedness:.1%}"
     assert found["Pairs that leave"][0] == f"{told.after.remote_share:.1%}"
