@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -63,15 +63,21 @@ def open_run(path: str | Path, *, text: bool = True) -> Run:
 
 
 def version_of(path: Path) -> tuple[object, ...]:
-    """What changes whenever the content of a run changes: a key for caches."""
+    """What changes whenever the content of a run changes, or a measurement beside it: a key for caches."""
+    measured = sorted(evaluations.folder_of(path).glob("*.json"))
     if path.is_dir():
-        return (str(path), len(live.shards(path)))
-    stamps: list[object] = [str(path)]
-    for file in (path, derived.path_of(path), evaluations.folder_of(path)):
-        if file.exists():
+        return (str(path), len(live.shards(path)), *_stamps(measured))
+    return (str(path), *_stamps([path, derived.path_of(path), *measured]))
+
+
+def _stamps(files: Iterable[Path]) -> Iterator[object]:
+    """What changes when one of the files is replaced, written over, added or deleted."""
+    for file in files:
+        try:
             status = file.stat()
-            stamps += [status.st_mtime_ns, status.st_ino]
-    return tuple(stamps)
+        except OSError:  # not there, or just deleted
+            continue
+        yield from (file.name, status.st_mtime_ns, status.st_size, status.st_ino)
 
 
 class Run:
@@ -135,17 +141,22 @@ class Run:
         """How far a live run is; None for a finished one."""
         return live.read_progress(self.path) if self.live else None
 
-    def table(self, name: str, *, layer: int | None = None) -> pl.DataFrame:
+    def table(self, name: str, *, layer: int | None = None, columns: Sequence[str] | None = None) -> pl.DataFrame:
         """All rows of one table of the schema, or those of one layer, merged over shards while the run is live.
 
+        Args:
+            layer: only its rows.
+            columns: read only these beside the key columns: the lists of the others stay packed.
+
         Raises:
-            StoreError: the schema has no such table.
+            StoreError: the schema has no such table, or the table no such column.
         """
         if name not in tables():
             raise StoreError(f"no table {name!r} in a run; there are {', '.join(tables())}")
         keys = ", ".join(quoted(key) for key in tables()[name].keys)
+        wanted = "*" if columns is None else ", ".join(quoted(column) for column in (*tables()[name].keys, *columns))
         where = "" if layer is None else f" where layer = {int(layer)}"
-        return self.query(f"select * from {quoted(name)}{where}" + (f" order by {keys}" if keys else ""))
+        return self.query(f"select {wanted} from {quoted(name)}{where}" + (f" order by {keys}" if keys else ""))
 
     def query(
         self, sql: str, parameters: connection.Parameters = None, *, seconds: float | None = None

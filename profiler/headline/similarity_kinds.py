@@ -54,13 +54,13 @@ class SimilarityTables:
 
     def sums(self, table: str, column: str, key: Key) -> Matrix | None:
         """(experts, width of the lists) of one layer; None where no row has the column."""
-        rows = self._rows(table).get(key)
+        rows = self._rows(table, column).get(key)
         rows = rows.drop_nulls(column) if rows is not None else None
         return _stacked(rows, column, self.experts[key]) if rows is not None and len(rows) else None
 
     def weights(self, matrix: str, column: str, key: Key) -> Matrix | None:
         """(experts, experts) of ``expert_weight_similarity``; None where the layer was not compared."""
-        rows = self._rows("expert_weight_similarity").get(key)
+        rows = self._rows("expert_weight_similarity", column).get(key)
         rows = rows.filter(pl.col("matrix") == matrix) if rows is not None else None
         return _stacked(rows, column, self.experts[key]) if rows is not None and len(rows) else None
 
@@ -71,7 +71,7 @@ class SimilarityTables:
 
     def count(self, table: str, column: str, key: Key) -> int:
         """Sum of a column that is the same for all experts: tokens of the first one there."""
-        rows = self._rows(table).get(key)
+        rows = self._rows(table, column).get(key)
         if rows is None:
             return 0
         first = rows.filter(pl.col("expert") == rows["expert"].min()) if "expert" in rows.columns else rows
@@ -79,7 +79,7 @@ class SimilarityTables:
 
     def logit_sums(self, key: Key) -> Matrix:
         """(experts,) sums of the router logits of one layer."""
-        rows = self._rows("expert_load").get(key)
+        rows = self._rows("expert_load", "logit_sum").get(key)
         total = np.zeros(self.experts[key])
         if rows is not None:
             rows = rows.filter(pl.col("kind") == "routed").drop_nulls("logit_sum")
@@ -87,14 +87,16 @@ class SimilarityTables:
         return total
 
     @cached_property
-    def _tables(self) -> dict[str, dict[Key, pl.DataFrame]]:
+    def _tables(self) -> dict[tuple[str, ...], dict[Key, pl.DataFrame]]:
         return {}
 
-    def _rows(self, table: str) -> dict[Key, pl.DataFrame]:
-        if table not in self._tables:
-            parts = self.run.table(table, layer=self._layer).partition_by("layer", "step", as_dict=True)
-            self._tables[table] = {(int(layer), int(step)): rows for (layer, step), rows in parts.items()}
-        return self._tables[table]
+    def _rows(self, table: str, *columns: str) -> dict[Key, pl.DataFrame]:
+        """Rows by layer; only the wanted columns are read, for each list is as long as there are experts."""
+        if (table, *columns) not in self._tables:
+            read = self.run.table(table, layer=self._layer, columns=columns)
+            parts = read.partition_by("layer", "step", as_dict=True)
+            self._tables[table, *columns] = {(int(layer), int(step)): rows for (layer, step), rows in parts.items()}
+        return self._tables[table, *columns]
 
 
 def matrices(run: store.Run, *, parts: bool = False) -> Iterator[tuple[Key, dict[str, Matrix]]]:
@@ -131,6 +133,8 @@ def chance(tables: SimilarityTables, kind: str, key: Key) -> float | None:
     """
     if kind == "router_row":
         width = _width(tables.sums("router_row", "weights", key))
+    elif not kind.startswith("weight"):
+        return None
     else:
         hidden, compared = _width(tables.sums("expert_similarity", "output_sum", key)), tables.compared(key)
         neurons = next(layer.expert_width for layer in tables.run.layers if (layer.layer, layer.step) == key) or 0

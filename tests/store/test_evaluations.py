@@ -43,8 +43,15 @@ def test_the_same_measurement_replaces_itself(run: Path) -> None:
 
 def test_a_new_evaluation_changes_the_version_of_the_run(run: Path) -> None:
     before = store.version_of(run)
-    store.write_evaluation(run, document())
-    assert store.version_of(run) != before
+    path = store.write_evaluation(run, document())
+    written = store.version_of(run)
+    assert written != before
+    text = path.read_text(encoding="utf-8")
+    path.write_text(text.replace('"base": null', '"base": true'), encoding="utf-8")  # as long as it was, in place
+    overwritten = store.version_of(run)
+    assert len(path.read_text(encoding="utf-8")) == len(text) and overwritten not in (before, written)
+    path.unlink()
+    assert store.version_of(run) == before
 
 
 def test_an_evaluation_is_named_by_its_models_and_text(run: Path) -> None:

@@ -109,6 +109,17 @@ def test_every_table_is_there_even_when_nothing_filled_it(tmp_path: Path) -> Non
     assert run.selections().ids.shape[0] == 0
 
 
+def test_some_columns_of_a_table(live_and_finished: tuple[store.Run, store.Run]) -> None:
+    for run in live_and_finished:
+        whole = run.table("expert_load")
+        some = run.table("expert_load", layer=1, columns=["gate_sum"])
+        assert len(some) > 0 and some.equals(whole.filter(pl.col("layer") == 1).select(some.columns))
+        assert some.columns == [*tables()["expert_load"].keys, "gate_sum"]
+        assert run.table("run", columns=["model"]).columns == ["model"]
+        with pytest.raises(StoreError, match="nothing"):
+            run.table("expert_load", columns=["nothing"])
+
+
 def test_half_a_shard_is_not_seen_and_not_kept(tmp_path: Path) -> None:
     writer = _write_two_shards(tmp_path)
     torn = writer.folder / ".shard-000002.tmp"
