@@ -15,7 +15,7 @@ from app.frames.axes import layer_labels
 from store import Run
 
 KEYS = ("layer", "expert", "sequence", "token")
-_DRAWN = "focus-drawn"
+_DRAWN, _KNOWN = "focus-drawn", "focus-known"
 
 
 @dataclass(frozen=True)
@@ -54,11 +54,27 @@ def experts_of(run: Run, label: str | None) -> int:
     return max(counts.values(), default=0) if label is None else counts.get(label, 0)
 
 
+def know(run: Run) -> None:
+    """Say which run can be picked from: what it does not have is not picked."""
+    st.session_state[_KNOWN] = dict(zip(layer_labels(run), (layer.num_experts for layer in run.layers), strict=True))
+
+
 def pick(**chosen: Any) -> None:
-    """Set parts of the focus; only from a callback, before the widgets are drawn. What cannot be is left out later."""
-    for key in KEYS:
-        if key in chosen and chosen[key] is not None:
-            st.session_state[key] = _typed(key, chosen[key])
+    """Set parts of the focus; only from a callback, before the widgets are drawn.
+
+    What the run does not have leaves the focus as it is, such as a decoder layer without experts.
+    """
+    typed = {key: _typed(key, chosen[key]) for key in KEYS if chosen.get(key) is not None}
+    found = {key: value for key, value in typed.items() if value is not None}
+    known: dict[str, int] | None = st.session_state.get(_KNOWN)
+    if known is not None:
+        if "layer" in found and found["layer"] not in known:
+            found = {key: value for key, value in found.items() if key not in ("layer", "expert")}
+        label = found.get("layer", st.session_state.get("layer"))
+        if "expert" in found and not 0 <= int(found["expert"]) < known.get(label, max(known.values(), default=0)):
+            del found["expert"]
+    for key, value in found.items():
+        st.session_state[key] = value
 
 
 def drawn() -> None:

@@ -16,6 +16,7 @@ _VIEWS = Path(__file__).parents[1] / "views"
 
 def focus_bar(run: Run) -> None:
     """Draw the bar; every name in it is a link to the page on it."""
+    focus.know(run)
     labels = layer_labels(run)
     if not labels:
         return
