@@ -19,6 +19,7 @@ NAME = "show"
 SUMMARY = "print a run: its summary, or one view or table of it"
 
 VIEWS = {
+    "findings": ("app.findings.findings", "table"),
     "figures": ("app.frames.overview", "key_figures"),
     "checks": ("app.frames.overview", "checks"),
     "alerts": ("app.frames.alerts", "alerts"),

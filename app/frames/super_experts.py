@@ -13,6 +13,9 @@ from profiler.ablation import Expert
 from profiler.metrics.super_experts import forming_layers, massive_activation_layers
 
 TokenChoice = Literal["all", "first_routed"]
+FEW_EXPERTS = 200
+"""Below so many experts, less than one lies above the 99.5th percentile by construction."""
+
 COLUMN = {"all": "output_max", "first_routed": "first_routed_output_max"}
 
 

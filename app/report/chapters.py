@@ -7,8 +7,8 @@ from collections.abc import Iterable, Sequence
 import plotly.graph_objects as go
 import polars as pl
 
+from app.findings.finding import Finding
 from app.report.document import Document, Missing, Section, Shown
-from app.report.finding import Finding
 from app.report.inline import markdown, text
 
 _FIRST_ROWS = 6

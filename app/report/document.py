@@ -13,9 +13,9 @@ import polars as pl
 import store
 from app import exhibits
 from app.exhibits import Absent, Entry, Exhibit, Frames
+from app.findings.finding import Finding
+from app.findings.findings import findings
 from app.frames.methods import methods
-from app.report.finding import Finding
-from app.report.findings import findings
 from app.report.glossary import used_in
 from app.report.provenance import provenance
 from app.report.telling_layers import TellingLayer, telling_layers

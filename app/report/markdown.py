@@ -7,9 +7,9 @@ from pathlib import Path
 
 import polars as pl
 
+from app.findings.finding import Finding
 from app.markdown import code
 from app.report.document import Document, Shown, Tell
-from app.report.finding import Finding
 from app.report.inline import clean
 from moescope.errors import RunError
 

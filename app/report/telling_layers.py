@@ -9,8 +9,8 @@ import polars as pl
 
 import store
 from app.exhibits.exhibit import Frames, fresh
+from app.findings import about_experts
 from app.frames import confidence, load, specialization, super_experts
-from app.report import about_experts
 from moescope.errors import MoescopeError
 
 

@@ -14,7 +14,9 @@ from app.components.page import render
 from app.components.sections import sections
 from app.components.table import Column
 from app.exhibits import coverage as exhibits
-from app.frames import alerts, findings, overview
+from app.findings import findings
+from app.findings.finding import Finding
+from app.frames import alerts, overview
 from app.views import PAGES
 from store import Run
 
@@ -42,7 +44,7 @@ def _summary(run: Run) -> None:
             text, detail = value[name]
             st.metric(name, text, border=True, help=detail or None, height="stretch")
     with st.container(border=True, gap="xsmall"):
-        _findings(data.frame(findings.findings, run), run)
+        _findings(data.made(_headlines, run), run)
     with st.grid(2, min_column_width=380, gap="small"):
         with st.container(border=True, gap="xsmall", height="stretch"):
             _alerts(data.frame(alerts.alerts, run))
@@ -53,17 +55,21 @@ def _summary(run: Run) -> None:
             _next(data.frame(overview.next_steps, run))
 
 
-def _findings(frame: pl.DataFrame, run: Run) -> None:
-    _heading("What this run says", frame, key="findings")
-    if frame.is_empty():
+def _headlines(run: Run) -> list[Finding]:
+    return findings.headlines(run, frames=data.frame)
+
+
+def _findings(found: list[Finding], run: Run) -> None:
+    _heading("What this run says", findings.as_frame(found), key="findings")
+    if not found:
         st.caption("Nothing yet: findings come with the first shards." if run.live else "Nothing was counted.")
-    for row in frame.iter_rows(named=True):
+    for one in found:
         with st.container(horizontal=True, wrap=False, vertical_alignment="center", gap="small"):
-            evidence = state.plain(row["evidence"], 300)
-            st.markdown(f":small[**{state.plain(row['finding'], 200)}**: {evidence}]", width="stretch")
-            if row["page"] != "Overview":
-                target = next(page for page in PAGES if page.title == row["page"])
-                go(row["page"], target.file, icon=target.icon, layer=row["layer"], expert=row["expert"])
+            evidence = f" · {state.plain(one.evidence[0].line, 300)}" if one.evidence else ""
+            st.markdown(f":small[**{state.plain(one.answer, 200)}**{evidence}]", width="stretch")
+            if one.page != "Overview":
+                target = next(page for page in PAGES if page.title == one.page)
+                go(one.page, target.file, icon=target.icon, layer=one.layer, expert=one.expert)
 
 
 def _heading(words: str, frame: pl.DataFrame, *, key: str) -> None:

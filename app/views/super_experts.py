@@ -16,7 +16,6 @@ from app.exhibits import super_experts as exhibits
 from app.exhibits.absent import not_yet
 from app.exhibits.exhibit import Absent
 from app.frames import super_experts as frames
-from app.frames.findings import FEW_EXPERTS
 from store import Run
 
 _CHOICES = {"all": "all tokens", "first_routed": "first routed token"}
@@ -83,7 +82,7 @@ def _verdict(run: Run, maxima: pl.DataFrame, limits: pl.DataFrame, tokens: str) 
     if len(limit) and limit[0] is not None:
         numbers += f"; the paper's rule asks for more than {limit[0]:,.3g}"
     few = ""
-    if len(maxima) < FEW_EXPERTS:
+    if len(maxima) < frames.FEW_EXPERTS:
         few = (
             f" With {len(maxima)} experts the 99.5th percentile lies between the two largest, so the rule can name "
             "one at most."

@@ -23,10 +23,9 @@ import store
 from app import exhibits
 from app.cli import main
 from app.exhibits import Exhibit
+from app.findings.findings import findings
 from app.report import document, packing
 from app.report.document import Document, Section, Shown, compose
-from app.report.finding import Evidence
-from app.report.findings import findings
 from app.report.html import page
 from app.report.inline import markdown, text
 from app.report.markdown import text as as_markdown
@@ -67,27 +66,6 @@ def unpacked(piece: str) -> Any:
         return {key: filled(item) for key, item in value.items()}
 
     return filled(json.loads(raw[4 : 4 + length]))
-
-
-def test_findings_agree_with_the_tables(run: store.Run) -> None:
-    by_subject = {one.subject: one for one in findings(run)}
-    load = run.table("expert_load").filter(pl.col("kind") == "routed")
-    used = load.group_by("layer", "expert").agg(pl.col("tokens").sum())
-    dead = len(synthetic.LAYERS) * synthetic.EXPERTS - len(used)
-    assert by_subject["Dead experts"].sentence.startswith(f"{dead} experts were never used")
-    assert by_subject["Dead experts"].evidence[0].value == dead
-    worst = max(
-        counts.max() / (counts.sum() / synthetic.EXPERTS) - 1
-        for counts in (used.filter(pl.col("layer") == layer)["tokens"].to_numpy() for layer in synthetic.LAYERS)
-    )
-    assert by_subject["Balance"].evidence[0].value == pytest.approx(worst, rel=1e-12)
-    assert str(synthetic.SUPER_EXPERT) in by_subject["Super experts"].sentence
-    assert by_subject["Super experts"].tone == "attention"
-    entropies = [(2.0 - 0.2 * depth) / np.log(synthetic.EXPERTS) for depth in range(len(synthetic.LAYERS))]
-    assert by_subject["Confidence"].evidence[0].value == pytest.approx(np.mean(entropies), rel=1e-9)
-    assert by_subject["Plans"].tone == "unknown"
-    named = {proof.exhibit for one in by_subject.values() for proof in one.evidence} - {""}
-    assert named <= set(exhibits.entries())
 
 
 def test_a_run_of_counts_alone_says_what_it_cannot_say(tmp_path: Path) -> None:
@@ -242,12 +220,6 @@ def test_markdown_says_the_same(hostile: Document) -> None:
     for one in hostile.findings:
         assert f"**{one.subject}.**" in said
     assert said.count("\n### ") == sum(len(section.shown) for section in hostile.sections)
-
-
-def test_intervals_and_controls_are_written_alike() -> None:
-    one = Evidence("hit rate", 0.4908, 0.4873, 0.4942, 0.257, "shuffled", "share")
-    assert (one.shown, one.interval, one.beside) == ("49.1%", "48.7% to 49.4%", "25.7% (shuffled)")
-    assert Evidence("none", None).shown == "–" and Evidence("word", "yes").shown == "yes"
 
 
 def test_without_text_no_token_is_in_the_report(finished_path: Path) -> None:

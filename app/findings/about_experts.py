@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import polars as pl
 
 import store
 from app.exhibits.exhibit import Frames
+from app.findings.finding import Evidence, Finding, Tone, listed
 from app.frames import super_experts as frames_of_super_experts
 from app.frames.axes import layer_label
-from app.report.finding import Evidence, Finding, listed
 from moescope.errors import PlanError
 from planner.importance import find, score
 from profiler.headline.similarity_kinds import BY_NAME, SimilarityTables, chance
@@ -37,40 +39,37 @@ _ALIKE = {
 def super_experts(run: store.Run, frames: Frames) -> list[Finding]:
     """Whether experts stand out by the published rule, and by how much."""
     if "outputs" in run.omissions:
-        return [Finding("Super experts", "Whether there are super experts cannot be said: "
-                        f"{run.omissions['outputs'].rstrip('.')}.", tone="unknown")]  # fmt: skip
+        return [_unknown("Super experts", "there are super experts", run.omissions["outputs"])]
     if "activations" not in run.info.levels:
-        return [Finding("Super experts", "Whether there are super experts cannot be said: outputs were not recorded "
-                        "(level activations).", tone="unknown")]  # fmt: skip
+        return [_unknown("Super experts", "there are super experts", "outputs were not recorded (level activations)")]
     limits = frames(frames_of_super_experts.thresholds, run)
     limit = {rule: value for rule, tokens, value in limits.iter_rows() if tokens == "all"}
     if "paper" not in limit:
-        return [Finding("Super experts", "The verdict on super experts comes when the run is finished.",
+        return [Finding("Super experts", "The verdict on super experts comes when the run is finished",
                         tone="unknown")]  # fmt: skip
     found = frames(frames_of_super_experts.super_experts, run).filter(pl.col("tokens") == "all")
     paper, code = (found.filter(pl.col("rule") == rule) for rule in ("paper", "code"))
-    largest = frames(frames_of_super_experts.output_maxima, run).head(1)
-    if len(paper):
-        names = listed([f"({layer}, {expert})" for layer, expert in paper.select("layer", "expert").iter_rows()])
-        sentence = (
-            f"{len(paper)} super experts by the paper's rule, as (layer, expert): {names}. No plan should touch them."
-        )
-    elif len(code):
-        sentence = f"There is no super expert by the paper's rule; the looser rule of its code names {len(code)}."
-    else:
-        sentence = "There is no super expert: no output stands out from the others by the published rules."
+    answer, more = _super_experts(paper, code)
     proof = [Evidence("super experts by the paper's rule", float(len(paper)), form="count", source="super_experts",
                       exhibit="outputs")]  # fmt: skip
-    for layer, expert, value in largest.select("label", "expert", "value").iter_rows():
-        proof.append(Evidence(f"largest |output|: layer {layer}, expert {expert}", value, control=limit["paper"],
-                              control_is="what the paper's rule asks for", source="table expert_output",
-                              exhibit="outputs"))  # fmt: skip
+    where: dict[str, Any] = {}
+    for row in frames(frames_of_super_experts.output_maxima, run).head(1).iter_rows(named=True):
+        name = f"largest |output|, layer {row['label']}, {'shared ' if row['kind'] == 'shared' else ''}expert"
+        proof.insert(0, Evidence(f"{name} {row['expert']}", row["value"], control=limit["paper"],
+                                 control_is="what the paper's rule asks for", source="table expert_output",
+                                 exhibit="outputs"))  # fmt: skip
+        where = {"layer": row["label"], "expert": row["expert"] if row["kind"] == "routed" else None}
+        if paper.is_empty() and limit["paper"] is not None and row["value"] > limit["paper"]:
+            more.append(
+                "The largest output exceeds what the rule asks for, but no massive activation forms in its layer."
+            )
     massive = frames(frames_of_super_experts.residual, run).filter("massive")["layer"].to_list()
     if massive:
-        sentence += (
-            f" Massive activations stand in the residual stream of layers {listed([str(one) for one in massive])}."
+        more.append(
+            f"Massive activations stand in the residual stream of layers {listed([str(one) for one in massive])}."
         )
-    return [Finding("Super experts", sentence, tuple(proof), "attention" if len(paper) else "plain")]
+    tone: Tone = "attention" if len(paper) else "plain"
+    return [Finding("Super experts", answer, " ".join(more), tuple(proof), tone, page="Super experts", **where)]
 
 
 def redundancy(run: store.Run, frames: Frames) -> list[Finding]:
@@ -78,8 +77,7 @@ def redundancy(run: store.Run, frames: Frames) -> list[Finding]:
     found = frames(alike, run)
     if found.is_empty():
         reason = run.omissions.get("outputs", "similarity was not recorded (level similarity)")
-        return [Finding("Redundancy", f"Whether experts are alike cannot be said: {reason.rstrip('.')}.",
-                        tone="unknown")]  # fmt: skip
+        return [_unknown("Redundancy", "experts are alike", reason)]
     return [_redundancy(found, layers=len(run.layers))]
 
 
@@ -138,20 +136,33 @@ def importance(run: store.Run, frames: Frames) -> list[Finding]:
     other = find(names[1]).title
     other = other if other.isupper() else other.lower()
     verdict = "nearly the same" if overlap > 0.9 else "largely the same" if overlap > 0.6 else "different"
-    sentence = (
-        f"How often an expert is used and {other} would cut {verdict} experts: of the lowest quarter, {overlap:.0%} "
-        "are in common."
-    )
+    answer = f"Frequency and {other} would cut {verdict} experts: {overlap:.0%} of the lowest quarter are in common"
+    more = ""
     if overlap <= 0.6:
-        sentence += " The choice of the score is a decision, and only damage measured after the cut settles it."
-    return [Finding("Importance", sentence, (
+        more = "The choice of the score is a decision, and only damage measured after the cut settles it."
+    return [Finding("Importance", answer, more, (
         Evidence(f"lowest quarter in common, frequency and {other}", overlap, control=0.25,
                  control_is="random rankings", form="share", source="table expert_load, expert_output",
                  exhibit="score-agreement"),
         Evidence("rank correlation (Spearman), mean of layers", spearman, control=float(band.high),
                  control_is="random rankings, 97.5 %", source="planner.importance",
                  exhibit="score-agreement"),
-    ))]  # fmt: skip
+    ), page="Overview")]  # fmt: skip
+
+
+def _super_experts(paper: pl.DataFrame, code: pl.DataFrame) -> tuple[str, list[str]]:
+    """The answer, and what else there is to say."""
+    if len(paper):
+        names = listed([f"({layer}, {expert})" for layer, expert in paper.select("layer", "expert").iter_rows()])
+        answer = f"{len(paper)} super expert{'s' if len(paper) > 1 else ''}, as (layer, expert): {names}"
+        return answer, ["No plan should touch them: removing them can break the model."]
+    if len(code):
+        return "No super expert by the paper's rule", [f"The looser rule of its code names {len(code)}."]
+    return "No super expert: no output stands out by the published rules", []
+
+
+def _unknown(subject: str, what: str, reason: str) -> Finding:
+    return Finding(subject, f"Whether {what} cannot be said: {reason.rstrip('.')}", tone="unknown")
 
 
 def _redundancy(found: pl.DataFrame, *, layers: int) -> Finding:
@@ -163,20 +174,20 @@ def _redundancy(found: pl.DataFrame, *, layers: int) -> Finding:
     random = float(chances.to_numpy().mean()) if len(chances) else None
     part = "" if len(found) == layers else f" in {len(found)} of {layers} layers"
     pair = f"experts {top['expert']} and {top['other']} of layer {top['label']}"
+    more = ""
     if near:
-        sentence = f"{near:,} of {pairs:,} pairs of experts{part} are near copies by their {compared} (similarity above"
-        sentence += f" {_NEAR}); the nearest are {pair}."
+        answer = f"{near:,} of {pairs:,} pairs of experts{part} are near copies by their {compared}: nearest {pair}"
     else:
-        sentence = f"No two experts{part} are near copies: by their {compared}, the most alike, {pair}, reach"
-        sentence += f" {top['largest']:.2f}. Merging any two loses something."
+        answer = f"No two experts{part} are near copies: the most alike, {pair}, reach {top['largest']:.2f}"
+        more = f"They are compared by their {compared}. Merging any two loses something."
     source = BY_NAME[kind].metric
-    return Finding("Redundancy", sentence, (
+    return Finding("Redundancy", answer, more, (
         Evidence(f"similarity of the {compared}, mean of pairs", mean, control=random,
                  control_is="random vectors, without sign", source=source, exhibit="similarity-over-layers"),
         Evidence("the most alike", top["largest"], source=source, exhibit="similarity-over-layers"),
         Evidence(f"pairs above {_NEAR}", float(near), control=float(pairs), control_is="pairs in all", form="count",
                  source=source, exhibit="similarity-over-layers"),
-    ))  # fmt: skip
+    ), page="Similarity", layer=top["label"], expert=top["expert"])  # fmt: skip
 
 
 def _routed(run: store.Run, name: str) -> pl.DataFrame:

@@ -6,9 +6,9 @@ import polars as pl
 
 import store
 from app.exhibits.exhibit import Frames
+from app.findings.finding import Evidence, Finding, Tone
 from app.frames import ablation as frames_of_ablation
 from app.frames import compress_measured, evaluation, recommendations
-from app.report.finding import Evidence, Finding
 from moescope.errors import PlanError, StoreError
 from planner.cache.study import Study
 
@@ -30,11 +30,12 @@ def caching(run: store.Run, frames: Frames) -> list[Finding]:
         best = study.best
         proof.insert(0, Evidence(f"{best.title}, ms per token", best.ms, best.low, best.high, best.chance_ms,
                                  "the same on random experts", source=path.name))  # fmt: skip
-        found.append(Finding("Caching", f"On {study.machine[1]}: {study.verdict.sentence.rstrip('.')}.", tuple(proof)))
+        answer = f"On {study.machine[1]}: {study.verdict.sentence.rstrip('.')}"
+        found.append(Finding("Caching", answer, evidence=tuple(proof), page="Cache"))
     if found or not run.has_trace:
         return found
-    sentence = "Whether caching pays in time depends on a machine, and no study stands beside this run: moescope cache"
-    return [Finding("Caching", f"{sentence} makes one.", tone="unknown")]
+    answer = "Whether caching pays in time depends on a machine, and no study stands beside this run"
+    return [Finding("Caching", answer, "The command moescope cache makes one.", tone="unknown", page="Cache")]
 
 
 def plans(run: store.Run, frames: Frames) -> list[Finding]:
@@ -44,16 +45,17 @@ def plans(run: store.Run, frames: Frames) -> list[Finding]:
     rows = frames(compress_measured.plans, run)
     found = [_plan(row) for row in rows.head(_MOST).iter_rows(named=True)]
     if len(rows) > _MOST:
-        found.append(Finding("Plans", f"{len(rows) - _MOST} older plans stand beside the run too."))
+        found.append(Finding("Plans", f"{len(rows) - _MOST} older plans stand beside the run too", page="Compress"))
     planned = set(rows["digest"].to_list())
     others = frames(evaluation.evaluations, run).filter(~pl.col("plan").fill_null("").is_in(list(planned)))
     found += [_evaluation(row) for row in others.head(_MOST).iter_rows(named=True)]
     for row in frames(recommendations.recommendations, run).head(1).iter_rows(named=True):
         proof = (Evidence("memory that was asked for", row["memory"], source=row["file"]),
                  Evidence("candidates", float(row["candidates"]), form="count", source=row["file"]))  # fmt: skip
-        found.append(Finding("Plans", f"Newest recommendation: {row['verdict'].rstrip('.')}.", proof))
-    sentence = "No plan and no evaluation stands beside this run: what cutting it would cost was not measured."
-    return found or [Finding("Plans", sentence, tone="unknown")]
+        answer = f"Newest recommendation: {row['verdict'].rstrip('.')}"
+        found.append(Finding("Plans", answer, evidence=proof, page="Compress"))
+    answer = "No plan and no evaluation stands beside this run: what cutting it would cost was not measured"
+    return found or [Finding("Plans", answer, tone="unknown", page="Compress")]
 
 
 def ablations(run: store.Run, frames: Frames) -> list[Finding]:
@@ -69,31 +71,32 @@ def ablations(run: store.Run, frames: Frames) -> list[Finding]:
         proof = (Evidence("perplexity against the whole model", ablated["ratio"], ablated["ratio_low"],
                           ablated["ratio_high"], largest, "worst of the controls", source="ablation",
                           exhibit="ablation"),)  # fmt: skip
-        found.append(Finding("Experiments", f"Switched off {names}: {sentence.rstrip('.')}.", proof,
-                             "attention" if more else "plain"))  # fmt: skip
+        tone: Tone = "attention" if more else "plain"
+        answer = f"Switched off {names}: {sentence.rstrip('.')}"
+        found.append(Finding("Experiments", answer, evidence=proof, tone=tone, page="Super experts"))
     return found
 
 
 def _plan(row: dict[str, object]) -> Finding:
-    sentence = f"{row['plan']}: keeps {row['experts_after']:,} of {row['experts']:,} experts and saves {row['saved']}"
+    answer = f"{row['plan']}: keeps {row['experts_after']:,} of {row['experts']:,} experts and saves {row['saved']}"
     if row["kl"] is None:
-        return Finding("Plans", f"{sentence}; not measured yet.",
-                       (Evidence("predicted weighed error", row["weighed_error"], source=str(row["file"])),))  # type: ignore[arg-type]  # fmt: skip
-    sentence += f"; measured on {row['tokens']:,} tokens, perplexity is {row['ratio']:.3f} × the original's."
-    return Finding("Plans", sentence, (
+        proof = Evidence("predicted weighed error", row["weighed_error"], source=str(row["file"]))  # type: ignore[arg-type]
+        return Finding("Plans", answer, "It was not measured yet.", (proof,), page="Compress")
+    more = f"Measured on {row['tokens']:,} tokens, perplexity is {row['ratio']:.3f} × the original's."
+    return Finding("Plans", answer, more, (
         Evidence("KL divergence, nats per token", row["kl"], control=0.0, control_is="the model as it was",  # type: ignore[arg-type]
                  source="evaluation", exhibit="compress-measured"),
         Evidence("perplexity ratio", row["ratio"], control=1.0, control_is="the model as it was",  # type: ignore[arg-type]
                  source="evaluation", exhibit="compress-measured"),
-    ))  # fmt: skip
+    ), page="Compress")  # fmt: skip
 
 
 def _evaluation(row: dict[str, object]) -> Finding:
-    sentence = f"{row['model']} against {row['base']}: perplexity {row['ratio']:.3f} × on {row['tokens']:,} tokens"
-    sentence += "." if row["held_out"] else ", which were not held out."
-    return Finding("Plans", sentence, (
+    answer = f"{row['model']} against {row['base']}: perplexity {row['ratio']:.3f} × on {row['tokens']:,} tokens"
+    answer += "" if row["held_out"] else ", which were not held out"
+    return Finding("Plans", answer, evidence=(
         Evidence("KL divergence, nats per token", row["kl"], row["kl_low"], row["kl_high"], 0.0,  # type: ignore[arg-type]
                  "the base itself", source="evaluation", exhibit="compress-measured"),
         Evidence("perplexity ratio", row["ratio"], row["ratio_low"], row["ratio_high"], 1.0,  # type: ignore[arg-type]
                  "the base itself", source="evaluation", exhibit="compress-measured"),
-    ))  # fmt: skip
+    ), page="Compress")  # fmt: skip

@@ -54,22 +54,46 @@ class Evidence:
         """The control and what it is, as text; empty without one."""
         return "" if self.control is None else f"{written(self.control, self.form)} ({self.control_is})"
 
+    @property
+    def line(self) -> str:
+        """All of it in one line."""
+        interval = f" ({self.interval})" if self.interval else ""
+        control = "" if self.control is None else f"; {self.control_is}: {written(self.control, self.form)}"
+        return f"{self.name}: {self.shown}{interval}{control}"
+
 
 @dataclass(frozen=True)
 class Finding:
-    """One finding.
+    """One finding. Its texts are plain; names from data stand in them as they are.
 
     Attributes:
         subject: what it is about, in a word or two.
-        sentence: plain text in whole sentences; names from data stand in it as they are.
-        evidence: the numbers behind it.
+        answer: the answer in one short sentence, without a full stop; it begins with "No" where no is the answer.
+        more: what else there is to say, in whole sentences.
+        evidence: the numbers behind it, the most telling first.
         tone: what to make of it.
+        page: title of the page that shows it; empty where none does.
+        layer, expert: where to look there: a layer's label, a routed expert's number.
     """
 
     subject: str
-    sentence: str
+    answer: str
+    more: str = ""
     evidence: tuple[Evidence, ...] = ()
     tone: Tone = "plain"
+    page: str = ""
+    layer: str | None = None
+    expert: int | None = None
+
+    @property
+    def sentence(self) -> str:
+        """All that it says."""
+        return f"{self.answer.rstrip('.')}. {self.more}".rstrip()
+
+
+def beyond(value: float, low: float | None, control: float) -> bool:
+    """Whether a value lies above its control, its interval counted."""
+    return (value if low is None else low) > control
 
 
 def written(value: float | None, form: Form) -> str:
