@@ -114,6 +114,17 @@ def test_an_importer_takes_its_format(trace: Path, imported: tuple[Path, list[di
         assert dict(phases.iter_rows()) == {"prompt": 26, "decode": 104}
 
 
+def test_an_importer_is_among_those_that_hostile_files_are_tried_on(tree: Path) -> None:
+    target = tree / "tests" / "profiler" / "importers"
+    shutil.copytree(ROOT / "tests" / "profiler" / "importers", target)
+    code = f"""
+import pytest
+names = ["-q", "-p", "no:cacheprovider", "-k", "route-trace", {str(target / "test_hostile.py")!r}]
+assert pytest.main(names) == 0
+"""
+    assert re.search(r"^[1-9]\d* passed", python(tree, code), re.MULTILINE)
+
+
 def test_a_metric_is_computed_and_shown(imported: tuple[Path, list[dict[str, Any]]]) -> None:
     mine = {(row["layer"], row["control"]): row for row in imported[1] if row["metric"] == "free_tokens"}
     assert set(mine) == {(layer, control) for layer in LAYERS for control in ("observed", "shuffled", "uniform")}
@@ -172,7 +183,7 @@ assert pytest.main(["-q", "-p", "no:cacheprovider", {str(target)!r}]) == 0
 assert main(["import", "--list", "--json"]) == 0
 """
     listed = json.loads(python(tree, code).splitlines()[-1])
-    assert listed[-1]["format"] == "route-trace"
+    assert "route-trace" in [row["format"] for row in listed]
     metrics = (tree / "docs" / "metrics.md").read_text(encoding="utf-8")
     importers = (tree / "docs" / "importers.md").read_text(encoding="utf-8")
     assert metrics.index("### Mean overlap") < metrics.index("### Free tokens") < metrics.index("## Flow")

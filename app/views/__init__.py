@@ -1,4 +1,4 @@
-"""The pages. A new page is one file here with a function ``page()``, and one line in ``PAGES``.
+"""The pages. A new page is one file here with a function ``page(run)``, and one line in ``PAGES``.
 
 Small pages may hold their frame, figure and exhibits themselves (``EXHIBITS``, announced by ``exhibits=True``); what
 several pages show is in ``app/frames/``, ``app/figures/`` and ``app/exhibits/``.

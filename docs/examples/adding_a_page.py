@@ -13,6 +13,7 @@ from app.components import chart, header, table
 from app.components.page import render
 from app.exhibits import Absent, Entry, Exhibit, Frames, fresh
 from app.figures import style
+from app.frames.axes import most
 from app.frames.load import balance
 
 Measure = Literal["gini", "max_violation", "beyond_chance"]
@@ -59,7 +60,7 @@ def ranked_layers(
         figure=ranking(frame, by=by, theme=theme),
         frame=frame,
         read="Layers on top send more of their tokens to few experts: look there first for experts to drop.",
-        rests_on=f"{frame['tokens'].max():,.0f} tokens.",
+        rests_on=f"{most(frame['tokens']):,.0f} tokens.",
         alt=f"Bars: MoE layers in order of {WORDS[by]}",
     )
 
