@@ -98,14 +98,20 @@ def served(script: Path, store: Path) -> Iterator[str]:
 
 
 def rerun(page: Page, field: str, text: str) -> float:
-    """Milliseconds of the rerun that a value in a field of the bar causes."""
+    """Milliseconds of the rerun that a value in a field of the bar causes; a layer is chosen from its list."""
     box = page.get_by_label(field, exact=True).first
     box.click()
     box.fill(text)
-    page.evaluate(WATCH)
-    box.press("Enter")
+    if field == "Layer":
+        option = page.get_by_role("option", name=text, exact=True).first
+        option.wait_for()
+        page.evaluate(WATCH)
+        option.click()
+    else:
+        page.evaluate(WATCH)
+        box.press("Enter")
     milliseconds: float = page.evaluate("window.rerun")
-    page.wait_for_timeout(250)
+    settle(page)
     return milliseconds
 
 
@@ -119,7 +125,7 @@ def measure(page: Page, url: str, path: str, run: str, section: str, rounds: int
     """Median milliseconds of both kinds of rerun on one section of a page."""
     page.goto(f"{url}/{path}?run={run}" + (f"&section={section}" if section else ""))
     settle(page)
-    page.wait_for_timeout(1500)
+    page.wait_for_timeout(800)
     times: dict[str, list[float]] = {"token": [], "layer": []}
     for turn in range(rounds + 1):
         found = {"token": rerun(page, "Token", str(turn + 1)), "layer": rerun(page, "Layer", str(turn % 5 + 1))}
@@ -129,8 +135,8 @@ def measure(page: Page, url: str, path: str, run: str, section: str, rounds: int
     return {kind: float(np.median(values)) for kind, values in times.items()}
 
 
-def reruns(folder: Path, store: Path, rounds: int) -> None:
-    """Print one row per page and section."""
+def reruns(folder: Path, store: Path, rounds: int, wanted: list[str]) -> None:
+    """Print one row per page and section; ``wanted``: titles of pages, none for all."""
     from app.views import PAGES
 
     (folder / "blank.py").write_text("", encoding="utf-8")
@@ -146,14 +152,18 @@ def reruns(folder: Path, store: Path, rounds: int) -> None:
         empty = [measure(page, url, "blank", "10k", "", rounds)]
         print("ms (median); ratio to the blank page")
         print(f"{'page':34s} {'token':>6s} {'layer':>6s} {'x':>5s} {'x':>5s}   10M/10k")
-        for info in PAGES:
-            page.goto(f"{url}/{info.url}?run=10k")
+        for index, info in enumerate(PAGES):
+            path = info.url if index else ""  # the first page is the root
+            if wanted and info.title not in wanted:
+                continue
+            page.goto(f"{url}/{path}?run=10k")
             settle(page)
             page.wait_for_timeout(1000)
-            for section in sections_of(page):
-                small, large = (measure(page, url, info.url, run, section, rounds) for run in RUNS)
-                empty.append(measure(page, url, "blank", "10k", "", rounds))
-                base = {kind: float(np.mean([one[kind] for one in empty[-2:]])) for kind in small}
+            found = sections_of(page)
+            empty.append(measure(page, url, "blank", "10k", "", rounds))
+            base = {kind: float(np.mean([one[kind] for one in empty[-2:]])) for kind in empty[0]}
+            for section in found:
+                small, large = (measure(page, url, path, run, section, rounds) for run in RUNS)
                 over = {kind: large[kind] / base[kind] for kind in small}
                 longer = max(large[kind] / small[kind] for kind in small)
                 verdict = "" if max(over.values()) <= EMPTY_LIMIT and longer <= TOKENS_LIMIT else "   OVER"
@@ -205,6 +215,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=94)
     parser.add_argument("--experts", type=int, default=384)
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--pages", nargs="*", default=[], metavar="TITLE", help="these pages only")
     parser.add_argument("--first", action="store_true", help="measure the first paint only")
     parser.add_argument("--store", type=Path, help="keep the generated runs here, or take them from here")
     options = parser.parse_args()
@@ -219,7 +230,7 @@ def main() -> None:
         if options.first:
             first(folder, store, options.rounds)
         else:
-            reruns(folder, store, options.rounds)
+            reruns(folder, store, options.rounds, options.pages)
 
 
 if __name__ == "__main__":

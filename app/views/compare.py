@@ -21,6 +21,7 @@ from app.figures.comparison import MARGINS, MEASURES
 from app.frames import comparison as frames
 from app.frames import comparison_made
 from app.frames.comparison_tokens import MIN_OCCURRENCES
+from moescope.errors import MoescopeError
 from store import Run
 
 _PAIRS = {"token ids": "by their tokens", "position": "by number and length"}
@@ -46,8 +47,15 @@ def page(run: Run) -> None:
             "Sequences paired", list(_PAIRS), key="pairs", words=_PAIRS.__getitem__, segmented=True,
             help="By number and length where a run keeps no token ids; you vouch for the texts being the same.",
         )  # fmt: skip
+    try:
+        other = data.open_run(others[name].path)
+    except MoescopeError as error:
+        st.warning(
+            f"{state.code(name)} cannot be read: {state.plain(str(error), 300)} Choose another run to compare with."
+        )
+        return
     there = exhibits.second(run, data.frame, str(others[name].path))
-    compare_header(run, data.open_run(others[name].path), there)
+    compare_header(run, other, there)
     by_position = pairs == "position"
     sections(
         {
