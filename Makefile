@@ -29,6 +29,7 @@ check: install  ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/mypy --explicit-package-bases docs/examples/*.py
 
 format: install  ## put the code into shape
 	$(BIN)/ruff check --fix .

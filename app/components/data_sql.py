@@ -32,7 +32,7 @@ def section(run: Run) -> None:
     with left:
         st.text_area(
             "Question", key="sql", bind="query-params", height=200, max_chars=MOST_LETTERS, help=_HELP,
-            placeholder="select layer, expert, tokens from expert_load",
+            placeholder="One SELECT over the tables at the right",
         )  # fmt: skip
         rows, others = _limits(run)
     with right:
