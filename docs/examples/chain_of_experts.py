@@ -75,6 +75,7 @@ if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         with profiler.watch(model, store=folder, name="chain", level="activations") as session:
             model(torch.randint(32, (4, 20)))
+        assert session.path is not None
         run = store.open_run(session.path)
         print(run.badge)
         print(run.table("expert_load").sort("layer", "step", "expert").select("layer", "step", "expert", "tokens"))
