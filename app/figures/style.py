@@ -129,8 +129,9 @@ def layout(
     x_axis = {"automargin": True, "title": {"text": x, "font": {"size": 12}, "standoff": 10}}
     y_axis = {"automargin": True, "title": {"text": y, "font": {"size": 12}, "standoff": 16}}
     top = 50 + (_legend_height(figure, 860 if wide else 400) if legend else 0)
-    # One update for everything: Plotly checks the whole layout anew at each.
-    figure.update_layout(
+    # Merged here and set at once: Plotly's own update checks the layout anew for every key.
+    figure.layout = _merged(
+        figure.layout.to_plotly_json(),
         {
             "template": template(theme),
             "title": {"text": title, "font": {"size": 15}, "x": 0, "xanchor": "left", "y": 0.98, "yanchor": "top"},
@@ -147,9 +148,19 @@ def layout(
             **dict.fromkeys(x_axes, x_axis),
             **dict.fromkeys(y_axes, y_axis),
             **axes,
-        }
+        },
     )  # fmt: skip
     return figure
+
+
+def _merged(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
+    """Both, and of what both have the second's; dictionaries in them likewise."""
+    inner = {
+        name: _merged(first[name], value)
+        for name, value in second.items()
+        if isinstance(value, dict) and isinstance(first.get(name), dict)
+    }
+    return {**first, **second, **inner}
 
 
 @cache

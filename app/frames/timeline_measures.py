@@ -8,7 +8,6 @@ from typing import Any, Literal
 import numpy as np
 import polars as pl
 from numpy.typing import NDArray
-from scipy.stats import binom
 
 import store
 from app.frames.alerts import ACCIDENT, COLLAPSE, MAX_VIOLATION
@@ -215,6 +214,8 @@ def _over(measure: str, value: float | None, threshold: float | None) -> bool:
 
 def expected_nearly_dead(experts: int, top_k: int, tokens: float) -> float:
     """Experts of a balanced router that so many tokens leave nearly dead by chance, unused ones included: binomial."""
+    from scipy.stats import binom  # here, as it takes a second to import
+
     part = top_k / experts
     below = np.ceil(NEARLY_DEAD * part * tokens) - 1
     return float(experts * binom.cdf(below, round(tokens), part))

@@ -12,8 +12,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from scipy.optimize import least_squares
-from scipy.stats import t as student
 
 from compressor.plan import Plan, Prediction
 from planner.estimate.stream import KINDS, Turned, stream_turns
@@ -85,6 +83,8 @@ class Calibration:
 
     def predict(self, turns: Turns) -> Prediction:
         """The same with its interval."""
+        from scipy.stats import t as student  # here, as it takes a second to import
+
         value = self.kl(turns)
         quantile = float(student.ppf((1 + COVERAGE) / 2, max(self.count - 1, 3) if self.count else 30))
         width = float(np.exp(quantile * self.spread_of(turns)))
@@ -166,6 +166,7 @@ def _spreads(errors: Sequence[float], shares: Sequence[Mapping[str, float]]) -> 
 
 def _fit(changes: Array, logs: Array) -> tuple[Array, float]:
     """(columns,) factors and their typical value: least squares of logarithms, each factor drawn to the typical one."""
+    from scipy.optimize import least_squares
 
     def residuals(logged: Array) -> Array:
         with np.errstate(over="ignore"):

@@ -11,7 +11,6 @@ from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import norm
 
 from compressor.plan import FactorGroup, FactorLayer, FactorStep, LayerKey
 from moescope.errors import PlanError
@@ -84,4 +83,6 @@ def least_squares_scale(density: float) -> float:
     """
     if not density:
         return 1.0
+    from scipy.stats import norm  # here, as it takes a second to import
+
     return float(f"{2 * norm.pdf(norm.isf(density / 2)) / density:.6g}")
