@@ -15,7 +15,7 @@ from app.frames.axes import layer_labels
 from store import Run
 
 KEYS = ("layer", "expert", "sequence", "token")
-_DRAWN, _KNOWN = "focus-drawn", "focus-known"
+_DRAWN, _KNOWN, _LINK = "focus-drawn", "focus-known", "pick"
 
 
 @dataclass(frozen=True)
@@ -70,11 +70,27 @@ def pick(**chosen: Any) -> None:
     if known is not None:
         if "layer" in found and found["layer"] not in known:
             found = {key: value for key, value in found.items() if key not in ("layer", "expert")}
-        label = found.get("layer", st.session_state.get("layer"))
-        if "expert" in found and not 0 <= int(found["expert"]) < known.get(label, max(known.values(), default=0)):
+        most = known.get(found.get("layer", st.session_state.get("layer")) or "", max(known.values(), default=0))
+        if "expert" in found and not 0 <= int(found["expert"]) < most:
             del found["expert"]
     for key, value in found.items():
         st.session_state[key] = value
+
+
+def asked_by_link(parts: dict[str, str]) -> dict[str, str]:
+    """Query parameters of a link that sets parts of the focus that hold something else.
+
+    By its own name a part would stand in the address twice, with the held value first, which would count.
+    """
+    return {_LINK: ",".join(f"{key}:{value}" for key, value in parts.items())}
+
+
+def follow_link() -> None:
+    """Pick what the link has asked for that led here; before the bar is drawn."""
+    if _LINK in st.query_params:
+        parts = (part.partition(":") for part in st.query_params[_LINK].split(","))
+        del st.query_params[_LINK]
+        pick(**{key: value for key, _, value in parts if key in KEYS})
 
 
 def drawn() -> None:
@@ -91,5 +107,5 @@ def _typed(key: str, value: Any) -> Any:
     """As the widget of that key holds it: layers and experts are options and thus text."""
     try:
         return str(value) if key == "layer" else str(int(value)) if key == "expert" else int(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return None

@@ -17,6 +17,7 @@ _VIEWS = Path(__file__).parents[1] / "views"
 def focus_bar(run: Run) -> None:
     """Draw the bar; every name in it is a link to the page on it."""
     focus.know(run)
+    focus.follow_link()
     labels = layer_labels(run)
     if not labels:
         return

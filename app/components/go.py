@@ -17,6 +17,7 @@ def go(label: str, file: str, *, icon: str | None = None, **picked: Any) -> None
         picked: parts of the focus: layer, expert, sequence, token; None leaves a part as it is.
     """
     held = focus.current()
-    # What is in the address already goes along by itself; given again it would stand there twice.
+    # What is in the address already goes along by itself.
     new = {part: str(value) for part, value in picked.items() if value is not None and getattr(held, part) != value}
-    st.page_link(file, label=label, icon=icon, query_params=new or None, width="content")
+    query = new if all(getattr(held, part) is None for part in new) else focus.asked_by_link(new)
+    st.page_link(file, label=label, icon=icon, query_params=query or None, width="content")

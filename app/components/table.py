@@ -39,13 +39,13 @@ class Column:
         kind: count (1,234), compact (1.2K), share (12.3 %), signed, number (3 decimals), exact (4 decimals), figure
             (4 significant digits), bar (a share as a bar), bytes, seconds, or text.
         help: what it is, shown on hovering.
-        width: of text.
+        width: a word, or pixels.
     """
 
     label: str = ""
     kind: Kind = "figure"
     help: str | None = None
-    width: Literal["small", "medium", "large"] | None = None
+    width: Literal["small", "medium", "large"] | int | None = None
 
 
 COMMON: dict[str, Column] = {
@@ -104,7 +104,7 @@ def show(
         if picked := _picks(frame):
             rows = {"on_select": _on_select(f"table-{key}", frame, picked), "selection_mode": "single-row"}
         st.dataframe(
-            shown, key=f"table-{key}", hide_index=True, alt=alt, column_config=config, lazy=False,
+            shown, key=f"table-{key}", hide_index=True, alt=alt, column_config=config, lazy=False, placeholder="–",
             height=min(ROW * (len(shown) + 1) + 2, height), **rows,
         )  # fmt: skip
         everything = frame if whole is None else whole
@@ -116,17 +116,18 @@ def show(
 
 def _config(frame: pl.DataFrame, name: str, known: Mapping[str, Column]) -> Any:
     column = known.get(name) or _by_type(frame.schema[name])
-    label = column.label or name.replace("_", " ")
+    common: dict[str, Any] = {"label": column.label or name.replace("_", " "), "help": column.help}
+    common["width"] = column.width
     if frame.schema[name] == pl.Boolean:
-        return st.column_config.CheckboxColumn(label, help=column.help)
+        return st.column_config.CheckboxColumn(**common)
     if column.kind == "text":
-        width = column.width or ("small" if name in ("label", "layer", "expert") else None)
-        return st.column_config.TextColumn(label, help=column.help, width=width)
+        common["width"] = column.width or ("small" if name in ("label", "layer", "expert") else None)
+        return st.column_config.TextColumn(**common)
     if column.kind == "bar":
-        return st.column_config.ProgressColumn(label, help=column.help, format="percent", min_value=0.0, max_value=1.0)
+        return st.column_config.ProgressColumn(**common, format="percent", min_value=0.0, max_value=1.0)
     if column.kind == "seconds":
-        return st.column_config.NumberColumn(label, help=column.help, format="%.3g s")
-    return st.column_config.NumberColumn(label, help=column.help, format=_FORMATS[column.kind])
+        return st.column_config.NumberColumn(**common, format="%.3g s")
+    return st.column_config.NumberColumn(**common, format=_FORMATS[column.kind])
 
 
 def _by_type(dtype: pl.DataType) -> Column:

@@ -64,7 +64,7 @@ def domain_shares(frame: pl.DataFrame, *, title: str, theme: Theme = "light") ->
         )  # fmt: skip
     layout(
         figure, title=title, x="share of the domain's tokens", y="", theme=theme,
-        height=rows_height(len(shown), each=28, least=240), bargap=0.35,
+        height=rows_height(len(shown), each=28, least=240), bargap=0.35, wide=False,
     )  # fmt: skip
     figure.update_xaxes(tickformat=".0%", rangemode="tozero")
     figure.update_yaxes(type="category", showgrid=False)

@@ -173,18 +173,19 @@ def _redundancy(found: pl.DataFrame, *, layers: int) -> Finding:
     chances = found["chance"].drop_nulls()
     random = float(chances.to_numpy().mean()) if len(chances) else None
     part = "" if len(found) == layers else f" in {len(found)} of {layers} layers"
-    pair = f"experts {top['expert']} and {top['other']} of layer {top['label']}"
+    pair = f"{top['expert']} and {top['other']} of layer {top['label']}"
     more = ""
     if near:
         answer = f"{near:,} of {pairs:,} pairs of experts{part} are near copies by their {compared}: nearest {pair}"
     else:
-        answer = f"No two experts{part} are near copies: the most alike, {pair}, reach {top['largest']:.2f}"
-        more = f"They are compared by their {compared}. Merging any two loses something."
+        answer = f"No two experts{part} are near copies: {pair} come nearest"
+        more = f"By their {compared}, these two reach {top['largest']:.2f}. Merging any two loses something."
     source = BY_NAME[kind].metric
     return Finding("Redundancy", answer, more, (
-        Evidence(f"similarity of the {compared}, mean of pairs", mean, control=random,
-                 control_is="random vectors, without sign", source=source, exhibit="similarity-over-layers"),
-        Evidence("the most alike", top["largest"], source=source, exhibit="similarity-over-layers"),
+        Evidence("similarity of these two", top["largest"], control=random, control_is="random vectors, without sign",
+                 source=source, exhibit="similarity-over-layers"),
+        Evidence("mean of pairs", mean, control=random, control_is="random vectors, without sign", source=source,
+                 exhibit="similarity-over-layers"),
         Evidence(f"pairs above {_NEAR}", float(near), control=float(pairs), control_is="pairs in all", form="count",
                  source=source, exhibit="similarity-over-layers"),
     ), page="Similarity", layer=top["label"], expert=top["expert"])  # fmt: skip

@@ -107,12 +107,12 @@ def confidence(run: store.Run, frames: Frames) -> list[Finding]:
     share = float(np.average(top["mean"], weights=top["tokens"]))
     uniform = float(np.mean(1 / top["num_experts"].to_numpy()))
     word = "decided" if part < 0.5 else "moderately decided" if part < 0.8 else "hardly decided"
-    answer = f"The router is {word}: its probabilities have {part:.0%} of the largest possible entropy"
-    more = f"From {tightest['part']:.0%} in layer {tightest['label']} to {loosest['part']:.0%} in layer"
-    more += f" {loosest['label']}."
+    answer = f"The router is {word}"
+    more = f"Its entropy goes from {tightest['part']:.0%} of the largest possible in layer {tightest['label']} to"
+    more += f" {loosest['part']:.0%} in layer {loosest['label']}."
     proof = [
-        Evidence("entropy of the router, mean and range of layers", part, low=tightest["part"], high=loosest["part"],
-                 control=1.0, control_is="a router that does not care", form="share", source="table router_load",
+        Evidence("entropy, part of the largest", part, low=tightest["part"], high=loosest["part"],
+                 control=1.0, control_is="an indifferent router", form="share", source="table router_load",
                  exhibit="confidence"),
         Evidence("probability of the first choice", share, control=uniform, control_is="1 / experts", form="share",
                  source="table router_load", exhibit="confidence"),
@@ -140,9 +140,9 @@ def domains(run: store.Run, frames: Frames) -> list[Finding]:
         answer = "No specialisation in domains: load varies no more between domains than by chance"
     else:
         much = "" if times >= 2 else " a little"
-        answer = f"Experts specialise in domains{much}: their load varies {times:.1f} × as much as by chance"
+        answer = f"Experts specialise in domains{much}, {times:.1f} × chance"
     return [Finding("Domains", answer, evidence=(
-        _specialization(row, "variation of an expert's load over domains", "labels shuffled", "number"),
+        _specialization(row, "variation over domains", "labels shuffled", "number"),
     ), page="Routing")]  # fmt: skip
 
 
@@ -152,13 +152,11 @@ def tokens(run: store.Run, frames: Frames) -> list[Finding]:
     if row is None:
         return []
     if beyond(row["value"], row["low"], row["shuffled"]):
-        answer = (
-            f"Experts choose by the token itself: {row['value']:.0%} of first choices are tokens of the expert's own"
-        )
+        answer = "Experts choose by the token itself"
     else:
-        answer = "No choice by the token itself: experts have no more tokens of their own than by chance"
+        answer = "No choice by the token itself beyond chance"
     return [Finding("Tokens", answer, evidence=(
-        _specialization(row, "first choices that are the expert's own tokens", "text shuffled", "share"),
+        _specialization(row, "first choices that are own tokens", "text shuffled", "share"),
     ), page="Expert")]  # fmt: skip
 
 
@@ -175,11 +173,11 @@ def consistency(run: store.Run, frames: Frames) -> list[Finding]:
     if chance is None:
         answer = f"Neighbouring tokens have an SRP of {seen['value']:.1%}; no control was computed beside it"
     elif beyond(seen["value"], seen["low"], chance):
-        answer = "Neighbouring tokens share experts, more than popularity explains"
+        answer = "Neighbouring tokens share experts"
     else:
-        answer = "No local consistency: neighbouring tokens share no more experts than popularity explains"
+        answer = "No local consistency: neighbours share no more experts than popularity explains"
     return [Finding("Local consistency", answer, evidence=(
-        _control(seen, "SRP, segments of 16 tokens", chance, "tokens shuffled", "srp"),
+        _control(seen, "SRP, 16 tokens", chance, "tokens shuffled", "srp"),
         _control(seen, "the same", value.get("uniform", {}).get("value"), "a random router", "srp"),
     ), page="Local consistency")]  # fmt: skip
 
@@ -191,12 +189,13 @@ def cache(run: store.Run, frames: Frames) -> list[Finding]:
     if "LRU hit rate" not in hits:
         return []
     lru = hits["LRU hit rate"]
-    answer = f"A cache of twice the experts that a token uses answers {lru['value']:.0%} of the requests"
+    answer = f"A cache of twice a token's experts answers {lru['value']:.0%} of requests"
     if lru["control"] is not None and not beyond(lru["value"], lru["low"], lru["control"]):
-        answer = f"No gain from the order of tokens for a cache: it answers {lru['value']:.0%}, as in shuffled text"
-    more = f"At most {hits['Belady hit rate']['value']:.0%} by any rule." if "Belady hit rate" in hits else ""
+        answer = "No gain from the order of tokens for a cache"
+    more = f"Rates are those of {lru['detail']}."
+    more += f" No rule reaches more than {hits['Belady hit rate']['value']:.0%}." if "Belady hit rate" in hits else ""
     return [Finding("Cache", answer, more, tuple(
-        _control(row, f"{name}, {row['detail']}", row["control"], "tokens shuffled", name.split()[0].lower())
+        _control(row, name, row["control"], "tokens shuffled", name.split()[0].lower())
         for name, row in hits.items()
     ), page="Cache")]  # fmt: skip
 
@@ -215,10 +214,10 @@ def foresight(run: store.Run, frames: Frames) -> list[Finding]:
         answer = f"One layer's choices foretell {best['value']:.0%} of the next layer's"
     else:
         answer = "No foresight: one layer's choices do not foretell the next layer's"
-    more = "As many experts are guessed as a token uses."
+    more = "As many experts are guessed as a token uses; recall is the part of the next layer's choices among them."
     return [Finding("Foresight", answer, more, (
-        Evidence("recall of the next layer's experts", best["value"], best["low"], best["high"], base,
-                 "the most popular experts", "share", "transition_recall", "transition-information"),
+        Evidence("recall", best["value"], best["low"], best["high"], base,
+                 "most popular experts", "share", "transition_recall", "transition-information"),
         Evidence("the same", best["value"], best["low"], best["high"], best["chance"], "random experts", "share",
                  "transition_recall", "transition-information"),
     ), page="Routing")]  # fmt: skip

@@ -84,10 +84,11 @@ def rankings(run: store.Run, frames: Frames) -> list[Finding]:
     else:
         answer = "No score of importance orders the experts reliably on this text"
     words = listed([f"{score}: {verdict}" for score, verdict in open_])
-    more = f"Tokens that {'others' if enough else 'it'} would take: {words}." if open_ else ""
+    more = "Agreement is that of two texts as long as this one."
+    more += f" Tokens that {'others' if enough else 'it'} would take: {words}." if open_ else ""
     return [Finding("Rankings", answer, more, tuple(
-        Evidence(f"agreement of two texts of this length, by {row['score']}", row["whole"], control=row["chance_high"],
-                 control_is="random rankings, 97.5 %", source="split_half_agreement",
+        Evidence(f"agreement by {row['score']}", row["whole"], control=row["chance_high"],
+                 control_is="at random, 97.5 %", source="split_half_agreement",
                  exhibit="convergence")
         for row in ranked.iter_rows(named=True)
     ), "attention" if open_ else "plain", page="Overview")]  # fmt: skip

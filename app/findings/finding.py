@@ -57,7 +57,7 @@ class Evidence:
     @property
     def line(self) -> str:
         """All of it in one line."""
-        interval = f" ({self.interval})" if self.interval else ""
+        interval = f" ({self.interval.replace(' to ', '–')})" if self.interval else ""
         control = "" if self.control is None else f"; {self.control_is}: {written(self.control, self.form)}"
         return f"{self.name}: {self.shown}{interval}{control}"
 

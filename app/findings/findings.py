@@ -43,7 +43,7 @@ SUBJECTS = (
     Subject("Local consistency", about_routing.consistency, headline=True),
     Subject("Cache", about_routing.cache, headline=True),
     Subject("Caching", about_documents.caching),
-    Subject("Foresight", about_routing.foresight, headline=True),
+    Subject("Foresight", about_routing.foresight),
     Subject("Redundancy", about_experts.redundancy, headline=True),
     Subject("Confidence", about_routing.confidence, headline=True),
     Subject("Importance", about_experts.importance),

@@ -118,23 +118,25 @@ def _names(frame: pl.DataFrame) -> str:
 
 
 def _table(maxima: pl.DataFrame, tokens: str) -> None:
-    columns = ["rank", "label", "expert", "kind", "value", "paper", "code"]
-    columns += ["channel", "sequence", "position"] if tokens == "all" else []
+    columns = ["rank", "label", "expert", "value", "paper", "code"]
+    columns += ["channel", "position", "sequence"] if tokens == "all" else []
     table.show(
-        maxima.filter(pl.col("kind") == "routed").select(columns).drop("kind").head(50),
+        maxima.filter(pl.col("kind") == "routed").select(columns).head(50),
         key=f"largest-{tokens}",
         alt="The fifty routed experts with the largest outputs",
         read="The fifty largest of routed experts. A row picks the expert and the token at which the value stood.",
+        hide=("rank", "sequence"),
         columns={
-            "rank": Column("rank", "count"),
-            "value": Column("largest |output|"),
-            "paper": Column("paper's rule"),
-            "code": Column("code's rule"),
-            "sequence": Column("sequence", "text"),
-            "position": Column("at position", "text", "position in the sequence; 0 is the first token"),
-            "channel": Column("channel", "text", "of the residual stream; super experts of one model often share it"),
+            "label": Column("layer", "text", width=52),
+            "expert": Column("expert", "text", width=58),
+            "value": Column("|output|", "figure", "the largest absolute value", width=76),
+            "paper": Column("paper", help="a super expert by the paper's rule", width=58),
+            "code": Column("code", help="a super expert by the rule of the paper's code", width=54),
+            "channel": Column("channel", "text", "of the residual stream; super experts of one model often share it",
+                              width=68),
+            "position": Column("position", "text", "in the sequence; 0 is the first token", width=70),
         },
-    )
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

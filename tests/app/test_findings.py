@@ -117,4 +117,4 @@ def test_intervals_and_controls_are_written_alike() -> None:
     one = Evidence("hit rate", 0.4908, 0.4873, 0.4942, 0.257, "shuffled", "share")
     assert (one.shown, one.interval, one.beside) == ("49.1%", "48.7% to 49.4%", "25.7% (shuffled)")
     assert Evidence("none", None).shown == "–" and Evidence("word", "yes").shown == "yes"
-    assert one.line == "hit rate: 49.1% (48.7% to 49.4%); shuffled: 25.7%"
+    assert one.line == "hit rate: 49.1% (48.7%–49.4%); shuffled: 25.7%"
