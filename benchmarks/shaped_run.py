@@ -1,4 +1,4 @@
-"""A generated run of any shape: aggregates as if of many tokens, and a short trace. For tests and benchmarks of pages.
+"""A generated run of any shape: aggregates as of many tokens, a trace as long as asked. For tests and benchmarks.
 
 Its figures mean nothing; its tables are as large as those of a real run of that shape. Popularity is uneven, differs by
 domain and layer, and neighbouring tokens share experts, so that every metric has something to say.
@@ -6,7 +6,7 @@ domain and layer, and neighbouring tokens share experts, so that every metric ha
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +15,7 @@ import polars as pl
 from numpy.typing import NDArray
 
 import store
-from profiler.headline import Part, compute
+from profiler.headline import Part, Tell, compute
 from profiler.headline.coverage import coverage_rows
 from profiler.headline.load import load_rows
 from profiler.headline.local_consistency import segment_rows
@@ -26,6 +26,10 @@ from store import LayerInfo, RunInfo, RunWriter
 
 DOMAINS = ("code", "english", "german", "math")
 SEQUENCE = 512
+WIDTH = 64
+"""Length of hidden states: of router rows, and of sums of outputs."""
+SHARD = 1_000_000
+"""Tokens, counted once per layer, that one shard of the trace holds."""
 QUANTITIES = {
     "entropy": 4.0, "top_probability": 1.0, "selected_probability": 1.0, "first_margin": 6.0, "boundary_margin": 2.0,
 }  # fmt: skip
@@ -38,7 +42,10 @@ QUICK: tuple[Part, ...] = (
 
 @dataclass(frozen=True)
 class Shape:
-    """Layers, experts, experts per token, tokens counted, and sequences of 512 tokens in the trace."""
+    """Layers, experts, experts per token, tokens counted, and sequences of 512 tokens in the trace.
+
+    With similarity, router rows and similarities of every pair, which of the largest shape are 0.2 GB.
+    """
 
     layers: int = 94
     experts: int = 384
@@ -46,17 +53,19 @@ class Shape:
     tokens: int = 10_000
     traced: int = 2
     outputs: bool = True
+    similarity: bool = False
 
 
-def write(directory: Path, name: str, shape: Shape, *, parts: Sequence[Part] = QUICK) -> Path:
+def write(directory: Path, name: str, shape: Shape, *, parts: Sequence[Part] = QUICK, tell: Tell | None = None) -> Path:
     """Write a finished run of that shape, with the headline metrics of the given parts."""
     rng = np.random.default_rng(0)
     count = max(shape.tokens // SEQUENCE, shape.traced, len(DOMAINS))
     domains = [DOMAINS[number % len(DOMAINS)] for number in range(count)]
     info = RunInfo(
-        model="generated", model_class="GeneratedForCausalLM", num_layers=shape.layers, hidden_size=64,
+        model="generated", model_class="GeneratedForCausalLM", num_layers=shape.layers, hidden_size=WIDTH,
         dtype="bfloat16", device="cpu", backend="grouped_mm", origin="collect",
-        levels="routing,activations" if shape.outputs else "routing", text_kept=False,
+        levels=",".join(["routing", *["activations"] * shape.outputs, *["similarity"] * shape.similarity]),
+        text_kept=False,
         sequences=count, tokens=count * SEQUENCE,
     )  # fmt: skip
     writer = RunWriter.create(directory, name, info)
@@ -67,7 +76,6 @@ def write(directory: Path, name: str, shape: Shape, *, parts: Sequence[Part] = Q
             "sequence": np.arange(count), "domain": domains, "source": [""] * count, "tokens": [SEQUENCE] * count,
             "prompt_tokens": [SEQUENCE] * count,
         }),
-        "route_chunk": _trace(shape, popularity, rng),
         "expert_load": _load(shape, popularity, count * SEQUENCE // len(DOMAINS)),
         "router_load": _router(shape, count * SEQUENCE // len(DOMAINS)),
         "router_histogram": _histograms(shape, count * SEQUENCE // len(DOMAINS)),
@@ -79,9 +87,12 @@ def write(directory: Path, name: str, shape: Shape, *, parts: Sequence[Part] = Q
     if shape.outputs:
         tables |= {"expert_output": _outputs(shape, popularity, rng), "residual": _residual(shape)}
     writer.write_shard({table: frame for table, frame in tables.items() if len(frame)})
+    for part in (_trace(shape, popularity, rng), _similarity(shape, rng) if shape.similarity else ()):
+        for shard in part:
+            writer.write_shard(shard)
     path = writer.finish(seconds=1.0)
     with store.open_run(path) as run:
-        values, vectors = compute(run, parts=parts)
+        values, vectors = compute(run, parts=parts, tell=tell)
     store.write_metrics(path, values, vectors)
     return path
 
@@ -94,10 +105,10 @@ def _popularity(shape: Shape, rng: np.random.Generator) -> NDArray[np.float64]:
     return np.asarray(mixed / mixed.sum(axis=-1, keepdims=True))
 
 
-def _grid(shape: Shape, *, domains: bool = True) -> pl.DataFrame:
+def _grid(shape: Shape) -> pl.DataFrame:
     """One row per layer, domain and expert."""
     layers, names, experts = np.meshgrid(
-        np.arange(shape.layers), np.arange(len(DOMAINS) if domains else 1), np.arange(shape.experts), indexing="ij"
+        np.arange(shape.layers), np.arange(len(DOMAINS)), np.arange(shape.experts), indexing="ij"
     )
     return pl.DataFrame(
         {"layer": layers.ravel(), "expert": experts.ravel(), "domain": np.array(DOMAINS)[names.ravel()]}
@@ -151,11 +162,10 @@ def _histograms(shape: Shape, tokens: int) -> pl.DataFrame:
 
 
 def _outputs(shape: Shape, popularity: NDArray[np.float64], rng: np.random.Generator) -> pl.DataFrame:
-    grid = _grid(shape, domains=False)
-    size = len(grid)
-    tokens = np.rint(popularity.mean(axis=1).ravel() * 1000 * shape.top_k).astype(np.int64) + 1
-    largest = rng.lognormal(1.0, 0.7, size)
-    largest[min(5, size - 1)] = 900.0
+    grid = _grid(shape)
+    tokens = np.rint(popularity.ravel() * 1000 * shape.top_k).astype(np.int64) + 1
+    largest = rng.lognormal(1.0, 0.7, len(grid))
+    largest[min(5, shape.experts - 1)] = 900.0
     return grid.with_columns(
         pl.lit(0).alias("step"), pl.lit("routed").alias("kind"), pl.lit("prompt").alias("phase"),
         pl.Series("tokens", tokens), pl.Series("norm_sum", tokens * 1.0), pl.Series("norm_square_sum", tokens * 1.2),
@@ -175,21 +185,64 @@ def _residual(shape: Shape) -> pl.DataFrame:
     )  # fmt: skip
 
 
-def _trace(shape: Shape, popularity: NDArray[np.float64], rng: np.random.Generator) -> pl.DataFrame:
-    """Selections by the largest of popularity x noise; six tokens of ten keep the noise of the token before."""
+def _trace(
+    shape: Shape, popularity: NDArray[np.float64], rng: np.random.Generator
+) -> Iterator[dict[str, pl.DataFrame]]:
+    """Selections of layer after layer, in shards of about a million tokens.
+
+    Ranks are drawn once per token: the largest of popularity x noise, where six tokens of ten keep what the token
+    before has. A layer takes half of them from another token, and gives every rank to its own expert of the domain.
+    """
+    tokens = shape.traced * SEQUENCE
+    if not tokens:
+        return
+    sequences = np.repeat(np.arange(shape.traced), SEQUENCE)
+    ranks = _ranks(shape, tokens, rng)
+    order = np.argsort(-popularity, axis=2).astype(np.int16)
     parts = []
     for layer in range(shape.layers):
-        for sequence in range(shape.traced):
-            noise = rng.gumbel(size=(SEQUENCE, shape.experts))
-            keeps = rng.random(SEQUENCE) < 0.6
-            source = np.maximum.accumulate(np.where(keeps, 0, np.arange(SEQUENCE)))
-            scores = np.log(popularity[layer, sequence % len(DOMAINS)]) + noise[source]
-            ids = np.argsort(-scores, axis=1)[:, : shape.top_k]
-            weights = np.sort(rng.dirichlet(np.ones(shape.top_k), SEQUENCE))[:, ::-1]
-            parts.append(
-                store.pack_trace(
-                    layer=layer, sequence=np.full(SEQUENCE, sequence), position=np.arange(SEQUENCE), ids=ids,
-                    weights=weights, num_experts=shape.experts,
-                )
-            )  # fmt: skip
-    return pl.concat(parts) if parts else pl.DataFrame()
+        other = rng.random(tokens) < 0.5
+        mixed = np.where(other[:, None], np.roll(ranks, 97 * layer * SEQUENCE + 7 * layer, axis=0), ranks)
+        parts.append(
+            store.pack_trace(
+                layer=layer, sequence=sequences, position=np.tile(np.arange(SEQUENCE), shape.traced),
+                ids=order[layer][sequences[:, None] % len(DOMAINS), mixed],
+                weights=np.sort(rng.dirichlet(np.ones(shape.top_k), tokens).astype(np.float32))[:, ::-1],
+                num_experts=shape.experts,
+            )
+        )  # fmt: skip
+        if len(parts) * tokens >= SHARD or layer == shape.layers - 1:
+            yield {"route_chunk": pl.concat(parts)}
+            parts = []
+
+
+def _ranks(shape: Shape, tokens: int, rng: np.random.Generator) -> NDArray[np.int16]:
+    """(tokens, k) places in the order of popularity."""
+    favour = np.sort(rng.normal(0.0, 0.8, shape.experts))[::-1].astype(np.float32)
+    ranks = np.empty((tokens, shape.top_k), np.int16)
+    for start in range(0, tokens, 8192):
+        part = ranks[start : start + 8192]
+        scores = favour + rng.gumbel(size=(len(part), shape.experts)).astype(np.float32)
+        part[:] = np.argsort(-scores, axis=1)[:, : shape.top_k]
+    keeps = rng.random(tokens) < 0.6
+    keeps[::SEQUENCE] = False
+    return ranks[np.maximum.accumulate(np.where(keeps, 0, np.arange(tokens)))]
+
+
+def _similarity(shape: Shape, rng: np.random.Generator) -> Iterator[dict[str, pl.DataFrame]]:
+    """Router rows, and the sums of similarity of all pairs, layer after layer."""
+    for layer in range(shape.layers):
+        rows = (rng.normal(size=(shape.experts, WIDTH)) + rng.normal(size=WIDTH)).astype(np.float32)
+        products = rows.astype(float) @ rows.T
+        lengths = np.sqrt(np.diag(products))
+        cosine = np.clip(products / np.outer(lengths, lengths) + rng.normal(0.0, 0.02, products.shape), -1, 1)
+        cosine = (cosine + cosine.T) / 2
+        places = pl.DataFrame({"layer": layer, "step": 0, "expert": np.arange(shape.experts)})
+        yield {
+            "router_row": places.with_columns(weights=pl.Series(list(rows))),
+            "expert_similarity": places.with_columns(
+                pl.lit(DOMAINS[0]).alias("domain"), pl.lit("prompt").alias("phase"), pl.lit(4096).alias("tokens"),
+                pl.Series("output_sum", list(rows)), pl.Series("cosine_sum", list(cosine * 4096)),
+                pl.Series("product_sum", list(products * 4096)),
+            ),
+        }  # fmt: skip
