@@ -8,6 +8,7 @@ from typing import Any, Literal
 import numpy as np
 import polars as pl
 from numpy.typing import NDArray
+from scipy.special import bdtr
 
 import store
 from app.frames.alerts import ACCIDENT, COLLAPSE, MAX_VIOLATION
@@ -214,11 +215,9 @@ def _over(measure: str, value: float | None, threshold: float | None) -> bool:
 
 def expected_nearly_dead(experts: int, top_k: int, tokens: float) -> float:
     """Experts of a balanced router that so many tokens leave nearly dead by chance, unused ones included: binomial."""
-    from scipy.stats import binom  # here, as it takes a second to import
-
     part = top_k / experts
     below = np.ceil(NEARLY_DEAD * part * tokens) - 1
-    return float(experts * binom.cdf(below, round(tokens), part))
+    return float(experts * bdtr(below, round(tokens), part) if below >= 0 else 0.0)
 
 
 def _pearson(first: NDArray[np.float64], second: NDArray[np.float64]) -> float | None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from scipy.special import stdtrit
 
 from compressor.plan import Plan, Prediction
 from planner.estimate.stream import KINDS, Turned, stream_turns
@@ -83,10 +84,8 @@ class Calibration:
 
     def predict(self, turns: Turns) -> Prediction:
         """The same with its interval."""
-        from scipy.stats import t as student  # here, as it takes a second to import
-
         value = self.kl(turns)
-        quantile = float(student.ppf((1 + COVERAGE) / 2, max(self.count - 1, 3) if self.count else 30))
+        quantile = float(stdtrit(max(self.count - 1, 3) if self.count else 30, (1 + COVERAGE) / 2))
         width = float(np.exp(quantile * self.spread_of(turns)))
         short = rounded(np.array([value, value / width, value * width])).tolist()
         basis = "measured plans" if self.count else "sums"
@@ -166,7 +165,7 @@ def _spreads(errors: Sequence[float], shares: Sequence[Mapping[str, float]]) -> 
 
 def _fit(changes: Array, logs: Array) -> tuple[Array, float]:
     """(columns,) factors and their typical value: least squares of logarithms, each factor drawn to the typical one."""
-    from scipy.optimize import least_squares
+    from scipy.optimize import least_squares  # here, as it takes half a second to import
 
     def residuals(logged: Array) -> Array:
         with np.errstate(over="ignore"):

@@ -11,6 +11,7 @@ from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.special import ndtri
 
 from compressor.plan import FactorGroup, FactorLayer, FactorStep, LayerKey
 from moescope.errors import PlanError
@@ -83,6 +84,5 @@ def least_squares_scale(density: float) -> float:
     """
     if not density:
         return 1.0
-    from scipy.stats import norm  # here, as it takes a second to import
-
-    return float(f"{2 * norm.pdf(norm.isf(density / 2)) / density:.6g}")
+    least = ndtri(1 - density / 2)
+    return float(f"{2 * np.exp(-(least**2) / 2) / np.sqrt(2 * np.pi) / density:.6g}")
