@@ -65,12 +65,17 @@ def _table(needed: pl.DataFrame) -> None:
         read="A score that needs little text is not a better one: it is a surer one. Cuts are counted as the part of "
         "the lowest experts that both texts would take.",
         columns={
-            "half": Column("halves agree", "number"),
-            "low": Column("from", "number", "95 % of random choices of halves"),
-            "high": Column("to", "number", "95 % of random choices of halves"),
-            "chance_high": Column("chance, at most", "number", "97.5 % of random rankings stay below"),
-            "whole": Column("whole, expected", "number", "Spearman-Brown, from the halves"),
-            "target": Column("asked for", "number"),
-            "needed": Column("tokens needed", "compact"),
+            "half": Column("halves agree", "number", width=96),
+            "low": Column("from", "number", "95 % of random choices of halves", width=56),
+            "high": Column("to", "number", "95 % of random choices of halves", width=56),
+            "chance_high": Column("by chance", "number", "97.5 % of random rankings stay below", width=80),
+            "whole": Column(
+                "whole text",
+                "number",
+                "expected of two texts as long as this one: Spearman-Brown, from the halves",
+                width=84,
+            ),
+            "target": Column("asked for", "number", width=78),
+            "needed": Column("tokens needed", "compact", width=110),
         },
     )

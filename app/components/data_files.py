@@ -34,9 +34,12 @@ def section(run: Run) -> None:
     table.show(
         frame.select("title", "page", "choices", "command"), key="figures", alt="All figures and their commands",
         columns={
-            "title": table.Column("figure", "text"), "page": table.Column("page", "text", width="small"),
-            "choices": table.Column("choices", "text", "for --layer, --expert, --domain, --phase and --set NAME=VALUE"),
-            "command": table.Column("command", "text", width="large"),
+            "title": table.Column("figure", "text", width=250),
+            "page": table.Column("page", "text", width=90),
+            "choices": table.Column(
+                "choices", "text", "for --layer, --expert, --domain, --phase and --set NAME=VALUE", width=190
+            ),
+            "command": table.Column("command", "text", width=400),
         },
         read="The ending of the file says what is written: svg, png, pdf, html, or the data as csv, parquet, json. "
         "`moescope figure RUN` says which of them this run has.", height=560,

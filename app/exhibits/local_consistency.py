@@ -196,7 +196,7 @@ def srp_published(
     at = pl.col("segment_length") == segment
     mine, others = _srp(run, frames, domain).filter(at), frames_of_consistency.published_srp().filter(at)
     title = f"SRP over {segment} tokens among 20 published models"
-    return _among(run, mine, others, title=title, x="SRP (0 to 1)", theme=theme)
+    return _among(run, mine, others, title=title, x="SRP", theme=theme)
 
 
 def hit_rates_published(
@@ -211,7 +211,7 @@ def hit_rates_published(
     """Hit rate of this run among 20 published models, one cache shared by all layers."""
     mine, others = rates_among(known_rates(run, frames), policy=policy, ratio=ratio, segment=segment)
     title = f"{figures_of_caches.POLICY_WORDS[policy]} hit rate at ρ = {ratio:g} among 20 published models"
-    return _among(run, mine, others, title=title, x="hit rate (0 to 1)", theme=theme)
+    return _among(run, mine, others, title=title, x="hit rate", theme=theme)
 
 
 def rates_among(rates: pl.DataFrame, *, policy: str, ratio: float, segment: int) -> tuple[pl.DataFrame, pl.DataFrame]:

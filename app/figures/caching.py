@@ -51,7 +51,7 @@ def hit_rate_curves(frame: pl.DataFrame, *, each: float, theme: Theme = "light")
         part = frame.filter((pl.col("policy") == "lru") & (pl.col("control") == control))
         if len(part):
             figure.add_trace(_curve(part, f"LRU, {words}", {"color": colours.muted, "width": 1.3, "dash": dash}))
-    layout(figure, title=title, x="slots per layer", y="hit rate (0 to 1)", theme=theme, height=520, wide=False)
+    layout(figure, title=title, x="slots per layer", y="hit rate", theme=theme, height=520, wide=False)
     figure.add_vline(x=each, line={"color": colours.text, "dash": "dash", "width": 1.4})
     figure.update_yaxes(tickformat=".0%", range=[0, 1.02])
     figure.update_xaxes(rangemode="tozero")
@@ -89,7 +89,7 @@ def hit_rate_parts(frame: pl.DataFrame, *, each: float, theme: Theme = "light") 
             textangle=0, insidetextfont={"color": colours.text if part == "random" else colours.background},
             hovertemplate=f"%{{y}}<br>{words}: %{{x:.1%}}<extra></extra>",
         )  # fmt: skip
-    layout(figure, title=title, x="hit rate (0 to 1)", y="", theme=theme, height=330, wide=False, barmode="relative",
+    layout(figure, title=title, x="hit rate", y="", theme=theme, height=330, wide=False, barmode="relative",
            bargap=0.45)  # fmt: skip
     figure.update_xaxes(tickformat=".0%")
     figure.update_yaxes(categoryorder="array", categoryarray=names[::-1], showgrid=False)

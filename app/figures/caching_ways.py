@@ -93,7 +93,7 @@ def domain_hits(frame: pl.DataFrame, *, theme: Theme = "light") -> go.Figure:
             y=names, x=frame[column], mode="markers", name=words, marker=mark,
             hovertemplate=f"%{{y}}, {words}<br>%{{x:.1%}}<extra></extra>",
         )  # fmt: skip
-    layout(figure, title=title, x="hit rate (0 to 1)", y="", theme=theme, wide=False,
+    layout(figure, title=title, x="hit rate", y="", theme=theme, wide=False,
            height=rows_height(len(frame), each=30))  # fmt: skip
     _rows(figure, frame["domain"])
     figure.update_xaxes(tickformat=".0%", range=[0, 1.02])

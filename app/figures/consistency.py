@@ -79,7 +79,7 @@ def srp_curve(frame: pl.DataFrame, published: pl.DataFrame | None = None, *, the
             marker={"size": 7},
         )
     x = "segment length (tokens, log scale)"
-    layout(figure, title=title, x=x, y="SRP (0 to 1)", theme=theme, height=440, wide=False)
+    layout(figure, title=title, x=x, y="SRP", theme=theme, height=440, wide=False)
     _segment_axis(figure, observed)
     figure.update_yaxes(tickformat=".0%", range=[0, 1])
     return figure
@@ -136,7 +136,7 @@ def srp_layer_curves(frame: pl.DataFrame, *, theme: Theme = "light") -> go.Figur
         curve(
             figure, part, "value", name=f"{length:g} tokens", colour=colour, hover=hover, customdata=part["router_size"]
         )  # fmt: skip
-    layout(figure, title=title, x="layer", y="SRP (0 to 1)", theme=theme, height=440, wide=False)
+    layout(figure, title=title, x="layer", y="SRP", theme=theme, height=440, wide=False)
     return over_layers(figure, percent=True)
 
 
@@ -192,7 +192,7 @@ def srp_expert_scatter(frame: pl.DataFrame, *, theme: Theme = "light") -> go.Fig
         figure,
         title=title,
         x="tokens that use the expert (share, log scale)",
-        y="SRP (0 to 1)",
+        y="SRP",
         theme=theme,
         height=440,
         wide=False,
@@ -261,7 +261,7 @@ def repetition_curves(frame: pl.DataFrame, *, theme: Theme = "light") -> go.Figu
                 hover=f"layer %{{x}}<br>{full}: %{{y:.1%}}", legendgroup=name if seen else control,
                 showlegend=seen or metric == "mean_overlap",
             )  # fmt: skip
-    layout(figure, title=title, x="layer", y="share (0 to 1)", theme=theme, height=400, wide=False)
+    layout(figure, title=title, x="layer", y="share", theme=theme, height=400, wide=False)
     return over_layers(figure, percent=True)
 
 

@@ -103,7 +103,7 @@ def excess_curve(frame: pl.DataFrame, *, theme: Theme = "light") -> go.Figure:
         figure, noise, "excess", name="popularity alone", colour=colours.muted, dash="dot", markers=False,
         hover="layer %{x}<br>%{y:.1%} by noise alone",
     )  # fmt: skip
-    layout(figure, title=title, x="layer", y="share of pairs (0 to 1)", theme=theme, height=460, wide=False)
+    layout(figure, title=title, x="layer", y="share of pairs", theme=theme, height=460, wide=False)
     return over_layers(figure, percent=True)
 
 
@@ -148,7 +148,7 @@ def recall_curves(frame: pl.DataFrame, *, extra: int, theme: Theme = "light") ->
         figure, chance.select("label", "chance"), "chance", name="random experts", colour=palette(theme).muted,
         dash="dash", width=1.3, markers=False, hover="layer %{x}<br>random experts %{y:.1%}",
     )  # fmt: skip
-    layout(figure, title=title, x="layer", y="choices foreseen (0 to 1)", theme=theme, height=460, wide=False)
+    layout(figure, title=title, x="layer", y="choices foreseen", theme=theme, height=460, wide=False)
     return over_layers(figure, percent=True, labels=chance["label"].to_list())
 
 
@@ -181,7 +181,7 @@ def width_curves(frame: pl.DataFrame, *, label: str, theme: Theme = "light") -> 
         figure,
         title=title,
         x="experts fetched beyond k",
-        y="choices foreseen (0 to 1)",
+        y="choices foreseen",
         theme=theme,
         height=460,
         wide=False,

@@ -58,7 +58,7 @@ def hit_rate_curves(
         figure,
         title=title,
         x="cache size ρ (slots over experts used per token)",
-        y="hit rate (0 to 1)",
+        y="hit rate",
         theme=theme,
         height=460,
         wide=False,
@@ -82,7 +82,7 @@ def hit_rate_layers(frame: pl.DataFrame, *, policy: str, theme: Theme = "light")
             figure, part.rename({"scope": "label"}), "value", name=f"ρ = {ratio:g}", colour=colour, hover=hover,
             customdata=part["slots"],
         )  # fmt: skip
-    layout(figure, title=title, x="layer", y="hit rate (0 to 1)", theme=theme, height=400)
+    layout(figure, title=title, x="layer", y="hit rate", theme=theme, height=400)
     return over_layers(figure, percent=True).update_yaxes(range=[0, 1.02])
 
 

@@ -37,7 +37,7 @@ _DASHES = {"packed": "dash", "best": "dashdot", "chance": "dot"}
 _QUANTITIES = {
     "balancedness": ("Balancedness per layer, windows of text", "balancedness (mean over largest load)"),
     "per_pass": ("Balancedness per layer, forward passes", "balancedness per pass (0 to 1)"),
-    "remote": ("Token-expert pairs that leave their device", "share of pairs (0 to 1)"),
+    "remote": ("Token-expert pairs that leave their device", "share of pairs"),
     "devices": ("Devices that a token is spread over", "devices per token"),
 }
 

@@ -49,5 +49,5 @@ def srp_scatter(frame: pl.DataFrame, *, title: str, x: str, theme: Theme = "ligh
         return message("No expert has both figures.", title=title, theme=theme)
     hover = "specialization %{x:.3f}<br>SRP %{y:.1%}"
     figure = expert_points(frame, x="specialization", y="srp", hover=hover, theme=theme)
-    layout(figure, title=title, x=x, y="SRP (0 to 1)", theme=theme, height=400, legend=False, wide=False)
+    layout(figure, title=title, x=x, y="SRP", theme=theme, height=400, legend=False, wide=False)
     return figure.update_yaxes(tickformat=".0%", rangemode="tozero")

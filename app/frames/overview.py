@@ -30,7 +30,7 @@ def key_figures(run: store.Run) -> pl.DataFrame:
         ("model", info.model, info.model_class),
         ("type of weights", info.dtype or "–", f"on {info.device}" if info.device else ""),
         ("experts backend", info.backend or "–", ""),
-        ("recorded", info.levels, f"origin: {info.origin}"),
+        ("recorded", info.levels.replace(",", ", "), f"origin: {info.origin}"),
         ("text", "kept" if info.text_kept else "not kept", ""),
         _complete(run),
     ]
@@ -51,13 +51,13 @@ def checks(run: store.Run) -> pl.DataFrame:
 
 
 def check_summary(run: store.Run) -> pl.DataFrame:
-    """One row per check and status: status, name, layers (how many rows), worst value, tolerance, detail."""
+    """One row per check and status: status, name, places (how many rows); of the worst: value, tolerance, detail."""
     frame = checks(run)
     return frame.group_by("status", "name", maintain_order=True).agg(
         pl.len().cast(pl.Int64).alias("places"),
         pl.col("value").max(),
         pl.col("tolerance").max(),
-        pl.col("detail").first(),
+        pl.col("detail").sort_by("value", descending=True, nulls_last=True).first(),
     )
 
 

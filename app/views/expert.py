@@ -22,6 +22,9 @@ from app.frames import expert_cache
 from app.frames.similarity import kinds
 from store import Run
 
+MOST_KINDS = 5
+"""Columns of kinds of similarity that fit beside the chosen one."""
+
 
 def page(run: Run) -> None:
     """Draw the page."""
@@ -92,10 +95,12 @@ def _neighbours(run: Run, where: dict[str, Any]) -> None:
         key=_key(f"neighbours-{by}", where),
         alt="The other experts of the layer, nearest first",
         read="Used together says which experts share tokens, alike which could stand in for each other: alike experts "
-        "that are never used together are rivals for the same tokens. A row picks that expert; the page Similarity has "
-        "all pairs.",
+        "that are never used together are rivals for the same tokens. All kinds are in the download. A row picks that "
+        "expert; the page Similarity has all pairs.",
+        hide=("label", *rest[MOST_KINDS:]),
         columns={name: Column(titles[name], "number") for name in alike}
         | {
+            "expert": Column("expert", "text", width=62),
             "joint_tokens": Column("joint tokens", "count"),
             "given": Column("together", "share", "of this expert's tokens, those that use the other too"),
             "lift": Column("lift", "number", "together over what the other's popularity gives; 1 = by chance"),

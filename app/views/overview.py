@@ -126,11 +126,12 @@ def _checks(run: Run) -> None:
             alt="Table of the run's self-checks",
             read="What the profiler proved about its own capture; failures stand first.",
             columns={
-                "name": Column("check", "text"),
-                "places": Column("layers", "count", "rows of the table of checks: usually one per layer"),
-                "value": Column("largest value", "figure"),
-                "tolerance": Column("allowed", "figure"),
-                "detail": Column("what it means", "text", width="large"),
+                "status": Column("status", "text", width=60),
+                "name": Column("check", "text", width=140),
+                "places": Column("places", "count", "rows of the table of checks: usually one per layer", width=62),
+                "value": Column("worst", "figure", "the largest value", width=90),
+                "tolerance": Column("allowed", "figure", width=86),
+                "detail": Column("what it means, at the worst place", "text", width=500),
             },
         )
     missing = data.frame(overview.omissions, run)
@@ -140,7 +141,12 @@ def _checks(run: Run) -> None:
             st.markdown(f"**{state.plain(subject)}**: {state.plain(reason, 300)}")
     st.subheader("How it was recorded", anchor=False)
     figures = data.frame(overview.key_figures, run).filter(~pl.col("figure").is_in(_FIRST))
-    table.show(figures, key="provenance", alt="Model, types, levels and completeness of the run")
+    table.show(
+        figures,
+        key="provenance",
+        alt="Model, types, levels and completeness of the run",
+        columns={"figure": Column("figure", "text", width=130), "value": Column("value", "text", width=520)},
+    )
 
 
 if __name__ == "__main__":

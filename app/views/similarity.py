@@ -17,6 +17,9 @@ from app.exhibits.exhibit import Absent
 from app.frames import similarity as frames
 from store import Run
 
+MOST_KINDS = 5
+"""Columns of further kinds that fit beside the chosen one."""
+
 
 def page(run: Run) -> None:
     """Draw the page."""
@@ -32,7 +35,7 @@ def page(run: Run) -> None:
         other = _choose_kind("Beside it", names, key="beside", preferred=exhibits.BESIDE)
     drawers = {
         "Maps": partial(_maps, run, label=label, kinds=(kind, other)),
-        "Pairs": partial(_pairs, run, label=label, kind=kind),
+        "Pairs": partial(_pairs, run, label=label, kind=kind, other=other),
         "Layers": partial(_layers, run, kind=kind),
         "Agreement": partial(_agreement, run, label=label, kinds=(kind, other)),
         "Kinds": partial(_kinds, run),
@@ -59,14 +62,15 @@ def _maps(run: Run, *, label: str, kinds: tuple[str, str]) -> None:
             )  # fmt: skip
 
 
-def _pairs(run: Run, *, label: str, kind: str) -> None:
-    """The pairs that are most alike, and those of the focused expert."""
+def _pairs(run: Run, *, label: str, kind: str, other: str) -> None:
+    """The pairs that are most alike by one kind, with the other kinds beside it."""
     frame = data.frame(frames.nearest_pairs, run, label=label, kind=kind)
     if frame.is_empty():
         st.write(f"This run says nothing of {exhibits.title(kind)} in layer {state.plain(label)}.")
         return
     st.subheader(f"Most alike by {exhibits.title(kind)}, layer {label}", anchor=False)
-    kinds = [name for name in frame.columns[3:] if name != kind]
+    beside = [other] if other in frame.columns and other != kind else []
+    kinds = [*beside, *(name for name in frame.columns[3:] if name not in (kind, other))]
     shown = frame.select(pl.lit(label).alias("label"), "expert", "other", kind, "joint_tokens", *kinds)
     columns = {name: Column(exhibits.title(name), "number") for name in (kind, *kinds)}
     table.show(
@@ -74,11 +78,13 @@ def _pairs(run: Run, *, label: str, kind: str) -> None:
         key=f"similar-pairs-{kind}-{label}",
         alt="The pairs of experts that are most alike, by every kind of similarity",
         read="A pair that is alike by all kinds is a candidate for merging; one that is alike by weights only is not "
-        "used alike. Weighted outputs say little where the joint tokens are few. A row picks the first of its experts; "
-        "the page Expert lists all neighbours of one.",
+        "used alike. Weighted outputs say little where the joint tokens are few. All kinds are in the download. A row "
+        "picks the first of its experts; the page Expert lists all neighbours of one.",
+        hide=("label", *kinds[MOST_KINDS:]),
         columns={
             **columns,
-            "other": Column("and", "text"),
+            "expert": Column("expert", "text", width=62),
+            "other": Column("and", "text", width=62),
             "joint_tokens": Column("joint tokens", "count", "tokens that used both experts"),
         },
     )

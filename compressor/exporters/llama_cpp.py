@@ -53,7 +53,7 @@ def _arguments(kept: list[int], layers: list[int]) -> str:
 def _partly(step: CacheStep, where: str, known: Served, kept: list[LayerKey]) -> list[str]:
     many = f"{len(kept)} layer{'' if len(kept) == 1 else 's'}"
     result = [
-        f"{where}: slots for {step.slots} experts; llama.cpp moves whole layers: all {known.num_experts} of"
+        f"{where}: slots for {step.slots} experts; llama.cpp moves whole layers: all {known.num_experts} experts of"
         f" {many} are on the device"
     ]
     for layer in step.layers:

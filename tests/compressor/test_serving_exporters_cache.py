@@ -98,7 +98,7 @@ def test_llama_cpp_takes_as_many_last_layers_as_the_slots_hold(slots: int) -> No
     assert kept == set(range(7 - slots // 4, 7))
     if slots % 24:
         assert exported.left_out[0] == (
-            f"step 1, cache: slots for {slots} experts; llama.cpp moves whole layers: all 4 of {slots // 4}"
+            f"step 1, cache: slots for {slots} experts; llama.cpp moves whole layers: all 4 experts of {slots // 4}"
             f" layer{'' if slots // 4 == 1 else 's'} are on the device"
         )
         told = {int(line.split()[1]) for line in exported.left_out[1:]}
