@@ -18,8 +18,18 @@ FLAGS = [
     "--disable-component-update",
     "--disable-sync",
 ]
-PAGES = ("", "routing", "tokens", "expert", "super-experts", "local-consistency", "similarity", "compress", "placement")
-"""Pages that draw something on every run; Compare needs a second one."""
+PAGES = {
+    "": "section=Text",
+    "routing": "",
+    "tokens": "",
+    "expert": "",
+    "super-experts": "",
+    "local-consistency": "",
+    "similarity": "",
+    "compress": "section=Plan",
+    "placement": "",
+}
+"""Pages that draw something on every run, with the section that does; Compare needs a second run, Data a question."""
 
 # The frontend probes for a base path below sub-pages; both answers are 404 by design.
 _HARMLESS = ("_stcore/health", "_stcore/host-config", "GPU stall", "GL Driver Message")

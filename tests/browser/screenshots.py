@@ -17,7 +17,7 @@ def main() -> int:
     parser.add_argument("--store", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--run", default="", help="the run to show (default: the newest finished one)")
-    parser.add_argument("--pages", nargs="*", default=[*PAGES, "cache"])
+    parser.add_argument("--pages", nargs="*", default=[*PAGES, "cache", "data"])
     parser.add_argument("--themes", nargs="*", default=["light", "dark"])
     parser.add_argument("--width", type=int, default=1400)
     options = parser.parse_args()

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.browser
 @pytest.mark.parametrize("path", PAGES)
 def test_every_page_draws_in_light_and_dark(themed: Watched, url: str, path: str) -> None:
     page = themed.page
-    open_page(page, url, f"{path}?run=plain")
+    open_page(page, url, f"{path}?run=plain&{PAGES[path]}")
     expect(page.locator("h1")).to_be_visible()
     charts = page.locator("[data-testid='stPlotlyChart']")
     expect(charts.first.locator(".main-svg").first).to_be_visible()
@@ -84,7 +84,7 @@ def test_a_character_over_two_tokens_is_read_whole(watched: Watched, url: str) -
 @pytest.mark.parametrize("path", PAGES)
 def test_hostile_text_stays_text(watched: Watched, url: str, path: str) -> None:
     page = watched.page
-    open_page(page, url, f"{path}?run=hostile")
+    open_page(page, url, f"{path}?run=hostile&{PAGES[path]}")
     assert page.evaluate("window.hacked === undefined")
     if path == "tokens":
         expect(page.locator(".token").nth(3)).to_contain_text("<script>")
