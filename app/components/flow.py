@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import polars as pl
 import streamlit as st
 
@@ -78,7 +80,7 @@ def next_layer(run: Run) -> None:
         key = f"transitions-{source}-{label}"
         chart.exhibit(exhibits.transitions, run, key=key, layer=label, source=source, domain=domain)
         chart.exhibit(exhibits.transition_information, run, key="transition-information")
-        text = {"domain": domain, "phase": phase}
+        text: dict[str, Any] = {"domain": domain, "phase": phase}
         if chart.exhibit(exhibits.foreseen, run, key=f"foreseen-{extra}", extra=extra, **text):
             chart.exhibit(exhibits.foreseen_widths, run, key=f"widths-{label}", layer=label, **text)
     _early(run, data.frame(frames.lookaheads, run, **text))

@@ -63,13 +63,13 @@ def _sequence(run: Run, domain: str | None, finding: Finding) -> int | None:
     """The focused sequence, or the first that was found; of a number that the domain lacks, the next that it has."""
     asked = focus.current().sequence
     if asked is None and finding.found is not None and len(finding.found):
-        return int(finding.found["sequence"].to_numpy()[0])
+        return int(finding.found["sequence"].item(0))
     numbers = data.frame(tokens.sequences, run, domain=domain)["sequence"]
     if numbers.is_empty():
         st.info("No sequence has been recorded in this domain yet.", icon=":material/hourglass_top:")
         return None
     later = numbers.filter(numbers >= (asked or 0))
-    return int((later if len(later) else numbers.tail(1)).to_numpy()[0])
+    return int((later if len(later) else numbers.tail(1)).item(0))
 
 
 def _about(run: Run, sequence: int) -> None:
@@ -89,7 +89,7 @@ def _about(run: Run, sequence: int) -> None:
 
 
 def _text(run: Run, sequence: int, colouring: Colouring, finding: Finding, other: Run | None) -> None:
-    length = int(data.frame(tokens.sequences, run).filter(pl.col("sequence") == sequence)["tokens"].to_numpy()[0])
+    length = int(data.frame(tokens.sequences, run).filter(pl.col("sequence") == sequence)["tokens"].item(0))
     selected = _selected(length)
     first = _part(length, sequence, selected)
     last = min(first + tokens.PART, length) - 1
@@ -192,7 +192,7 @@ def _there(run: Run, other: Run | None, sequence: int, label: str) -> tuple[Run,
     if row.is_empty():
         st.info(f"{state.code(other.name)} does not hold the text of sequence {sequence}.")
         return None
-    return other, int(row["other_sequence"].to_numpy()[0])
+    return other, int(row["other_sequence"].item(0))
 
 
 def _selected(length: int) -> int | None:
