@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 
@@ -9,21 +10,31 @@ import polars as pl
 
 from moescope.sizes import size as size
 
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
+"""What would move the cursor, colour the terminal or turn the direction of its text."""
+
 
 def table(frame: pl.DataFrame, *, rows: int | None = 60) -> str:
     """The frame as an aligned table; ``rows`` None prints all of them.
 
-    Numbers keep four significant digits; what is left out is counted below the table.
+    Numbers keep four significant digits; what is left out is counted below the table. Control characters in text are
+    shown as escapes, so that a cell is one line and tells the terminal nothing.
     """
     shown = frame if rows is None else frame.head(rows)
     cells = [[_cell(value) for value in row] for row in shown.iter_rows()]
-    widths = [max([len(name), *(len(row[index]) for row in cells)]) for index, name in enumerate(shown.columns)]
+    names = [shown_in_terminal(name) for name in shown.columns]
+    widths = [max([len(name), *(len(row[index]) for row in cells)]) for index, name in enumerate(names)]
     right = [dtype.is_numeric() for dtype in shown.dtypes]
-    lines = [_line(shown.columns, widths, right), _line(["-" * width for width in widths], widths, right)]
+    lines = [_line(names, widths, right), _line(["-" * width for width in widths], widths, right)]
     lines += [_line(row, widths, right) for row in cells]
     if len(shown) < len(frame):
         lines.append(f"... {len(frame) - len(shown)} more rows; --json prints all")
     return "\n".join(lines)
+
+
+def shown_in_terminal(text: str) -> str:
+    """Text from data with its control characters as escapes, such as ``\\x1b``."""
+    return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 def progress_line(text: str) -> str:
@@ -70,4 +81,4 @@ def _cell(value: object) -> str:
         return f"{value:,.0f}" if abs(value) >= 10_000 else f"{value:.4g}"
     if isinstance(value, int) and not isinstance(value, bool):
         return f"{value:,}" if abs(value) >= 10_000 else str(value)
-    return str(value)
+    return shown_in_terminal(str(value))

@@ -124,9 +124,14 @@ def badge(checks: Sequence[Mapping[str, Any]]) -> Badge:
     passed = len(checks) - skipped
     if any(check["name"] == IMPORTED for check in checks):
         return Badge(
-            "unchecked", f"recorded by another engine: {passed} checks of its files passed, the model was not seen"
+            "unchecked",
+            f"recorded by another engine: {_checks(passed)} of its files passed, the model was not seen",
         )
-    return Badge("valid", f"{passed} checks passed" + (f", {skipped} skipped" if skipped else ""))
+    return Badge("valid", f"{_checks(passed)} passed" + (f", {skipped} skipped" if skipped else ""))
+
+
+def _checks(number: int) -> str:
+    return f"{number} check{'s' if number != 1 else ''}"
 
 
 def _reasons(checks: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:

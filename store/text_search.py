@@ -70,7 +70,8 @@ def expression(wanted: str, *, regex: bool) -> str:
         words = ("".join(f"\\{one}" if one in _META else one for one in word) for word in wanted.split())
         return "(?i)" + r"\s+".join(words)
     try:
-        if pl.Series([""]).str.contains(wanted).item():
+        # Borders of words and lines match nothing too, beside a letter.
+        if (pl.Series(["", "a", " a\n"]).str.extract(wanted, 0) == "").any():
             raise StoreError(f"the expression {wanted!r} matches the empty text, which is everywhere: ask for a letter")
     except pl.exceptions.PolarsError as error:
         raise StoreError(

@@ -17,6 +17,9 @@ SUMMARY = "ask a run, or several as one, a question in SQL; nothing but the runs
 
 FORMATS = ("csv", "parquet", "json")
 
+_LETTERS = 200
+"""Of a cell of the printed table; files, JSON and CSV hold it whole."""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the command."""
@@ -62,18 +65,17 @@ def _show(found: store.Answer, options: argparse.Namespace) -> None:
     from app.frames.plain import flat, records
     from app.text import table
 
-    frame = flat(found.frame)
     if options.output is not None:
         from app.images import write_whole
 
         write_whole(options.output, _content(found, options.output))
-        print(f"{options.output}: {len(frame):,} rows")
+        print(f"{options.output}: {len(found.frame):,} rows")
     elif options.json:
         print(records(found.frame))
     elif options.csv:
-        print(frame.write_csv(), end="")
+        print(flat(found.frame).write_csv(), end="")
     else:
-        print(table(frame) if frame.width else "no columns")
+        print(table(flat(found.frame, limit=_LETTERS)) if found.frame.width else "no columns")
 
 
 def _content(found: store.Answer, path: Path) -> bytes:

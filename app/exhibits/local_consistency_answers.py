@@ -47,6 +47,9 @@ def places(run: store.Run, *, frames: Frames = fresh, segment: int = SEGMENT) ->
     if experts.is_empty():
         return words
     gain = experts.with_columns((pl.col("value") - pl.col("lower_bound")).alias("gain")).drop_nulls("gain")
+    gain = gain.filter(pl.col("gain") > 0)
+    if gain.is_empty():
+        return words
     top = gain.sort("gain").row(-1, named=True)
     return (
         f"{words} Expert {top['expert']} of layer {top['label']} comes most in bursts: used by {top['frequency']:.1%} "
@@ -85,10 +88,10 @@ def repetition(run: store.Run, *, frames: Frames = fresh) -> str:
         return ""
     words = f"A token shares **{_mean(seen):.0%}** of its experts with the token before it"
     shuffled = frame.filter(pl.col("control") == "shuffled")
-    if len(shuffled):
+    if len(shuffled) and _mean(shuffled) > 0:
         words += f", **{_mean(seen) / _mean(shuffled):.1f} times** what popularity gives ({_mean(shuffled):.0%})"
     top = seen.row(-1, named=True)
-    words += f"; most in layer {top['label']} ({top['value']:.0%})."
+    words += f"; most in layer {top['label']} ({top['value']:.0%})." if len(seen) > 1 else "."
     if far.is_empty():
         return words
     last = far.filter(pl.col("lag") == pl.col("lag").max())

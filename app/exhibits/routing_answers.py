@@ -59,12 +59,14 @@ def domains(run: store.Run, *, frames: Frames = fresh, domain: str | None = None
     means = frames(frames_of_domains.farthest, run, phase=phase)
     most, least = means.row(0, named=True), means.row(-1, named=True)
     layers = moved.group_by("label", maintain_order=True).agg(pl.col("moved").mean()).sort("moved").row(-1)
-    words = (
-        f"**{plain(most['domain'])}** differs most: over the layers, **{most['moved']:.0%}** of its selections would "
-    )
-    words += f"have to move to turn its load into the mean of the domains ({most['noise']:.1%} by chance); "
-    words += f"{plain(least['domain'])} differs least ({least['moved']:.0%}). "
-    words += f"Domains lie furthest apart in layer {layers[0]} ({layers[1]:.0%} on average)."
+    named, its = f"**{plain(most['domain'])}** differs most", "its"
+    if len(means) == 2:  # both lie as far from their mean
+        named, its = f"**{plain(most['domain'])}** and **{plain(least['domain'])}** differ", "either's"
+    words = f"{named}: over the layers, **{most['moved']:.0%}** of {its} selections would "
+    words += f"have to move to turn {its} load into the mean of the domains ({most['noise']:.1%} by chance)"
+    words += f"; {plain(least['domain'])} differs least ({least['moved']:.0%}). " if len(means) > 2 else ". "
+    if moved["label"].n_unique() > 1:
+        words += f"Domains lie furthest apart in layer {layers[0]} ({layers[1]:.0%} on average)."
     shown = domain or most["domain"]
     shares = frames(frames_of_domains.domain_shares, run, phase=phase).filter(pl.col("domain") == shown)
     if shares.is_empty():
@@ -95,7 +97,7 @@ def purpose(run: store.Run, *, frames: Frames = fresh, kind: str | None = None, 
     controls = [("shuffled", "with tokens shuffled"), ("shuffled_in_sequence", "shuffled inside sequences")]
     beside = [f"{row[name]:.2f} {said}" for name, said in controls if row[name] is not None]
     words += f", against {' and '.join(beside)}" if beside else ""
-    words += f"; strongest in layer {top['label']} ({top['value']:.2f})."
+    words += f"; strongest in layer {top['label']} ({top['value']:.2f})." if len(layers) > 1 else "."
     found = frames(frames_of_specialization.correlations, run).filter(pl.col("kind") == kind).drop_nulls("value")
     if found.is_empty():
         return words
@@ -122,10 +124,12 @@ def confidence(
     low, high = frame.row(0, named=True), frame.row(-1, named=True)
     name, unit = _QUANTITIES[quantity]
     decided, undecided = (low, high) if quantity == "entropy" else (high, low)
-    words = (
-        f"The router is most decided in layer **{decided['label']}** (median {name} **{decided['p50']:.3g}{unit}**) "
-    )
-    words += f"and least in layer **{undecided['label']}** ({undecided['p50']:.3g}{unit})"
+    if len(frame) == 1:
+        words = f"The router's median {name} is **{decided['p50']:.3g}{unit}**"
+    else:
+        words = f"The router is most decided in layer **{decided['label']}** (median {name} "
+        words += f"**{decided['p50']:.3g}{unit}**) and least in layer **{undecided['label']}** "
+        words += f"({undecided['p50']:.3g}{unit})"
     if quantity != "entropy":
         return words + "."
     return words + f"; between all experts alike it would be {math.log(undecided['num_experts']):.3g} nats."
@@ -149,9 +153,11 @@ def pairs(run: store.Run, *, frames: Frames = fresh, layer: str | None = None, d
     if len(over):
         low, high = over.row(0, named=True), over.row(-1, named=True)
         noise = f", where noise gives {high['noise']:.1%}" if high["noise"] is not None else ""
+        nearest = f"; layer {low['label']} is nearest ({low['excess']:.0%})" if len(over) > 1 else ""
+        furthest = "is furthest from" if len(over) > 1 else "differs from"
         parts.append(
-            f"Layer {high['label']} is furthest from independent experts: **{high['excess']:.0%}** of its pairs would "
-            f"have to be others{noise}; layer {low['label']} is nearest ({low['excess']:.0%})."
+            f"Layer {high['label']} {furthest} independent experts: **{high['excess']:.0%}** of its pairs would "
+            f"have to be others{noise}{nearest}."
         )
     return " ".join(parts)
 
@@ -159,14 +165,17 @@ def pairs(run: store.Run, *, frames: Frames = fresh, layer: str | None = None, d
 def foresight(run: store.Run, *, frames: Frames = fresh, domain: str | None = None, phase: str | None = None) -> str:
     """What k fetched experts hold of the next layer's choices: by transitions, popularity, routers run early."""
     held_out = frames(frames_of_flow.predictability, run)
-    return foreseen(held_out, frames(frames_of_flow.lookaheads, run, domain=domain, phase=phase))
+    early = frames(frames_of_flow.lookaheads, run, domain=domain, phase=phase)
+    return foreseen(held_out, early, part=domain is not None or phase is not None)
 
 
-def foreseen(held_out: pl.DataFrame, early: pl.DataFrame) -> str:
-    """:func:`foresight` of its frames."""
+def foreseen(held_out: pl.DataFrame, early: pl.DataFrame, *, part: bool = False) -> str:
+    """:func:`foresight` of its frames; ``part``: ``early`` is of a part of the text, which ``held_out`` never is."""
     overall = held_out.filter((pl.col("label") == "all") & (pl.col("extra") == 0) & (pl.col("control") == "observed"))
+    where = " in all text" if part else ""
     parts = [
-        f"**{row['value']:.1%}**{_range(row, '.1%')} by {_BY[row['predictor']]}" for row in overall.to_dicts()[::-1]
+        f"**{row['value']:.1%}**{_range(row, '.1%')} by {_BY[row['predictor']]}{where}"
+        for row in overall.to_dicts()[::-1]
     ]
     near = early.filter((pl.col("distance") == 1) & (pl.col("extra") == 0))
     parts += [

@@ -133,6 +133,7 @@ def importance(run: store.Run, frames: Frames) -> list[Finding]:
         return []
     spearman, overlap = (float(mean) for mean in np.mean(measured, axis=0))
     band = chance_band(num_experts=sizes, measure="spearman", num_draws=400)
+    by_lot = float(np.mean([max(size // 4, 1) / size for size in sizes]))
     other = find(names[1]).title
     other = other if other.isupper() else other.lower()
     verdict = "nearly the same" if overlap > 0.9 else "largely the same" if overlap > 0.6 else "different"
@@ -141,7 +142,7 @@ def importance(run: store.Run, frames: Frames) -> list[Finding]:
     if overlap <= 0.6:
         more = "The choice of the score is a decision, and only damage measured after the cut settles it."
     return [Finding("Importance", answer, more, (
-        Evidence(f"lowest quarter in common, frequency and {other}", overlap, control=0.25,
+        Evidence(f"lowest quarter in common, frequency and {other}", overlap, control=by_lot,
                  control_is="random rankings", form="share", source="table expert_load, expert_output",
                  exhibit="score-agreement"),
         Evidence("rank correlation (Spearman), mean of layers", spearman, control=float(band.high),

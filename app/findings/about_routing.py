@@ -75,24 +75,27 @@ def dead(run: store.Run, frames: Frames) -> list[Finding]:
     if not unused:
         answer = f"No expert is dead: all {int(even['num_experts'].sum()):,} were used at least once {tokens}"
     elif chance >= unused / 2:
-        answer = f"{unused:,} experts were never used {tokens}: so few that chance explains {chance:.2g} of them"
+        answer = f"{_experts(unused, 'was', 'were')} never used {tokens}, which is too few of them to blame the router:"
+        answer += f" a balanced one leaves {chance:.2g} unused by chance"
     else:
         where = even.filter(pl.col("dead") > 0)["label"].to_list()
-        answer = f"{unused:,} experts were never used {tokens} (layers {listed(where)}), which chance does not explain"
+        layers = f"layer{'s' if len(where) > 1 else ''} {listed(where)}"
+        answer = f"{_experts(unused, 'was', 'were')} never used {tokens} ({layers}), which chance does not explain"
         layer = where[0]
-    more = f"{nearly:,} more get less than {load.NEARLY_DEAD:.0%} of the balanced load." if nearly else ""
+    below = f"less than {load.NEARLY_DEAD:.0%} of the balanced load."
+    more = f"{_experts(nearly, 'gets', 'get', ' more' if unused else '')} {below}" if nearly else ""
     tone: Tone = "attention" if nearly or (unused and chance < unused / 2) else "plain"
     return [Finding("Dead experts", answer, more, (
         Evidence("experts never used", float(unused), control=chance, control_is="expected of a balanced router",
                  form="count" if chance < 0.5 else "number", source="dead_experts", exhibit="balance"),
-        Evidence(f"experts below {load.NEARLY_DEAD:.0%} of the balanced load", float(nearly), form="count",
+        Evidence(f"used, but below {load.NEARLY_DEAD:.0%} of the balanced load", float(nearly), form="count",
                  source="table expert_load", exhibit="balance"),
     ), tone, page="Routing", layer=layer)]  # fmt: skip
 
 
 def confidence(run: store.Run, frames: Frames) -> list[Finding]:
     """How decided the router is, beside a router that does not care."""
-    found = frames(frames_of_confidence.confidence, run)
+    found = frames(frames_of_confidence.confidence, run).filter(pl.col("num_experts") > 1)
     if found.is_empty():
         reason = run.omissions.get("logits", "its logits were not seen")
         return [Finding("Confidence", f"How decided the router is cannot be said: {reason.rstrip('.')}",
@@ -110,6 +113,8 @@ def confidence(run: store.Run, frames: Frames) -> list[Finding]:
     answer = f"The router is {word}"
     more = f"Its entropy goes from {tightest['part']:.0%} of the largest possible in layer {tightest['label']} to"
     more += f" {loosest['part']:.0%} in layer {loosest['label']}."
+    if len(entropy) == 1:
+        more = f"Its entropy is {part:.0%} of the largest possible."
     proof = [
         Evidence("entropy, part of the largest", part, low=tightest["part"], high=loosest["part"],
                  control=1.0, control_is="an indifferent router", form="share", source="table router_load",
@@ -189,7 +194,8 @@ def cache(run: store.Run, frames: Frames) -> list[Finding]:
     if "LRU hit rate" not in hits:
         return []
     lru = hits["LRU hit rate"]
-    answer = f"A cache of twice a token's experts answers {lru['value']:.0%} of requests"
+    size = "twice" if lru["ratio"] == 2 else f"{lru['ratio']:.3g} times"
+    answer = f"A cache of {size} a token's experts answers {lru['value']:.0%} of requests"
     if lru["control"] is not None and not beyond(lru["value"], lru["low"], lru["control"]):
         answer = "No gain from the order of tokens for a cache"
     more = f"Rates are those of {lru['detail']}."
@@ -210,7 +216,7 @@ def foresight(run: store.Run, frames: Frames) -> list[Finding]:
         return []
     best, popular = rows["transition"], rows.get("popularity")
     base = popular["value"] if popular else best["chance"]
-    if best["low"] is not None and best["low"] > base:
+    if beyond(best["value"], best["low"], base):
         answer = f"One layer's choices foretell {best['value']:.0%} of the next layer's"
     else:
         answer = "No foresight: one layer's choices do not foretell the next layer's"
@@ -221,6 +227,11 @@ def foresight(run: store.Run, frames: Frames) -> list[Finding]:
         Evidence("the same", best["value"], best["low"], best["high"], best["chance"], "random experts", "share",
                  "transition_recall", "transition-information"),
     ), page="Routing")]  # fmt: skip
+
+
+def _experts(number: int, one: str, several: str, more: str = "") -> str:
+    """So many experts with their verb."""
+    return f"{number:,}{more} expert{'s' if number != 1 else ''} {one if number == 1 else several}"
 
 
 def _of_model(run: store.Run, frames: Frames, kind: str) -> dict[str, Any] | None:

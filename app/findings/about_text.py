@@ -55,8 +55,9 @@ def starved(run: store.Run, frames: Frames) -> list[Finding]:
     if found.is_empty():
         answer = f"No expert lacks tokens: none has fewer than {STARVED:.0%} of a balanced router's"
     else:
-        answer = f"{len(found):,} of {experts:,} experts have fewer than {STARVED:.0%} of a balanced router's tokens,"
-        answer += " too few to judge or calibrate them"
+        verb, them = ("has", "it") if len(found) == 1 else ("have", "them")
+        answer = f"{len(found):,} of {experts:,} experts {verb} fewer than {STARVED:.0%} of a balanced router's tokens,"
+        answer += f" too few to judge or calibrate {them}"
         reached = found.filter(pl.col("tokens") > 0)["needed"]
         if len(reached):
             most = frames_of_coverage.rounded(float(reached.to_numpy().max()))

@@ -117,13 +117,14 @@ def repetition(run: store.Run) -> pl.DataFrame:
 
 
 def key_numbers(run: store.Run, *, segment_length: float = 16, ratio: float = 2.0) -> pl.DataFrame:
-    """The few numbers that say whether caching pays: name, value, low, high, control (with shuffled tokens), detail.
+    """The few numbers that say whether caching pays: name, value, low, high, control (with shuffled tokens), detail,
+    ratio (of hit rates).
 
     SRP at one segment length, and hit rates of LRU, SCH and Belady in one shared cache of ``ratio`` times the experts
-    that a token uses.
+    that a token uses, or of the size nearest to it that was computed.
     """
     srp = srp_model(run).filter((pl.col("segment_length") == segment_length) & pl.col("domain").is_null())
-    rows = [_with_control("SRP", srp, f"segments of {segment_length:g} tokens")]
+    rows = [_with_control("SRP", srp, f"segments of {segment_length:g} tokens", None)]
     shared = hit_rates(run).filter(pl.col("scope") == "shared")
     for policy, name in (("lru", "LRU hit rate"), ("sch", "SCH hit rate"), ("belady", "Belady hit rate")):
         part = shared.filter(pl.col("policy") == policy)
@@ -132,18 +133,21 @@ def key_numbers(run: store.Run, *, segment_length: float = 16, ratio: float = 2.
         nearest = part.with_columns((pl.col("ratio") - ratio).abs().alias("off")).filter(
             pl.col("off") == pl.col("off").min()
         )
-        rows.append(_with_control(name, nearest, f"one cache with {ratio:g} × the slots that a token uses"))
+        at = nearest["ratio"][0] if len(nearest) else ratio
+        rows.append(_with_control(name, nearest, f"one cache with {at:.3g} × the slots that a token uses", at))
     schema = {"name": pl.String, "value": pl.Float64, "low": pl.Float64, "high": pl.Float64, "control": pl.Float64}
-    return pl.DataFrame([row for row in rows if row is not None], schema={**schema, "detail": pl.String}, orient="row")
+    schema |= {"detail": pl.String, "ratio": pl.Float64}
+    return pl.DataFrame([row for row in rows if row is not None], schema=schema, orient="row")
 
 
-def _with_control(name: str, frame: pl.DataFrame, detail: str) -> tuple[object, ...] | None:
+def _with_control(name: str, frame: pl.DataFrame, detail: str, at: float | None) -> tuple[object, ...] | None:
     """One row of :func:`key_numbers` from rows of one abscissa; None without an observed value."""
     observed = frame.filter(pl.col("control") == "observed")
     if observed.is_empty():
         return None
     shuffled = frame.filter(pl.col("control") == "shuffled")["value"]
-    return (name, *observed.select("value", "low", "high").row(0), shuffled[0] if len(shuffled) else None, detail)
+    control = shuffled[0] if len(shuffled) else None
+    return (name, *observed.select("value", "low", "high").row(0), control, detail, at)
 
 
 def published_srp() -> pl.DataFrame:

@@ -11,6 +11,7 @@ Order = Literal["step", "date", "chosen"]
 _STEP = re.compile(
     r"(?:step|iter|iteration|ckpt|checkpoint|epoch)s?[-_.=]?(\d+(?:\.\d+)?)([kmb]?)(?![a-z])", re.IGNORECASE
 )
+_DATE = re.compile(r"(?<!\d)((?:19|20)\d\d)[-_.](\d\d)[-_.](\d\d)(?!\d)")
 _NUMBER = re.compile(r"(\d+(?:\.\d+)?)([kmb]?)(?![a-z])", re.IGNORECASE)
 
 
@@ -26,11 +27,12 @@ def ordered(names: Sequence[str], times: Sequence[float], by: Order) -> list[int
 
 
 def step_of(name: str) -> float:
-    """The training step in a run's name: the number behind "step", "checkpoint" and the like, else the last number.
+    """The training step in a run's name: the number behind "step", "checkpoint" and the like, else a date as one
+    number, else the last number.
 
-    20000 of "run-step20k"; infinite without a number.
+    20000 of "run-step20k", 20260131 of "run-2026-01-31"; infinite without a number.
     """
-    found = _STEP.findall(name) or _NUMBER.findall(name)
+    found = _STEP.findall(name) or _NUMBER.findall(_DATE.sub(r"\1\2\3", name))
     if not found:
         return float("inf")
     digits, unit = found[-1]

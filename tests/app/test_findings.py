@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -14,8 +15,12 @@ from visiting import visited
 import store
 from app import exhibits
 from app.cli import main
+from app.exhibits import fresh
+from app.findings import about_experts, about_routing
 from app.findings.finding import Evidence, beyond
 from app.findings.findings import SCHEMA, SUBJECTS, findings, headlines
+from app.frames import confidence as frames_of_confidence
+from app.frames import consistency, load
 from app.markdown import plain
 from app.views import PAGES
 
@@ -75,6 +80,68 @@ def test_the_answer_is_no_where_nothing_lies_above_its_control(run: store.Run, m
     for subject in ("Local consistency", "Cache"):
         assert by_subject[subject].answer.startswith("No "), subject
     assert beyond(2.0, None, 1.0) and not beyond(2.0, 0.9, 1.0)
+
+
+def given(frame: pl.DataFrame) -> Any:
+    """Frames that are all this one."""
+
+    def frames(maker: Any, of: store.Run, /, **arguments: Any) -> Any:
+        return frame
+
+    return frames
+
+
+def test_words_follow_the_numbers(run: store.Run) -> None:
+    even = load.balance(run)
+
+    def said(frame: pl.DataFrame) -> str:
+        return about_routing.dead(run, given(frame))[0].sentence
+
+    one = even.with_columns(dead=pl.Series([1, 0, 0, 0]), nearly_dead=pl.Series([1, 0, 0, 0]))
+    blamed = said(one.with_columns(expected_dead=pl.lit(0.0)))
+    assert blamed.startswith("1 expert was never used on 720 tokens (layer 1), which chance does not explain. ")
+    assert blamed.endswith("1 more expert gets less than 5% of the balanced load.")
+    explained = said(one.with_columns(expected_dead=pl.lit(7.5)))
+    assert "1 expert was never used" in explained and "a balanced one leaves 30 unused by chance" in explained
+    none = said(even.with_columns(dead=pl.lit(0), nearly_dead=pl.Series([3, 0, 0, 0]), expected_dead=pl.lit(0.0)))
+    assert none.startswith("No expert is dead") and none.endswith("3 experts get less than 5% of the balanced load.")
+
+
+def test_one_layer_is_no_range_of_layers(run: store.Run) -> None:
+    found = frames_of_confidence.confidence(run).filter(pl.col("label") == "1")
+    part = found.filter(pl.col("quantity") == "entropy")["mean"][0] / np.log(synthetic.EXPERTS)
+    sentence = about_routing.confidence(run, given(found))[0].sentence
+    assert f"Its entropy is {part:.0%} of the largest possible." in sentence and "goes from" not in sentence
+    assert about_routing.confidence(run, given(found.with_columns(num_experts=1)))[0].tone == "unknown"
+
+
+def test_foresight_without_an_interval_is_judged_by_its_value(run: store.Run) -> None:
+    row = {"layer": None, "extra": 0, "control": "observed", "distance": 1.0, "low": None, "high": None, "chance": 0.1}
+    rows = [{**row, "predictor": "transition", "value": 0.6}, {**row, "predictor": "popularity", "value": 0.3}]
+    frame = pl.DataFrame(rows, schema_overrides={"layer": pl.Int32, "low": pl.Float64, "high": pl.Float64})
+    assert about_routing.foresight(run, given(frame))[0].answer.startswith("One layer's choices foretell 60%")
+    flat = frame.with_columns(value=pl.lit(0.3))
+    assert about_routing.foresight(run, given(flat))[0].answer.startswith("No foresight")
+
+
+def test_cuts_by_lot_have_in_common_what_the_layers_size_gives(tmp_path: Path) -> None:
+    with store.open_run(synthetic.finished(tmp_path)) as run:
+        (found,) = about_experts.importance(run, fresh)
+        rng = np.random.default_rng(0)
+        cut = synthetic.EXPERTS // 4
+        drawn = [len({*rng.permutation(synthetic.EXPERTS)[:cut]} & set(range(cut))) / cut for _ in range(4000)]
+        assert found.evidence[0].control == pytest.approx(np.mean(drawn), abs=0.02)
+
+
+def test_a_cache_of_another_size_is_called_so(run: store.Run) -> None:
+    numbers = consistency.key_numbers(run)
+    assert numbers["ratio"].to_list() == [None, 2.125, 2.125, 2.125]
+    other = numbers.with_columns(ratio=pl.lit(1.25), control=pl.lit(0.0))
+    assert about_routing.cache(run, given(other))[0].answer.startswith("A cache of 1.25 times a token's")
+    rates = consistency.key_numbers(run, ratio=2.3)
+    shared = consistency.hit_rates(run).filter(pl.col("scope") == "shared")["ratio"].unique().to_list()
+    assert rates["ratio"][1] == min(shared, key=lambda one: abs(one - 2.3))
+    assert f"{rates['ratio'][1]:.3g} ×" in rates["detail"][1]
 
 
 def test_headlines_leave_out_what_the_run_cannot_say(run: store.Run, tmp_path: Path) -> None:

@@ -53,6 +53,16 @@ def test_mistakes_are_one_line(
     assert message in said and said.count("\n") == 1
 
 
+def test_cells_tell_the_terminal_nothing(finished_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sql = """select chr(27) || '[2J' || chr(10) || chr(8238) as "a\rb", repeat('x', 100000) as long"""
+    assert main(["query", str(finished_path), sql.replace("\r", "\x1b")]) == 0
+    said = capsys.readouterr().out
+    assert said.count("\n") == 3 and not set(said) & set("\x1b\r\u202e")
+    assert r"\x1b[2J\n\u202e" in said and r"a\x1bb" in said and len(said) < 2000
+    assert main(["query", str(finished_path), sql, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)[0]["long"] == "x" * 100000
+
+
 def test_examples_are_printed(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["query", "--examples"]) == 0
     assert capsys.readouterr().out.count("-- ") >= 10

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -109,6 +110,33 @@ def test_the_answer_on_load_is_that_of_the_counts(opened: store.Run) -> None:
     assert f"**{relative.max():.1f} times** the uniform share" in words
     assert f"**{(tokens == 0).sum()} of {tokens.size} experts** were never used" in words
     assert "were never used" not in routing.load(opened, phase="decode")  # no such text
+
+
+def test_answers_of_one_layer_and_of_two_domains(opened: store.Run) -> None:
+    def one_layer(maker: Any, run: store.Run, /, **arguments: Any) -> Any:
+        frame = maker(run, **arguments)
+        return frame.filter(pl.col("label") == "1") if "label" in frame.columns else frame
+
+    assert routing.confidence(opened, frames=one_layer).startswith("The router's median entropy is **")
+    assert "nearest" not in routing.pairs(opened, frames=one_layer)
+    assert "the least" not in local.places(opened, frames=one_layer)
+    assert "most in layer" not in local.repetition(opened, frames=one_layer)
+    third = opened.domains[-1]
+
+    def two_domains(maker: Any, run: store.Run, /, **arguments: Any) -> Any:
+        frame = maker(run, **arguments)
+        return frame.filter(pl.col("domain") != third) if "domain" in frame.columns else frame
+
+    words = routing.domains(opened, frames=two_domains)
+    assert "of either's selections" in words and "least" not in words
+    held_out = pl.DataFrame({
+        "label": ["all"], "extra": [0], "control": ["observed"], "predictor": ["transition"], "value": [0.5],
+        "low": [0.4], "high": [0.6], "chance": [0.1],
+    })  # fmt: skip
+    early = pl.DataFrame({"distance": [1], "extra": [0], "input": ["router"], "value": [0.7]})
+    of_a_part = routing.foreseen(held_out, early, part=True)
+    assert "the experts of the layer before in all text, **70.0%** by its router run early, 10.0% by" in of_a_part
+    assert "in all text" not in routing.foreseen(held_out, early)
 
 
 def test_domains_stand_beside_what_chance_gives(opened: store.Run) -> None:

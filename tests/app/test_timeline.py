@@ -158,6 +158,8 @@ def test_order_and_names() -> None:
     names = ["run-step10", "run-final", "run-step9"]
     assert [names[place] for place in ordered(names, [3, 1, 2], "step")] == ["run-step9", "run-step10", "run-final"]
     assert ordered(names, [3, 1, 2], "date") == [1, 2, 0]
+    dated = ["m-2024-02-01", "m-2024-01-15", "m-2023-12-31"]
+    assert ordered(dated, [0, 0, 0], "step") == [2, 1, 0] and step_of("m-step7-2024-02-01") == 7
     assert ordered(names, [3, 1, 2], "chosen") == [0, 1, 2]
     assert short_names(["qwen-step-10", "qwen-step-9"]) == ["10", "9"]
     assert short_names(["a", "b"]) == ["a", "b"] and short_names(["a", "a-b"]) == ["a", "a-b"]

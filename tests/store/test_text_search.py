@@ -116,7 +116,7 @@ def test_a_word_inside_an_earlier_word_is_no_hit() -> None:
     assert spans == [(3, 3), (5, 5)]
 
 
-@pytest.mark.parametrize("wanted", ["(", "a*", "(?=a)", "", "  ", "x" * 501, r"(a)\1"])
+@pytest.mark.parametrize("wanted", ["(", "a*", "(?=a)", "", "  ", "x" * 501, r"(a)\1", r"\b", "(?m)$"])
 def test_what_cannot_be_searched_is_said(run: store.Run, wanted: str) -> None:
     with pytest.raises(StoreError):
         run.search_text(wanted, regex=True)
