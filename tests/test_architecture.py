@@ -94,6 +94,27 @@ def test_core_packages_start_without_streamlit() -> None:
     assert done.returncode == 0, done.stderr
 
 
+def test_exhibits_findings_and_the_report_start_without_streamlit_and_torch() -> None:
+    packages = ("app.exhibits", "app.findings", "app.report", "app.figures", "app.frames")
+    code = (
+        "import importlib, pkgutil, sys\n"
+        "for name in ('torch', 'transformers', 'streamlit'): sys.modules[name] = None\n"
+        f"for package in {packages}:\n"
+        "    for one in pkgutil.iter_modules(importlib.import_module(package).__path__, package + '.'):\n"
+        "        importlib.import_module(one.name)\n"
+        "import app.images, app.methods, store.console\n"
+        "from app import exhibits; assert len(exhibits.entries()) > 40\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_figures_read_no_run() -> None:
+    for path in _sources("app/figures"):
+        found = [name for name in _imports(path) if name.split(".")[0] == "store"]
+        assert not found, f"{path.relative_to(ROOT)} imports {found}: a figure is drawn from frames alone"
+
+
 def test_help_imports_nothing_heavy() -> None:
     code = "import sys, app.cli; app.cli.parser(); print(*sorted(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
