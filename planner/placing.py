@@ -72,6 +72,7 @@ def place(
     batch: int = BATCH,
     max_tokens: int | None = None,
     allow_invalid: bool = False,
+    text: Text | None = None,
     **options: Any,
 ) -> Plan:
     """A plan that places the experts of a run's model. The same run and arguments give the same plan, byte for byte.
@@ -90,6 +91,7 @@ def place(
         batch: requests that are decoded together.
         max_tokens: of the trace at most, whole sequences; None = all.
         allow_invalid: take a run whose checks failed.
+        text: what :func:`text_of` read by the same arguments; None = it is read.
         options: of the method.
 
     Raises:
@@ -102,7 +104,7 @@ def place(
     if redundant < 0:
         raise PlanError(f"{redundant} redundant experts cannot be: give 0 or more")
     check_slots(shape.num_experts + redundant, shape.num_experts, devices, nodes)
-    text = text_of(run, source, domains=names, train_part=train_part, max_tokens=max_tokens)
+    text = text or text_of(run, source, domains=names, train_part=train_part, max_tokens=max_tokens)
     problem = Problem(
         load=text.load, work=text.fit, devices=devices, nodes=nodes, redundant=redundant,
         groups=shape.groups if groups is None else groups, expert_bytes=expert_bytes(run, source), batch=batch,

@@ -12,12 +12,13 @@ import polars as pl
 import store
 from app.frames.axes import layer_label
 from compressor.plan import Plan
+from planner.entry import domains_of
 from planner.place.methods import METHODS, Method
 from planner.place.passes import Passes, passes
 from planner.place.score import Score, balancedness, uniform
-from planner.place.slots import Placement, contiguous
+from planner.place.slots import Placement, check_slots, contiguous
 from planner.place.verdict import Verdict, saved, verdict
-from planner.placing import BATCH, expert_bytes, place, placement_of, text_of
+from planner.placing import BATCH, expert_bytes, place, placeable, placement_of, text_of
 from profiler.metrics._arrays import FloatArray
 
 WORDS = {
@@ -97,10 +98,14 @@ def placed(
         PlanError: what cannot be, with what would do.
     """
     common: dict[str, Any] = {"batch": batch, "train_part": train_part, "max_tokens": max_tokens}
+    source = placeable(run, allow_invalid=asked.get("allow_invalid", False))
+    domains = domains_of(run, asked.get("domains"))
+    held = source.layers[0].num_experts
+    check_slots(held + asked.get("redundant", 0), held, devices, nodes)  # before the text is read
+    text = text_of(run, source, domains=domains, train_part=train_part, max_tokens=max_tokens)
+    common["text"] = text
     plan = place(run, devices=devices, nodes=nodes, **common, **asked, **dict(options))
     placement = placement_of(plan)
-    domains = plan.provenance.domains or run.domains
-    text = text_of(run, plan.source, domains=domains, train_part=train_part, max_tokens=max_tokens)
     layers, experts = text.load.shape
     spare = 0 if experts % devices == 0 else placement.slots - experts
     shape: dict[str, Any] = {"num_layers": layers, "num_experts": experts, "devices": devices, "nodes": nodes}

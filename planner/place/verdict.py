@@ -14,7 +14,7 @@ from planner.place.dispatch import Dispatch
 from planner.place.lpt import lpt
 from planner.place.score import Score, score, uniform
 from planner.place.slots import Placement, contiguous
-from planner.placing import BATCH, WINDOWS, expert_bytes, placement_of, text_of
+from planner.placing import BATCH, WINDOWS, Text, expert_bytes, placement_of, text_of
 from planner.simulate.workload import Workload
 
 WORTH = 0.05
@@ -76,7 +76,7 @@ class Verdict:
 
 def verdict(
     run: store.Run, plan: Plan, *, train_part: float = 0.5, batch: int = BATCH, chunk: int | None = None,
-    dispatch: Dispatch = "local", max_tokens: int | None = None, seed: int = 0,
+    dispatch: Dispatch = "local", max_tokens: int | None = None, seed: int = 0, text: Text | None = None,
 ) -> Verdict:  # fmt: skip
     """Score a plan on the text that it was not made from.
 
@@ -89,13 +89,14 @@ def verdict(
         dispatch: which replica of an expert a token is sent to.
         max_tokens: as the plan was made with.
         seed: of the uniform control.
+        text: what ``planner.placing.text_of`` read by the same arguments; None = it is read.
 
     Raises:
         PlanError: the run has no trace, or the plan no placement.
     """
     placement = placement_of(plan)
     domains: Sequence[str] = plan.provenance.domains or run.domains
-    text = text_of(run, plan.source, domains=domains, train_part=train_part, max_tokens=max_tokens)
+    text = text or text_of(run, plan.source, domains=domains, train_part=train_part, max_tokens=max_tokens)
     if text.later is None:
         raise PlanError(
             f"run {run.name!r} holds counts and no trace: what a placement is worth on later text, per pass and in"
