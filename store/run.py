@@ -66,7 +66,8 @@ def version_of(path: Path) -> tuple[object, ...]:
     """What changes whenever the content of a run changes, or a measurement beside it: a key for caches."""
     measured = sorted(evaluations.folder_of(path).glob("*.json"))
     if path.is_dir():
-        return (str(path), len(live.shards(path)), *_stamps(measured))
+        shards = live.shards(path)  # the last one tells a collection from another that had the name before
+        return (str(path), len(shards), *_stamps([*shards[-1:], *measured]))
     return (str(path), *_stamps([path, derived.path_of(path), *measured]))
 
 

@@ -20,7 +20,7 @@ def report_button(run: Run) -> None:
     made: dict[str, object] | None = st.session_state.get(key)
     with st.container(horizontal=True, vertical_alignment="center", gap="small"):
         text = not run.info.text_kept or st.toggle("with text", value=True, key=f"{key}-text", help=_TEXT)
-        asked = {"version": run.version, "text": text}
+        asked = {"version": run.version, "plans": _plans(run), "text": text}
         if st.button("Make report", icon=":material/description:", key=f"{key}-make", help=_HELP):
             with st.status("Making the report", state="running") as status:
                 made = asked | {"file": _file(run, text=text, tell=lambda said: status.update(label=said.capitalize()))}
@@ -33,6 +33,14 @@ def report_button(run: Run) -> None:
                 f"Save, {len(file) / 1e6:.1f} MB", file, f"{run.name}-report.html", "text/html", key=f"{key}-save",
                 icon=":material/download:", on_click="ignore",
             )  # fmt: skip
+
+
+def _plans(run: Run) -> int:
+    """What changes when a document is written beside the run or taken away, of which its version says nothing."""
+    try:
+        return store.plan_path(run.path, "plan", "x").parent.stat().st_mtime_ns
+    except OSError:
+        return 0
 
 
 def _file(run: Run, *, text: bool, tell: Tell) -> bytes:

@@ -42,14 +42,15 @@ def plans(run: store.Run, frames: Frames) -> list[Finding]:
     """What was planned for this model, and what following the plans cost."""
     if run.live:
         return []
-    rows = frames(compress_measured.plans, run)
+    # Plans do not change the version of a run, by which frames are kept: they are read anew.
+    rows = compress_measured.plans(run)
     found = [_plan(row) for row in rows.head(_MOST).iter_rows(named=True)]
     if len(rows) > _MOST:
         found.append(Finding("Plans", f"{len(rows) - _MOST} older plans stand beside the run too", page="Compress"))
     planned = set(rows["digest"].to_list())
     others = frames(evaluation.evaluations, run).filter(~pl.col("plan").fill_null("").is_in(list(planned)))
     found += [_evaluation(row) for row in others.head(_MOST).iter_rows(named=True)]
-    for row in frames(recommendations.recommendations, run).head(1).iter_rows(named=True):
+    for row in recommendations.recommendations(run).head(1).iter_rows(named=True):
         proof = (Evidence("memory that was asked for", row["memory"], source=row["file"]),
                  Evidence("candidates", float(row["candidates"]), form="count", source=row["file"]))  # fmt: skip
         answer = f"Newest recommendation: {row['verdict'].rstrip('.')}"

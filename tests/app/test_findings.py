@@ -16,7 +16,7 @@ import store
 from app import exhibits
 from app.cli import main
 from app.exhibits import fresh
-from app.findings import about_experts, about_routing
+from app.findings import about_documents, about_experts, about_routing
 from app.findings.finding import Evidence, beyond
 from app.findings.findings import SCHEMA, SUBJECTS, findings, headlines
 from app.frames import confidence as frames_of_confidence
@@ -142,6 +142,21 @@ def test_a_cache_of_another_size_is_called_so(run: store.Run) -> None:
     shared = consistency.hit_rates(run).filter(pl.col("scope") == "shared")["ratio"].unique().to_list()
     assert rates["ratio"][1] == min(shared, key=lambda one: abs(one - 2.3))
     assert f"{rates['ratio'][1]:.3g} ×" in rates["detail"][1]
+
+
+def test_a_plan_that_is_written_later_is_told_of(tmp_path: Path) -> None:
+    known: dict[object, Any] = {}
+
+    def kept(maker: Any, of: store.Run, /, **arguments: Any) -> Any:
+        """As a page keeps frames: by the version of the run."""
+        key = (maker, of.version, tuple(sorted(arguments.items())))
+        return known.setdefault(key, maker(of, **arguments)) if key not in known else known[key]
+
+    with store.open_run(synthetic.finished(tmp_path)) as run:
+        assert about_documents.plans(run, kept)[0].tone == "unknown"
+        assert main(["plan", str(run.path), "--preset", "frequency", "--share", "0.25"]) == 0
+        (told,) = about_documents.plans(run, kept)
+        assert "keeps 48 of 64 experts" in told.answer and told.page == "Compress"
 
 
 def test_headlines_leave_out_what_the_run_cannot_say(run: store.Run, tmp_path: Path) -> None:

@@ -395,3 +395,11 @@ def test_merging_equals_numpy_on_random_shards(tmp_path: Path) -> None:
     np.testing.assert_array_equal(output["output_max"].to_numpy().reshape(3, 4), largest)
     np.testing.assert_array_equal(output["output_max_channel"].to_numpy().reshape(3, 4), channel)
     np.testing.assert_allclose(np.array(run.table("neuron_activation")["square_sum"].to_list()), squares, rtol=1e-6)
+
+
+def test_a_collection_of_the_same_name_and_length_has_another_version(tmp_path: Path) -> None:
+    folder = _write_two_shards(tmp_path).folder
+    before = store.version_of(folder)
+    assert store.version_of(folder) == before
+    folder.rename(tmp_path / "kept")  # so that its inodes stay taken
+    assert store.version_of(_write_two_shards(tmp_path).folder) != before
