@@ -41,7 +41,7 @@ def test_figures_follow_a_switch_of_the_theme(watched: Watched, url: str) -> Non
 
 def test_choosing_a_run_changes_page_and_address(watched: Watched, url: str) -> None:
     page = watched.page
-    open_page(page, url, "?run=plain")
+    open_page(page, url, "?run=plain", charts=False)
     expect(page.get_by_test_id("stMetricValue").nth(1)).to_have_text("9")
     page.get_by_test_id("stSidebar").get_by_test_id("stSelectbox").click()
     page.get_by_role("option", name="other").click()
@@ -133,7 +133,7 @@ def test_pages_follow_a_run_while_it_grows(browser, url: str, store_directory: P
     try:
         with watched_page(browser) as watched:
             page = watched.page
-            open_page(page, url, "?run=growing")
+            open_page(page, url, "?run=growing", charts=False)
             expect(page.get_by_test_id("stProgress")).to_contain_text("240 of 10,000 tokens")
             expect(page.get_by_test_id("stMetricValue").first).to_have_text("240")
             writer.write_shard(synthetic.tables(3, start=3))
