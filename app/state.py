@@ -43,7 +43,9 @@ def choose_run(entries: dict[str, Entry]) -> Chosen | None:
     if not names:
         return None
     _explain_missing(names)
-    _keep_valid("run", names, default=names[0])
+    if st.session_state.get("run", st.query_params.get("run")) not in names:
+        # Always set for the run, so that the address bar names it even where it is the default.
+        st.session_state["run"] = names[0]
     st.markdown("**Run**")
     name = st.selectbox(
         "Run",
@@ -79,7 +81,8 @@ def choose(
     """
     options = list(options)
     first = default if default in options else options[0]
-    _keep_valid(key, options, default=first)
+    if st.session_state.get(key, first) not in options:
+        del st.session_state[key]  # the widget then takes its default; both at once are refused with a warning
     common: dict[str, Any] = {"key": key, "format_func": words, "help": help, "bind": "query-params"}
     if hidden:
         common["label_visibility"] = "collapsed"
@@ -152,16 +155,6 @@ def choose_phase(phases: Sequence[str]) -> str | None:
     words: Callable[[str], str] = lambda name: "both phases" if name == ALL else name  # noqa: E731
     choice = choose("Phase", [ALL, *phases], key="phase", words=words)
     return None if choice == ALL else choice
-
-
-def _keep_valid(key: str, options: Sequence[str], *, default: str) -> None:
-    """Put the default where the session holds, or the URL asks for, something that is not among the options."""
-    if key in st.session_state:
-        if st.session_state[key] not in options:
-            st.session_state[key] = default
-    elif st.query_params.get(key) not in options and key == "run":
-        # Always set for the run, so that the address bar names it even where it is the default.
-        st.session_state[key] = default
 
 
 def _explain_missing(names: Sequence[str]) -> None:

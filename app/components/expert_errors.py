@@ -25,7 +25,7 @@ def section(run: Run, where: dict[str, Any]) -> None:
         alt="Relative change of the output by width, for all projections and each alone",
         read="Change of the output over its own size; rank 1 = the most hurt expert of the layer.",
         columns={
-            "width": Column("bits", "text"),
+            "width": Column("bits", "text", width=72),
             "whole": Column("all projections"),
             "gate": Column("gate alone"),
             "up": Column("up alone"),

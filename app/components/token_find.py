@@ -83,11 +83,11 @@ def find(run: Run, *, way: str, domain: str | None, other: Callable[[], Run | No
 def _text(run: Run, domain: str | None) -> Finding:
     with st.container(horizontal=True, gap="medium", vertical_alignment="bottom"):
         wanted = st.text_input(
-            "Text", key="text", bind="query-params", max_chars=500, placeholder="words, across tokens and line ends",
+            "Text", key="text", bind="query-params", max_chars=500,
+            placeholder="words, in upper or lower case, across tokens and line ends",
         )  # fmt: skip
         regex = state.choose_flag("Regular expression", key="regex", default=False)
     if not (wanted or "").strip():
-        st.caption("Words are found in upper and lower case, across the borders of tokens.")
         return Finding("text")
     try:
         found = data.made(token_find.by_text, run, wanted=wanted, regex=regex, domain=domain)

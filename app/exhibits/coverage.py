@@ -78,8 +78,8 @@ def convergence(
         read="Two texts of the same kind would agree this far on which experts to keep. Below the target, a plan made "
         "on this text is partly made of its accidents. The dashed line carries the agreement of halves on to longer "
         "texts; where it leaves the measured points, do not trust it beyond them.",
-        rests_on=f"Mean over {len(run.layers)} layers of 100 random choices of disjoint parts, sixteenths of the text: "
-        + _length(run),
+        rests_on=f"Mean over {len(run.layers)} layers of 100 random choices of disjoint parts (band: 95 % of them), "
+        f"sixteenths of the text: {_length(run)}",
         alt="Curve: agreement of two texts over their length, with target and chance",
     )  # fmt: skip
 

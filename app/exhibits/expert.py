@@ -24,7 +24,7 @@ def experts_of_layer(
     """Load of all experts of one layer, one of them marked."""
     where = place(run, layer, expert)
     frame = frames(frames_of_expert.of_layer, run, label=where["label"])
-    title = f"Experts of layer {safe(where['label'])}, by load over that of a balanced router"
+    title = f"Experts of layer {safe(where['label'])}, by their load"
     return Exhibit(
         figure=figures.layer_strip(frame, title=title, layer=where["label"], expert=expert, theme=theme),
         frame=frame,

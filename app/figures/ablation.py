@@ -8,7 +8,7 @@ import polars as pl
 from app.figures.interval import band, whiskers
 from app.figures.style import Theme, layout, log_ticks, message, palette, pickable, safe
 
-_NAMES = {"ablated": "switched off", "random": "random controls", "same layers": "controls of the same layers"}
+_NAMES = {"ablated": "switched off", "random": "random controls", "same layers": "same layers"}
 
 
 def perplexity_ratios(frame: pl.DataFrame, *, theme: Theme = "light") -> go.Figure:

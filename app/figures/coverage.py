@@ -26,7 +26,7 @@ def convergence_curve(
     figure = go.Figure()
     band(
         figure, x=measured["tokens"], low=measured["low"], high=measured["high"], colour=colours.accent,
-        name="95 % of choices of the two texts",
+        name="95 % interval",
     )  # fmt: skip
     figure.add_scatter(
         x=measured["tokens"], y=measured["value"], customdata=measured.select("low", "high").to_numpy(),
@@ -36,7 +36,7 @@ def convergence_curve(
         "<br>95 % of choices %{customdata[0]:.3f} to %{customdata[1]:.3f}<extra></extra>",
     )  # fmt: skip
     figure.add_scatter(
-        x=expected["tokens"], y=expected["value"], mode="lines", name="expected (Spearman-Brown)",
+        x=expected["tokens"], y=expected["value"], mode="lines", name="expected",
         line={"color": colours.accent, "width": 1.5, "dash": "dash"},
         hovertemplate="two texts of %{x:,.0f} tokens<br>expected to agree %{y:.3f}<extra></extra>",
     )  # fmt: skip

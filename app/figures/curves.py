@@ -17,7 +17,7 @@ BALANCE_WORDS = {
     "normalised_entropy": ("normalised entropy", "1 = even"),
     "gini": ("Gini", "0 = even"),
     "cv": ("coefficient of variation", "0 = even"),
-    "max_violation": ("MaxVio", "busiest over mean, less 1"),
+    "max_violation": ("MaxVio", "0 = even"),
 }
 CONFIDENCE_WORDS = {
     "entropy": ("Entropy of the router", "nats"),

@@ -23,7 +23,7 @@ def errors_by_width(frame: pl.DataFrame, *, title: str, theme: Theme = "light") 
         "gate": ("gate alone", colours.categorical[1], "dot", 1.4),
         "up": ("up alone", colours.categorical[2], "dot", 1.4),
         "down": ("down alone", colours.categorical[3], "dot", 1.4),
-        "median": ("all projections, median of the layer", colours.muted, "dash", 1.6),
+        "median": ("median of the layer", colours.muted, "dash", 1.6),
     }
     for column, (name, colour, dash, width) in looks.items():
         if frame[column].null_count() == len(frame):

@@ -180,6 +180,7 @@ def template(theme: Theme = "light") -> go.layout.Template:
             "font": {"color": colours.text, "family": FONT, "size": 12},
             "title": {"font": {"color": colours.text}},
             "legend": {"font": {"color": colours.text}},
+            "modebar": {"bgcolor": "rgba(0,0,0,0)", "color": colours.muted, "activecolor": colours.text},
             "hoverlabel": {
                 "bgcolor": colours.background,
                 "bordercolor": colours.muted,

@@ -47,7 +47,9 @@ def page(run: Run) -> None:
     others = [] if run.live else sorted(n for n, one in data.entries().items() if n != run.name and not one.live)
     with st.container(horizontal=True, gap="medium", vertical_alignment="bottom"):
         domain = state.choose_domain(run.domains)
-        way = state.choose("Find", token_find.ways(run, others), key="find", words=token_find.WAYS.__getitem__)
+        ways = token_find.ways(run, others)
+        default = "text" if "text" in ways else ways[0]  # a word is two clicks away
+        way = state.choose("Find", ways, key="find", default=default, words=token_find.WAYS.__getitem__)
         mode = token_colouring.choose(run, others)
         colouring = token_colouring.options(run, mode)
         other = token_colouring.other_run(run, others, wanted="flip" in mode or way == "flips")

@@ -45,7 +45,7 @@ def verdict(ablation: Ablation) -> Verdict:
         return Verdict(None, against, f"Not judged: {what}, but one sequence has no interval; give more text.")
     if against.low > 1.0:
         return Verdict(True, against, f"Yes: {what}, more than any of the {others}.")
-    return Verdict(False, against, f"No: {what}, not more than the {others}.")
+    return Verdict(False, against, f"No: {what}, not clearly more than the {others}.")
 
 
 def layer_table(ablation: Ablation) -> pl.DataFrame:

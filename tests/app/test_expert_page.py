@@ -177,7 +177,7 @@ def titles(app: AppTest) -> list[str]:
 
 def test_the_page_shows_one_expert_section_by_section(monkeypatch: pytest.MonkeyPatch, finished_path: Path) -> None:
     app = visit(monkeypatch, finished_path.parent, layer=LAYER, expert=str(EXPERT))
-    strip = "Experts of layer 2, by load over that of a balanced router"
+    strip = "Experts of layer 2, by their load"
     assert titles(app) == [strip, "Share of each domain's tokens, layer 2, expert 5"]
     assert "a super expert by the paper's rule" in words(app)
     assert "720 tokens, 9 sequences" in words(app)
