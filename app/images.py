@@ -17,6 +17,7 @@ Picture = Literal["svg", "png", "pdf"]
 WIDTH, HEIGHT = 1000, 420
 """Pixels of a figure that says nothing of its own."""
 
+_CONFIG = {"displaylogo": False, "responsive": True, "toImageButtonOptions": {"format": "svg"}}
 _INSTALL = "html, csv, parquet and json need neither"
 
 
@@ -69,9 +70,7 @@ def page(figure: go.Figure, *, theme: Theme = "light", width: int | None = None,
     """A figure as one HTML file that can be zoomed and opens without a network; always the same bytes."""
     shown = _on_background(figure, theme)
     shown.update_layout({name: size for name, size in (("width", width), ("height", height)) if size is not None})
-    html: str = shown.to_html(
-        include_plotlyjs=True, full_html=True, div_id="figure", config={"displaylogo": False, "responsive": True}
-    )
+    html: str = shown.to_html(include_plotlyjs=True, full_html=True, div_id="figure", config=_CONFIG)
     return html.replace("<body>", f'<body style="margin: 12px; background: {palette(theme).background}">', 1).encode()
 
 

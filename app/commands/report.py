@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import os
 import shlex
-import tempfile
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -46,6 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Write the report; the file appears whole or not at all."""
     import store
+    from app.images import write_whole
     from app.progress import Stoppable
     from app.telling import Telling
 
@@ -59,29 +58,6 @@ def run(options: argparse.Namespace) -> int:
     said = " (still being collected: what is published so far)" if opened.live else ""
     print(f"{output}: {len(content) / 1e6:.2f} MB in {time.monotonic() - began:.1f} s{said}")
     return 0
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file under a name of its own and rename it, so that nobody sees half of it.
-
-    Raises:
-        InputError: it cannot be written there.
-    """
-    from moescope.errors import InputError
-
-    try:
-        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-    except OSError as error:
-        raise InputError(f"{path} cannot be written: {error.strerror or error}") from error
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
-    except OSError as error:
-        raise InputError(f"{path} cannot be written: {error.strerror or error}") from error
-    finally:
-        Path(temporary).unlink(missing_ok=True)
 
 
 def _content(opened: store.Run, options: argparse.Namespace, form: str, tell: Tell) -> bytes:
@@ -139,9 +115,3 @@ def _layers(given: str) -> int:
     if not 0 <= number <= 64:
         raise argparse.ArgumentTypeError(f"{given!r} must be from 0 to 64")
     return number
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

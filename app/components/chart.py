@@ -11,7 +11,7 @@ import plotly.graph_objects as go
 import polars as pl
 import streamlit as st
 
-from app import data, state
+from app import data, images, state
 from app.exhibits.exhibit import Absent, Exhibit
 from app.frames.plain import flat
 from store import Run
@@ -104,7 +104,7 @@ def downloads(frame: pl.DataFrame, figure: go.Figure | None, *, key: str) -> Non
         if figure is not None:
             st.download_button(
                 "Figure, HTML",
-                lambda: page(figure),
+                lambda: images.page(figure, theme=state.theme()),
                 f"{name}.html",
                 "text/html",
                 key=f"html-{key}",
@@ -112,15 +112,6 @@ def downloads(frame: pl.DataFrame, figure: go.Figure | None, *, key: str) -> Non
                 width="stretch",
             )
             st.caption("SVG: the camera in the figure's corner.")
-
-
-def page(figure: go.Figure) -> bytes:
-    """The figure as one HTML file that opens without a network."""
-    copy = go.Figure(figure)
-    background = "#10171F" if state.theme() == "dark" else "#FFFFFF"
-    copy.update_layout(paper_bgcolor=background, plot_bgcolor=background)
-    html: str = copy.to_html(include_plotlyjs=True, full_html=True, config=_config("figure"))
-    return html.encode()
 
 
 def file_name(key: str) -> str:

@@ -222,10 +222,10 @@ def _best_traced(found: Study) -> str:
 
 
 EXHIBITS = (
-    Entry("caching-speed", speed, "Time per token by memory for experts", page="cache"),
-    Entry("caching-ways", ways, "Ways to serve with one memory", page="cache"),
-    Entry("caching-hits", hits, "Hit rate by slots per layer", page="cache"),
-    Entry("caching-parts", parts, "What the hit rate is made of", page="cache"),
+    Entry("caching-speed", speed, "Time per token by memory for experts", page="cache", report=False),
+    Entry("caching-ways", ways, "Ways to serve with one memory", page="cache", report=False),
+    Entry("caching-hits", hits, "Hit rate by slots per layer", page="cache", report=False),
+    Entry("caching-parts", parts, "What the hit rate is made of", page="cache", report=False),
     Entry("caching-domain-times", domain_times, "Time per token by domain", page="cache", report=False),
     Entry("caching-domain-hits", domain_hits, "Hit rate by domain", page="cache", report=False),
 )

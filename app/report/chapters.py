@@ -8,7 +8,7 @@ import plotly.graph_objects as go
 import polars as pl
 
 from app.findings.finding import Finding
-from app.report.document import Document, Missing, Section, Shown
+from app.report.document import FURTHER, Document, Missing, Section, Shown, further_command
 from app.report.inline import markdown, text
 
 _FIRST_ROWS = 6
@@ -36,6 +36,7 @@ def body(
             _figure(one, document.run, figures[one.anchor], tables.get(one.anchor)) for one in section.shown
         )) for section in sections),
         _chapter("What is absent", "absent", _missing(missing)) if missing else "",
+        _chapter("Further figures", "further", _further(document)),
         _chapter("Methods", "methods", _methods(document.methods)) if len(document.methods) else "",
         _chapter("Words", "words", _glossary(document.glossary)),
         _chapter("How this was made", "made", _made(document)),
@@ -70,6 +71,7 @@ def _contents(document: Document, sections: Sequence[Section], missing: Sequence
     items = [("Findings", "findings", ()), ("Provenance", "provenance", ())]
     items += [(section.title, section.anchor, section.shown) for section in sections]  # type: ignore[misc]
     items += [("What is absent", "absent", ())] if missing else []
+    items += [("Further figures", "further", ())]
     items += [("Methods", "methods", ())] if len(document.methods) else []
     items += [("Words", "words", ()), ("How this was made", "made", ())]
     listed = "".join(
@@ -193,6 +195,18 @@ def _missing(missing: Sequence[Missing]) -> str:
     )  # fmt: skip
     head = "<tr><th>figure</th><th>page</th><th>why it is not here, and what would change it</th></tr>"
     return f'<div class="wide"><table><thead>{head}</thead><tbody>{rows}</tbody></table></div>'
+
+
+def _further(document: Document) -> str:
+    rows = "".join(
+        f"<tr><td>{text(one.page)}</td><td>"
+        + "; ".join(f"{text(title)} <code>{text(name)}</code>" for name, title in one.exhibits)
+        + "</td></tr>"
+        for one in document.further
+    )
+    table = f"<table><thead><tr><th>page</th><th>figures</th></tr></thead><tbody>{rows}</tbody></table>"
+    command = text(further_command(document.run))
+    return f'<p class="muted">{text(FURTHER, 400)}</p><pre><code>{command}</code></pre><div class="wide">{table}</div>'
 
 
 def _methods(frame: pl.DataFrame) -> str:

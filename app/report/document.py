@@ -72,6 +72,14 @@ class Section:
 
 
 @dataclass(frozen=True)
+class Further:
+    """The exhibits of one page that no report draws: (name, title) each."""
+
+    page: str
+    exhibits: tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True)
 class Document:
     """The whole report; text in it is as in the data and has to be escaped where it is written."""
 
@@ -84,6 +92,7 @@ class Document:
     layers: tuple[TellingLayer, ...]
     sections: tuple[Section, ...]
     missing: tuple[Missing, ...]
+    further: tuple[Further, ...]
     methods: pl.DataFrame
     glossary: tuple[tuple[str, str], ...]
     command: str
@@ -129,10 +138,28 @@ def compose(
     sections, missing = _sections(run, frames, [one.label for one in telling], both, tell)
     document = Document(
         run=run.name, model=run.info.model, badge=run.badge, live=_live(run), provenance=provenance(run),
-        findings=found, layers=telling, sections=sections, missing=missing, methods=frames(methods, run),
-        glossary=(), command=command,
+        findings=found, layers=telling, sections=sections, missing=missing, further=_further(),
+        methods=frames(methods, run), glossary=(), command=command,
     )  # fmt: skip
     return replace(document, glossary=tuple(used_in(words(document))))
+
+
+FURTHER = (
+    "Reports leave out what takes long, such as caches that are replayed, and what needs a choice, such as an expert, "
+    "a text or a second run. Each is one command; without a name, it lists all of them with their choices:"
+)
+"""Why some exhibits are in no report."""
+
+
+def further_command(run: str) -> str:
+    """The command line that writes any exhibit to a file."""
+    return f"moescope figure {shlex.quote(run)} NAME -o NAME.html"
+
+
+def _further() -> tuple[Further, ...]:
+    left = [entry for entry in exhibits.entries().values() if not entry.report]
+    listed = [(page.title, tuple((one.name, one.title) for one in left if one.page == page.url)) for page in PAGES]
+    return tuple(Further(title, found) for title, found in listed if found)
 
 
 def words(document: Document) -> str:

@@ -8,10 +8,10 @@ from pathlib import Path
 import polars as pl
 
 from app.findings.finding import Finding
+from app.images import picture, write_whole
 from app.markdown import code
-from app.report.document import Document, Shown, Tell
+from app.report.document import FURTHER, Document, Shown, Tell, further_command
 from app.report.inline import clean
-from moescope.errors import RunError
 
 _ROWS = 3
 _LONGEST = 400
@@ -39,6 +39,8 @@ def text(document: Document, *, figures: dict[str, str] | None = None) -> str:
             "## What is absent",
             _table(["figure", "page", "why", "what would change it"], rows, last_is_code=True),
         ]
+    listed = [(one.page, title, name) for one in document.further for name, title in one.exhibits]
+    parts += ["## Further figures", FURTHER, code(further_command(document.run)), _table(["page", "figure", "name"], listed)]
     if len(document.methods):
         parts += ["## Methods", _table(["level", "class", "this run has", "and lacks"], _methods(document.methods))]
     parts += ["## Words", "\n".join(f"- **{_plain(word)}**: {_plain(said)}" for word, said in document.glossary)]
@@ -50,22 +52,15 @@ def pictures(document: Document, folder: Path, *, tell: Tell = lambda _: None) -
     """Write every figure as SVG into a folder; paths by anchor.
 
     Raises:
-        RunError: pictures cannot be made here: kaleido or the browser that it drives is missing.
+        InputError: kaleido or a browser is missing.
+        RunError: the browser could not draw one.
     """
-    import plotly.io
-
     folder.mkdir(parents=True, exist_ok=True)
     shown = [one for section in document.sections for one in section.shown]
     paths = {one.anchor: folder / f"{one.anchor}.svg" for one in shown}
-    tell(f"drawing {len(shown)} pictures")
-    for one in shown:
-        one.exhibit.figure.update_layout(paper_bgcolor="#FFFFFF", plot_bgcolor="#FFFFFF", width=900)
-    try:
-        plotly.io.write_images(
-            [one.exhibit.figure for one in shown], [str(paths[one.anchor]) for one in shown], format="svg"
-        )
-    except (ImportError, ValueError, RuntimeError) as error:
-        raise RunError(f"--figures: pictures need kaleido and a Chromium ({str(error).splitlines()[0]})") from error
+    for number, one in enumerate(shown, 1):
+        tell(f"drawing picture {number} of {len(shown)}")
+        write_whole(paths[one.anchor], picture(one.exhibit.figure, "svg", width=900))
     return {anchor: str(path) for anchor, path in paths.items()}
 
 

@@ -190,6 +190,15 @@ def test_the_file_holds_each_figure_and_its_data(hostile: Document, file: str) -
     assert len(file) < 7_000_000
 
 
+def test_what_no_report_draws_is_named_with_its_command(hostile: Document, file: str) -> None:
+    drawn = {one.name for section in hostile.sections for one in section.shown}
+    left = {name for one in hostile.further for name, _ in one.exhibits}
+    assert {"caching-speed", "caching-hits"} <= left and not drawn & left
+    assert drawn | left <= set(exhibits.entries())
+    for said in (file, as_markdown(hostile)):
+        assert "NAME -o NAME.html" in said and all(name in said for name in left)
+
+
 def test_what_there_is_no_room_for_is_told_of(run: store.Run, monkeypatch: pytest.MonkeyPatch) -> None:
     noise = np.random.default_rng(0).normal(size=(400, 400))
     made = [
