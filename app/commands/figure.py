@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "the data as csv, parquet or json; without it, the data is printed",
     )  # fmt: skip
     parser.add_argument(
-        "--quick", action="store_true", help="list without looking whether the run has each, which draws them all"
+        "--check", action="store_true", help="list whether the run has each, which draws them all: a minute"
     )
     chosen = parser.add_argument_group("choices", "each figure has some of them; the list says which")
     chosen.add_argument("--layer", metavar="L", help="the MoE layer (2.1 = second module of layer 2)")
@@ -79,9 +79,8 @@ def _list(opened: store.Run, options: argparse.Namespace) -> None:
     from app.telling import Telling
     from app.text import table
 
-    if options.quick:
-        frame = listed()
-    else:
+    frame = listed()
+    if options.check:
         with Telling() as tell:
             frame = figures(opened, tell=tell)
     print(json.dumps(frame.to_dicts()) if options.json else table(frame, rows=None))

@@ -42,7 +42,7 @@ def section(run: Run) -> None:
             "command": table.Column("command", "text", width=400),
         },
         read="The ending of the file says what is written: svg, png, pdf, html, or the data as csv, parquet, json. "
-        "`moescope figure RUN` says which of them this run has.", height=560,
+        "`moescope figure RUN --check` says which of them this run has.", height=560,
     )  # fmt: skip
 
 

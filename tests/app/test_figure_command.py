@@ -83,11 +83,11 @@ def test_the_list_says_what_the_run_has(
 
     absent = exhibits.Entry("nothing", none, "Nothing at all", page="routing")
     monkeypatch.setattr("app.exhibits.entries", lambda: {"load": entry, "nothing": absent})
-    assert main(["figure", str(finished_path), "--json"]) == 0
+    assert main(["figure", str(finished_path), "--check", "--json"]) == 0
     first, second = json.loads(capsys.readouterr().out)
     assert first["here"] and "scale=relative|share" in first["choices"] and first["page"] == "routing"
     assert not second["here"] and second["reason"] == "There is nothing. moescope demo"
-    assert main(["figure", str(finished_path), "--quick", "--json"]) == 0
+    assert main(["figure", str(finished_path), "--json"]) == 0
     assert [set(row) for row in json.loads(capsys.readouterr().out)] == [{"name", "title", "page", "choices"}] * 2
     assert main(["figure", str(finished_path), "nothing"]) == 2
     assert "There is nothing." in capsys.readouterr().err
