@@ -100,6 +100,11 @@ def test_commands_work_without_torch(moescope: tuple[str, Path, dict[str, str]],
     assert shown["info"]["tokens"] > 100_000
     said("report", str(run), "-o", "report.html")
     assert (folder / "report.html").stat().st_size > 100_000
+    said("figure", str(run), "load", "-o", "load.csv")
+    assert len((folder / "load.csv").read_text(encoding="utf-8").splitlines()) > shown["info"]["num_layers"]
+    assert json.loads(said("query", str(run), "SELECT sum(tokens) AS tokens FROM sequence", "--json")) == [
+        {"tokens": shown["info"]["tokens"]}
+    ]
 
 
 @pytest.fixture

@@ -40,7 +40,12 @@ def text(document: Document, *, figures: dict[str, str] | None = None) -> str:
             _table(["figure", "page", "why", "what would change it"], rows, last_is_code=True),
         ]
     listed = [(one.page, title, name) for one in document.further for name, title in one.exhibits]
-    parts += ["## Further figures", FURTHER, code(further_command(document.run)), _table(["page", "figure", "name"], listed)]
+    parts += [
+        "## Further figures",
+        FURTHER,
+        code(further_command(document.run)),
+        _table(["page", "figure", "name"], listed),
+    ]
     if len(document.methods):
         parts += ["## Methods", _table(["level", "class", "this run has", "and lacks"], _methods(document.methods))]
     parts += ["## Words", "\n".join(f"- **{_plain(word)}**: {_plain(said)}" for word, said in document.glossary)]
