@@ -205,12 +205,16 @@ export default function ({ data: given, parentElement, setTriggerValue }) {
       keep(active)
     }
   }
+  // A new search begins at its first hit.
+  const hit = data.marked === "found" && root.dataset.marks !== String(data.marks) ? data.marks[0] - data.start : null
+  root.dataset.marks = data.marks
   root.dataset.start = data.start
   root.replaceChildren(head, text, panel)
   show(kept)
   if (scrolled !== null) text.scrollTop = scrolled
-  if (kept !== null) {
-    const node = nodes[kept]
+  const sought = kept ?? hit
+  if (inside(sought)) {
+    const node = nodes[sought]
     const top = node.offsetTop - text.offsetTop
     if (top < text.scrollTop || top > text.scrollTop + text.clientHeight - 20) text.scrollTop = top - text.clientHeight / 3
   }

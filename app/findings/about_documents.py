@@ -73,7 +73,7 @@ def ablations(run: store.Run, frames: Frames) -> list[Finding]:
                           ablated["ratio_high"], largest, "worst of the controls", source="ablation",
                           exhibit="ablation"),)  # fmt: skip
         tone: Tone = "attention" if more else "plain"
-        answer = f"Switched off {names}: {sentence.rstrip('.')}"
+        answer = f"Experts {names}: {sentence.split(': ', 1)[-1].rstrip('.')}"
         found.append(Finding("Experiments", answer, evidence=proof, tone=tone, page="Super experts"))
     return found
 

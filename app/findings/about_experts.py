@@ -56,7 +56,7 @@ def super_experts(run: store.Run, frames: Frames) -> list[Finding]:
     for row in frames(frames_of_super_experts.output_maxima, run).head(1).iter_rows(named=True):
         name = f"largest |output|, layer {row['label']}, {'shared ' if row['kind'] == 'shared' else ''}expert"
         proof.insert(0, Evidence(f"{name} {row['expert']}", row["value"], control=limit["paper"],
-                                 control_is="what the paper's rule asks for", source="table expert_output",
+                                 control_is="rule, where massive activations form", source="table expert_output",
                                  exhibit="outputs"))  # fmt: skip
         where = {"layer": row["label"], "expert": row["expert"] if row["kind"] == "routed" else None}
         if paper.is_empty() and limit["paper"] is not None and row["value"] > limit["paper"]:
@@ -158,7 +158,8 @@ def _super_experts(paper: pl.DataFrame, code: pl.DataFrame) -> tuple[str, list[s
         answer = f"{len(paper)} super expert{'s' if len(paper) > 1 else ''}, as (layer, expert): {names}"
         return answer, ["No plan should touch them: removing them can break the model."]
     if len(code):
-        return "No super expert by the paper's rule", [f"The looser rule of its code names {len(code)}."]
+        named = f"{len(code)} expert{'s' if len(code) > 1 else ''}"
+        return "No super expert by the paper's rule", [f"The looser rule of its code names {named}."]
     return "No super expert: no output stands out by the published rules", []
 
 
