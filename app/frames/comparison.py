@@ -210,14 +210,22 @@ def _has(experts: int, names: NDArray[np.int16] | None) -> NDArray[np.bool_]:
     return np.ones(experts, bool) if names is None else np.isin(np.arange(experts), names)
 
 
+def _sizes(experts: int, names: NDArray[np.int16] | None) -> NDArray[np.int64]:
+    """(experts,) how many experts of a run go by each number of the original."""
+    named = np.arange(experts) if names is None else names[names >= 0]
+    return np.bincount(named, minlength=experts).astype(np.int64)
+
+
 def _baselines(layer: LayerComparison) -> tuple[float, float, float, float]:
     """Overlap by chance and by popularity, first choice by chance and by popularity."""
     experts, tokens = layer.pair.num_experts, int(layer.sums[:, -1].sum())
     first, second = (load.sum(0) for load in layer.loads)
+    one, other = (_sizes(experts, names) for names in layer.pair.names)
+    chance, first_chance = metrics.chance_agreement(top_k=layer.top_k, sizes=(one, other))
     return (
-        metrics.chance_overlap(top_k=layer.top_k, num_experts=experts),
+        chance,
         metrics.popularity_overlap(first=first, second=second, tokens=tokens),
-        1.0 / experts,
+        first_chance,
         metrics.popularity_overlap(first=layer.firsts[0], second=layer.firsts[1], tokens=tokens),
     )
 

@@ -131,6 +131,28 @@ def chance_overlap(*, top_k: tuple[float, float], num_experts: int) -> float:
     return min(top_k) / num_experts
 
 
+def chance_agreement(*, top_k: tuple[int, int], sizes: tuple[IntArray, IntArray]) -> tuple[float, float]:
+    """Overlap, and share of equal first choices, of two independent, uniformly random selections, where experts go by
+    names: what became one goes by one name.
+
+    Args:
+        top_k: experts that each run selects.
+        sizes: for each run (names,) how many of its experts go by each name. With one each: k / E and 1 / E.
+    """
+    taken = [_reached(size, k) for size, k in zip(sizes, top_k, strict=True)]
+    firsts = [size / max(int(size.sum()), 1) for size in sizes]
+    most = max(float(one.sum()) for one in taken)
+    return float(taken[0] @ taken[1]) / most if most else float("nan"), float(firsts[0] @ firsts[1])
+
+
+def _reached(size: IntArray, top_k: int) -> FloatArray:
+    """(names,) chance that one of the experts of a name is among ``top_k`` random ones of all."""
+    experts, missed = int(size.sum()), np.ones(len(size))
+    for drawn in range(min(top_k, experts)):
+        missed *= np.clip(experts - size - drawn, 0, None) / (experts - drawn)
+    return np.asarray(1.0 - missed)
+
+
 def popularity_overlap(*, first: IntArray, second: IntArray, tokens: int) -> float:
     """Overlap that the experts' popularity alone gives: each token of one run beside any token of the other.
 

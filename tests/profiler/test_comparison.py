@@ -390,3 +390,20 @@ def test_shuffled_tokens_agree_by_popularity(precisions: Path) -> None:
     overlap = comparison.token_agreement(first=ids, second=shuffled).overlap
     expected = comparison.popularity_overlap(first=load, second=load, tokens=len(ids))
     assert overlap.mean() == pytest.approx(expected, abs=4 * overlap.std() / np.sqrt(len(ids)))
+
+
+def test_chance_knows_experts_that_became_one() -> None:
+    """Drawn: eight experts of which three and two became one, against the five that are left."""
+    rng = np.random.default_rng(3)
+    names, left = np.array([0, 1, 1, 3, 4, 4, 4, 7]), np.array([0, 1, 3, 4, 7])
+    overlaps, firsts = [], []
+    for _ in range(20_000):
+        one, other = names[rng.permutation(8)[:2]], left[rng.permutation(5)[:2]]
+        overlaps.append(len({*one.tolist()} & {*other.tolist()}) / 2)
+        firsts.append(one[0] == other[0])
+    sizes = np.bincount(names, minlength=8), np.bincount(left, minlength=8)
+    overlap, first = comparison.chance_agreement(top_k=(2, 2), sizes=sizes)
+    assert overlap == pytest.approx(np.mean(overlaps), abs=0.01) and first == pytest.approx(np.mean(firsts), abs=0.01)
+    alone = np.ones(8, np.int64)
+    plain = comparison.chance_agreement(top_k=(3, 2), sizes=(alone, alone))
+    assert plain == pytest.approx((comparison.chance_overlap(top_k=(3, 2), num_experts=8), 1 / 8))
