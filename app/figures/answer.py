@@ -50,8 +50,14 @@ def answer_chart(
 
 
 def _heatmap(frame: pl.DataFrame, x: str, y: str, value: str, title: str, theme: Theme) -> go.Figure:
-    cells = frame.group_by(x, y, maintain_order=True).agg(pl.col(value).cast(pl.Float64).mean())
-    across, down = _ordered(frame[x]), _ordered(frame[y])
+    # One column may be asked for twice; what is no number is missing, and equals nothing, itself included.
+    frame = frame.select(
+        _without_nan(frame[x]).alias("x"),
+        _without_nan(frame[y]).alias("y"),
+        frame[value].cast(pl.Float64).alias("value"),
+    )
+    cells = frame.group_by("x", "y", maintain_order=True).agg(pl.col("value").mean())
+    across, down = _ordered(frame["x"]), _ordered(frame["y"])
     if len(across) * len(down) > MOST_CELLS:
         return message(f"{len(across):,} x {len(down):,} cells are too many to draw.", title=title, theme=theme)
     values = np.full((len(down), len(across)), np.nan)
@@ -130,6 +136,10 @@ def _axis(column: pl.Series) -> Any:
     if column.dtype.is_numeric() or column.dtype.is_temporal():
         return column.to_list()
     return [safe("missing" if value is None else value) for value in column.to_list()]
+
+
+def _without_nan(column: pl.Series) -> pl.Series:
+    return column.fill_nan(None) if column.dtype.is_float() else column
 
 
 def _ordered(column: pl.Series) -> list[Any]:

@@ -133,3 +133,11 @@ def test_the_first_chart_is_one_that_can_be_drawn() -> None:
     curves = pl.DataFrame({"run": ["a", "b"] * 3, "layer": [0, 0, 1, 1, 2, 2], "tokens": range(6)})
     assert default_chart(curves) == {"kind": "line", "x": "layer", "y": "tokens", "colour": "run"}
     assert default_chart(pl.DataFrame({"a": ["x"], "b": ["y"]})) == {}
+
+
+def test_a_column_may_be_asked_for_twice_and_hold_what_is_no_number() -> None:
+    frame = pl.DataFrame({"a": [1.0, float("nan"), None], "b": [0, 0, 1], "v": [2.0, 4.0, 6.0]})
+    shown = answer_chart(frame, kind="heatmap", x="a", y="b", colour="v").data[0]
+    assert list(shown.x) == ["1.0", "None"] and shown.z.tolist()[0] == [2.0, 4.0] and shown.z[1][1] == 6.0
+    for x, y, value in (("v", "v", "v"), ("v", "b", "v"), ("a", "a", "v"), ("b", "v", "b")):
+        assert answer_chart(frame, kind="heatmap", x=x, y=y, colour=value).data[0].z.shape
