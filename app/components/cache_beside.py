@@ -19,8 +19,11 @@ _COLUMNS = {
             "hit rate", "steps that wait", "recall", "chance", "precision", "steps whole", "of what LRU lacks"
         )
     },
-    "policy": Column("policy", "text", width="medium"),
-    "foreseen by": Column("foreseen by", "text", width="medium"),
+    "policy": Column("policy", "text", width=250),
+    "foreseen by": Column("foreseen by", "text", width=230),
+    "sequences": Column("sequences", "text", width=250),
+    "experts read per token and layer": Column("experts read", help="per token and layer"),
+    "ms per token, loaded": Column("ms per token", help="where missing experts are loaded"),
     "of which wasted": Column("of which wasted, MB"),
 }  # fmt: skip
 

@@ -133,10 +133,12 @@ def _last(frame: pl.DataFrame) -> None:
         ),
         key="timeline-last", alt="Every measure at the last checkpoint",
         columns={
-            "measure": Column("measure", "text"), "first_worst": Column("worst, first", "figure"),
-            "worst": Column("worst, last", "figure"), "near": Column("90th percentile", "figure", "towards the worst"),
+            "measure": Column("measure", "text", width=180), "label": Column("layer", "text", width=56),
+            "first_worst": Column("worst, first", "figure"),
+            "worst": Column("worst, last", "figure"),
+            "near": Column("90th percentile", "figure", "towards the worst", width=110),
             "median": Column("median", "figure"), "threshold": Column("threshold", "figure"),
-            "over": Column("layers over", "count"), "layers": Column("of", "count"),
+            "over": Column("layers over", "count"), "layers": Column("of", "count", width=44),
             "checkpoint": Column("last checkpoint", "text"),
         },
         read="The worst layer at the first and at the last checkpoint. A row shows that layer. Empty threshold: it has "

@@ -26,7 +26,7 @@ def controls(run: Run) -> dict[str, Any]:
     usable = {one.name: one for one in frames.usable(run)}
     asked: dict[str, Any] = {}
     with st.container(horizontal=True, gap="small", vertical_alignment="bottom"):
-        with st.container(width=310):
+        with st.container(width=250):
             asked["method"] = state.choose("Method", list(usable), key="method", words=_title)
         with _narrow():
             asked["devices"] = state.choose_number(

@@ -53,6 +53,7 @@ def domain_shares(frame: pl.DataFrame, *, title: str, theme: Theme = "light") ->
         go.Bar(
             x=shown["share"], y=names, orientation="h", name="share of the domain's tokens", error_x=error,
             customdata=shown.select("selections", "tokens", "ratio").to_numpy(), marker={"color": colours.accent},
+            showlegend=False,
             hovertemplate="%{y}<br>%{x:.2%} of %{customdata[1]:,} tokens<br>%{customdata[2]:.2f} times its share of "
             "all text<extra></extra>",
         )
@@ -64,7 +65,7 @@ def domain_shares(frame: pl.DataFrame, *, title: str, theme: Theme = "light") ->
         )  # fmt: skip
     layout(
         figure, title=title, x="share of the domain's tokens", y="", theme=theme,
-        height=rows_height(len(shown), each=28, least=240), bargap=0.35, wide=False,
+        height=rows_height(len(shown), each=28, least=240), bargap=0.35,
     )  # fmt: skip
     figure.update_xaxes(tickformat=".0%", rangemode="tozero")
     figure.update_yaxes(type="category", showgrid=False)

@@ -58,7 +58,8 @@ def page(run: Run) -> None:
             words = state.plain(curve_frames.mixture(plan), 200)
             st.markdown(f"**{words[0].upper()}{words[1:]}**")
         compress_plan.figures(run, plan, calibration=calibration, candidate=best)
-    _sections(run, known, plan, made, found, asked_for, common, calibration)
+    refused = found is None and kind == compress_controls.ADVISED  # and the reason stands above
+    _sections(run, known, plan, made, found, None if refused else asked_for, common, calibration)
     compress_apply.running_jobs(run)
 
 
@@ -68,13 +69,13 @@ def _sections(
     plan: Plan | None,
     made: dict[str, Any],
     found: Recommendation | None,
-    asked_for: compress_curve.Budget,
+    asked_for: compress_curve.Budget | None,
     common: dict[str, Any],
     calibration: str,
 ) -> None:
-    drawers: dict[str, Callable[[], None]] = {
-        "Size and cost": lambda: _size_and_cost(run, found, asked_for, common),
-    }
+    drawers: dict[str, Callable[[], None]] = {}
+    if asked_for is not None:
+        drawers["Size and cost"] = lambda: _size_and_cost(run, found, asked_for, common)
     if plan is not None:
         drawers["Plan"] = lambda: _plan(run, plan, calibration)
     drawers |= {

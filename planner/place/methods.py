@@ -231,7 +231,7 @@ def pass_loads(work: Workload, *, batch: int) -> FloatArray:
 
 
 METHODS: tuple[Method, ...] = (
-    Method("eplb", "EPLB: replicate busy experts, pack evenly", "arXiv 2412.19437", _eplb, replicates=True),
+    Method("eplb", "EPLB: replicate busy experts", "arXiv 2412.19437", _eplb, replicates=True),
     Method("lpt", "longest first, then swaps", "Graham 1969", _lpt, replicates=True),
     Method("moetuner", "balanced clusters, near those before", "arXiv 2502.06643", _moetuner, needs_trace=True),
     Method("affinity", "experts that tokens use together", "arXiv 2401.08383", _affinity, needs_trace=True),

@@ -155,7 +155,7 @@ def test_counts_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     app = visit(monkeypatch, path.parent, devices="2")
     assert "this run holds counts and no trace" in words(app)
     assert set(app.selectbox(key="method").options) == {
-        "EPLB: replicate busy experts, pack evenly", "longest first, then swaps", "replicas that attention hides",
+        "EPLB: replicate busy experts", "longest first, then swaps", "replicas that attention hides",
         "as engines begin",
     }  # fmt: skip
     assert not [one for one in app.number_input if one.key == "requests"]
