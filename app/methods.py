@@ -196,6 +196,11 @@ METHODS: tuple[Method, ...] = (
 """What no registry holds, in the order of :data:`CLASSES`."""
 
 _OF_STEP = {"drop": _PRUNING, "slim": _PRUNING, "merge": _MERGING, "quantize": _QUANTIZATION, "factor": _DECOMPOSITION}
+_READS = {
+    **dict.fromkeys(("tcess", "mc_smoe", "m_smoe"), "logits"),
+    **dict.fromkeys(("gate_mass", "dern_score", "dern"), "weights"),
+}
+"""What presets need of level routing that not every source has."""
 _OF_PLACING = {"affinity": _ALL_TO_ALL, "contiguous": _STRATEGY}
 
 
@@ -212,7 +217,8 @@ def _presets() -> list[Method]:
 
     return [
         Method("model", _OF_STEP[one.step], one.title, one.source, "plan", f"preset:{one.name}",
-               tuple(level for level in one.level.split(",") if level != "routing"),
+               (*(level for level in one.level.split(",") if level != "routing"),
+                *([_READS[one.name]] if one.name in _READS else [])),
                "ours differs from what was published; docs/plan.md says how" if one.differs else "")
         for one in PRESETS
     ]  # fmt: skip

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cached_property
 
 import polars as pl
 
 import store
 from app.methods import CLASSES, Method, address
 from app.methods import methods as every
+from moescope.errors import PlanError
+from planner.source import source_of
 
 _SCHEMA = {
     "level": pl.String,
@@ -48,6 +51,7 @@ def methods(run: store.Run) -> pl.DataFrame:
 
 def _row(one: Method, have: _Have, run: store.Run) -> tuple[object, ...]:
     lacks = "" if one.here == "not here" else next((said for need in one.needs if (said := have.lacks(need))), "")
+    lacks = lacks or have.refuses(one.where)
     available = one.here != "not here" and not lacks
     return (
         one.level, one.group, one.name, one.paper, one.here, address(one.where),
@@ -67,6 +71,18 @@ class _Have:
         if need not in self._known:
             self._known[need] = self._look(need)
         return self._known[need]
+
+    def refuses(self, where: str) -> str:
+        """Why the planner makes no such plan of the run, though the run has all that was asked; empty where it does."""
+        return self._without_source if where.partition(":")[0] in ("preset", "place", "policy", "prefetch") else ""
+
+    @cached_property
+    def _without_source(self) -> str:
+        try:
+            source_of(self._run)
+        except PlanError as error:
+            return str(error).rstrip(".")
+        return ""
 
     def _look(self, need: str) -> str:
         run = self._run

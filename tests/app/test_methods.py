@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import re
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import synthetic
 import store
 from app.commands import COMMANDS
 from app.commands.show import VIEWS, view
+from app.frames.compress_presets import presets
 from app.frames.methods import BESIDE, HAVE, methods
 from app.methods import CLASSES
 from app.methods import methods as every
@@ -22,6 +24,8 @@ from planner.presets import PRESETS
 from planner.simulate.policies.registry import POLICIES
 from planner.simulate.prefetch import METHODS as WAYS
 from profiler.capture.levels import LEVELS
+from profiler.importers.job import import_run
+from profiler.importers.recording import ImportOptions
 from profiler.metrics.registry import METRICS
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -98,3 +102,20 @@ def test_a_run_without_activations_lacks_what_needs_them(tmp_path: Path) -> None
         frame = methods(run)
     row = frame.row(by_predicate=pl.col("method") == "Super experts", named=True)
     assert not row["available"] and "activations" in row["reason"]
+
+
+def test_plans_are_available_where_the_planner_makes_them(tmp_path: Path, run: store.Run) -> None:
+    rows = "\n".join(f"{layer},{expert}" for layer in range(6) for expert in range(16) for _ in range(expert + 1))
+    (tmp_path / "counts.csv").write_text(f"layer,expert\n{rows}\n")
+    model = json.loads((Path(__file__).parents[2] / "sample_data" / "model" / "config.json").read_text())
+    for name, options in (("known", ImportOptions(config=model)), ("bare", ImportOptions(num_experts=16, top_k=2))):
+        import_run("csv", tmp_path / "counts.csv", directory=tmp_path, name=name, options=options)
+    with store.open_run(tmp_path / "known.duckdb") as known, store.open_run(tmp_path / "bare.duckdb") as bare:
+        for one in (run, known, bare):
+            here = dict(presets(one).select("title", "here").iter_rows())
+            judged = methods(one).filter(pl.col("method").is_in(list(here)))
+            wrong = [name for name, had in judged.select("method", "available").iter_rows() if here[name] != had]
+            assert len(judged) == len(here) and not wrong, one.name
+        assert methods(known).filter(pl.col("where").str.contains("--method eplb"))["available"].all()
+        placed = methods(bare).filter(pl.col("where").str.contains("--method eplb"))
+    assert not placed["available"].any() and "width of the experts" in placed["reason"][0]
