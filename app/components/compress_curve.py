@@ -36,6 +36,12 @@ _SHOWN = {
 }  # fmt: skip
 
 
+MOST_UNASKED = 16_384
+"""Experts of all layers together up to which every plan is priced when the page opens (some seconds)."""
+
+_ASKED = "price-all-of"
+
+
 @dataclass(frozen=True)
 class Budget:
     """What the experts may take.
@@ -80,6 +86,19 @@ def budget(run: Run) -> Budget:
 def _measured_words(found: Recommendation) -> str:
     count = sum(one.measurement is not None for one in found.candidates)
     return f"{count} measured" if count else "nothing measured"
+
+
+def wanted(run: Run) -> bool:
+    """Whether plans are to be priced now: at once, or where there are very many experts, when it was asked for."""
+    experts = sum(layer.num_experts for layer in run.layers)
+    if experts <= MOST_UNASKED or st.session_state.get(_ASKED) == run.name:
+        return True
+    st.info(
+        f"Pricing every way to compress {experts:,} experts takes a minute or more; a single preset takes seconds.",
+        icon=":material/timer:",
+    )
+    st.button("Price them all", key="price-all", on_click=lambda: st.session_state.update({_ASKED: run.name}))
+    return False
 
 
 def advice(run: Run, asked_for: Budget, asked: dict[str, Any]) -> Recommendation | None:

@@ -45,7 +45,8 @@ def page(run: Run) -> None:
         kind = compress_controls.kind()
         asked_for = compress_curve.budget(run)
     common = compress_controls.common(run)
-    found = compress_curve.advice(run, asked_for, common) if kind == compress_controls.ADVISED else None
+    advised = kind == compress_controls.ADVISED and compress_curve.wanted(run)
+    found = compress_curve.advice(run, asked_for, common) if advised else None
     if found is not None:
         plan, made, best = _advised(run, found, common)
         compress_curve.verdict(found)
@@ -91,6 +92,8 @@ def _sections(
 def _size_and_cost(
     run: Run, found: Recommendation | None, asked_for: compress_curve.Budget, common: dict[str, Any]
 ) -> None:
+    if found is None and not compress_curve.wanted(run):
+        return
     advised = compress_curve.advice(run, asked_for, common) if found is None else found
     if advised is not None:
         compress_curve.section(run, advised, asked_for, common)
