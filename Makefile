@@ -22,8 +22,8 @@ install: .venv/installed  ## set up .venv with everything
 demo: install  ## profile the bundled model and open the dashboard; ARGS=--no-dashboard ends after the summary
 	@$(BIN)/python -P -m app.cli demo $(ARGS)
 
-test: install  ## run all tests, on two cores; those that need a browser are skipped where there is none
-	$(BIN)/python -P -m pytest -n 2 --dist loadfile $(ARGS)
+test: install  ## run all tests, three at a time (some wait for a browser); those that need a browser are skipped where there is none
+	$(BIN)/python -P -m pytest -n 3 --dist loadfile $(ARGS)
 
 check: install  ## ruff and mypy
 	$(BIN)/ruff check .
