@@ -152,7 +152,8 @@ def _figures(values: dict[str, float | None]) -> str:
 
 
 def _layers(frame: pl.DataFrame) -> str:
-    return f"{frame['place'].n_unique()} checkpoints, {frame['label'].n_unique()} layers."
+    layers = frame["label"].n_unique()
+    return f"{frame['place'].n_unique()} checkpoints, {layers} layer{'s' if layers != 1 else ''}."
 
 
 def _collapse(run: store.Run, *, paths: tuple[str, ...], versions: object) -> pl.DataFrame:

@@ -239,3 +239,10 @@ def test_the_command_prints_alerts(folder: Path, capsys: pytest.CaptureFixture[s
     capsys.readouterr()
     assert main(["compare", "narrow", "train-500", "train-1500", "--store", str(folder)]) == 2
     assert "has other MoE layers" in capsys.readouterr().err
+
+
+def test_what_a_timeline_rests_on_is_counted_in_words(runs: list[store.Run]) -> None:
+    frame = timeline.over_checkpoints(runs)
+    one = frame.filter(label=frame["label"][0])
+    assert exhibits._layers(one) == f"{len(runs)} checkpoints, 1 layer."
+    assert exhibits._layers(frame) == f"{len(runs)} checkpoints, {frame['label'].n_unique()} layers."
