@@ -129,15 +129,15 @@ def expert_map(figure: go.Figure, *, title: str, labels: list[str], width: int, 
     )
     figure.update_yaxes(
         type="category",
-        autorange="reversed",
+        range=[len(labels) - 0.5, -0.5],  # marks on the map would otherwise leave a margin
         showgrid=False,
         categoryorder="array",
         categoryarray=labels,
         nticks=24,
         ticks="",
     )
-    figure.update_xaxes(
-        showgrid=False, zeroline=False, ticks="", type="category" if figure.data[0].x is not None else "linear"
-    )
-    figure.update_xaxes(nticks=24)
+    named = figure.data[0].x is not None
+    figure.update_xaxes(showgrid=False, zeroline=False, ticks="", type="category" if named else "linear", nticks=24)
+    if not named:
+        figure.update_xaxes(range=[-0.5, width - 0.5])
     return pickable(figure, layer="y", expert="x")

@@ -174,11 +174,7 @@ def output_map(frame: pl.DataFrame, *, tokens: str = "all", theme: Theme = "ligh
             hovertemplate="super expert<br>layer %{y}, expert %{x}<br>largest |output| "
             "%{customdata:,.3g}<extra></extra>",
         )
-    expert_map(figure, title=title, labels=labels, width=width, theme=theme)
-    # Rings would make the axes wider than the map.
-    figure.update_xaxes(range=[-0.5, width - 0.5])
-    figure.update_yaxes(autorange=False, range=[len(labels) - 0.5, -0.5])
-    return figure
+    return expert_map(figure, title=title, labels=labels, width=width, theme=theme)
 
 
 def _routed(frame: pl.DataFrame) -> list[str]:

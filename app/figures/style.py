@@ -217,12 +217,12 @@ def colorbar(title: str, **more: Any) -> dict[str, Any]:
 
 
 def log_ticks(values: Iterable[float | None]) -> dict[str, Any]:
-    """Ticks of a log axis for these values: powers of ten, with 2 and 5 between them where there are few."""
+    """Ticks of a log axis for these values: powers of ten, with more between them where there are few."""
     positive = [value for value in values if value is not None and value > 0]
     if not positive:
         return {"type": "log", "dtick": 1}
     low, high = min(positive), max(positive)
-    steps = (1, 2, 5) if high / low < 300 else (1,)
+    steps = (1, 1.5, 2, 3, 5, 7) if high / low < 4 else (1, 2, 5) if high / low < 300 else (1,)
     powers = range(math.floor(math.log10(low)) - 1, math.ceil(math.log10(high)) + 2)
     ticks = [step * 10.0**power for power in powers for step in steps]
     shown = [tick for tick in ticks if low / 3 <= tick <= high * 3]

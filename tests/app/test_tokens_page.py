@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import plotly.graph_objects as go
 import pytest
 import synthetic
+from streamlit.elements.lib import policies
 from streamlit.testing.v1 import AppTest
 from test_token_measures import _scored
 from visiting import visited
 
 import store
 from app import exhibits
+from app.figures.heatmap import expert_map
 from app.frames import tokens
 from moescope.errors import InputError
 
@@ -117,3 +120,24 @@ def test_exhibits_of_a_sequence(directory: Path) -> None:
             assert shown.frame["value"].null_count() == 0
         with pytest.raises(InputError, match="no sequence 77"):
             exhibits.make("token-measure", run, choices={"sequence": 77})
+
+
+def test_words_are_looked_for_without_choosing_how(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    app = visited(monkeypatch, directory, "tokens", run="one", text="本")
+    assert app.selectbox(key="find").value == "text" and "hits in" in _words(app)
+
+
+def test_a_section_that_a_page_lacks_is_forgotten_in_silence(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    app = visited(monkeypatch, directory, "routing", section="Pairs", run="one")
+    warned: list[str] = []
+    monkeypatch.setattr(policies, "_shown_default_value_warning", False)
+    monkeypatch.setattr(policies._LOGGER, "warning", lambda text, *_, **__: warned.append(str(text)))
+    app.switch_page("views/expert.py").run()
+    assert app.session_state["section"] == "Summary" and warned == []
+
+
+def test_marks_do_not_widen_a_map_of_experts() -> None:
+    heat = go.Heatmap(z=[[0, 1, 2], [3, 4, 5]], y=["0", "1"])
+    figure = go.Figure([heat, go.Scatter(x=[2], y=["1"], mode="markers")])
+    expert_map(figure, title="", labels=["0", "1"], width=3, theme="light")
+    assert tuple(figure.layout.xaxis.range) == (-0.5, 2.5) and tuple(figure.layout.yaxis.range) == (1.5, -0.5)
