@@ -14,6 +14,7 @@ from app.components.page import render
 from app.components.sections import sections
 from app.components.token_colouring import Colouring
 from app.components.token_find import Finding
+from app.components.token_part import token_part
 from app.components.token_strip import token_strip
 from app.exhibits import tokens as exhibits
 from app.exhibits.absent import require
@@ -93,7 +94,7 @@ def _about(run: Run, sequence: int) -> None:
 def _text(run: Run, sequence: int, colouring: Colouring, finding: Finding, other: Run | None) -> None:
     length = int(data.frame(tokens.sequences, run).filter(pl.col("sequence") == sequence)["tokens"].item(0))
     selected = _selected(length)
-    first = _part(length, sequence, selected)
+    first = token_part(length, sequence, selected)
     last = min(first + tokens.PART, length) - 1
     text = data.detail(tokens.sequence_tokens, run, sequence=sequence, first=first, last=last)
     routes: Routes = data.large(tokens.routes, run, sequence=sequence, first=first, last=last)
@@ -129,33 +130,6 @@ def _text(run: Run, sequence: int, colouring: Colouring, finding: Finding, other
     _along(run, sequence, first, colouring, measured)
     if selected is not None and routes.start <= selected < routes.start + routes.count:
         _route_of(routes, selected)
-
-
-def _part(length: int, sequence: int, selected: int | None) -> int:
-    """The first token that is shown: of the chosen part, or of the part with the kept token where that has moved."""
-    count = max(-(-length // tokens.PART), 1)
-    held, seen = st.session_state, st.session_state.get("tokens-seen")
-    held["tokens-seen"] = now = (held.get("run"), sequence, selected)
-    if seen != now and selected is not None:
-        held["part"] = selected // tokens.PART + 1
-    elif seen is not None and seen[:2] != now[:2]:
-        held["part"] = 1
-    if count < 2:
-        return 0
-    if held.get("part") is None:
-        if "part" not in st.query_params:
-            held["part"] = 1
-    elif not (isinstance(held["part"], int) and 1 <= held["part"] <= count):
-        held["part"] = 1
-    with st.container(horizontal=True, gap="small", vertical_alignment="center"):
-        st.caption("Part", width="content")
-        part = st.number_input(
-            "Part", 1, count, None, step=1, key="part", bind="query-params", width=130, label_visibility="collapsed"
-        )  # fmt: skip
-        first = ((part or 1) - 1) * tokens.PART
-        last = min(first + tokens.PART, length) - 1
-        st.caption(f"of {count} · tokens {first:,} to {last:,} of {length:,}", width="content")
-    return first
 
 
 def _marks(
