@@ -7,12 +7,13 @@ import polars as pl
 from numpy.typing import NDArray
 
 import store
+from app.frames import comparison_made
 from app.frames.axes import layer_label
 from app.frames.token_measure import Measure
 from app.frames.token_routes import Routes
 from moescope.errors import InputError
 from profiler.alignment import align
-from profiler.expert_pairs import pair_layers, renamed
+from profiler.expert_pairs import Made, pair_layers, renamed
 from profiler.metrics.comparison import token_agreement
 
 _SEQUENCES = {
@@ -31,7 +32,7 @@ def sequences(run: store.Run, other: store.Run, *, label: str) -> dict[str, pl.D
     Raises:
         InputError: the runs cannot be compared.
     """
-    found = align(run, other, by_position=not (run.has_tokens and other.has_tokens))
+    found = align(run, other, by_position=not (run.has_tokens and other.has_tokens), made=_made(run, other))
     pair = next((one for one in found.layers if layer_label(one.first.layer, one.first.step) == label), None)
     if pair is None:
         raise InputError(f"run {other.name!r} has no layer that stands for layer {label}")
@@ -59,10 +60,13 @@ def flips(run: store.Run, other: store.Run, routes: Routes, there: Routes, *, la
         routes: tokens of the first run.
         there: the same tokens of the other.
     """
-    places = {layer_label(one.first.layer, one.first.step): one for one in pair_layers(run, other)}
+    pairs = pair_layers(run, other, _made(run, other))
+    places = {layer_label(one.first.layer, one.first.step): one for one in pairs}
     summed, counted = np.zeros(routes.count), np.zeros(routes.count)
     for label in labels:
-        pair = places[label]
+        pair = places.get(label)
+        if pair is None:  # a plan took the layer away
+            continue
         mine, _ = routes.of(label)
         theirs, _ = there.of(layer_label(pair.second.layer, pair.second.step))
         found = token_agreement(
@@ -71,6 +75,11 @@ def flips(run: store.Run, other: store.Run, routes: Routes, there: Routes, *, la
         summed += np.where(found.counted, 1.0 - found.overlap, 0.0)
         counted += found.counted
     return np.where(counted > 0, summed / np.maximum(counted, 1), np.nan)
+
+
+def _made(run: store.Run, other: store.Run) -> Made | None:
+    """Which experts and layers are left where one model was made of the other by a plan."""
+    return comparison_made.made_by(comparison_made.link(run, other))
 
 
 def measure(labels: list[str], other: str) -> Measure:

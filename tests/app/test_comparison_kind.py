@@ -12,7 +12,7 @@ import pytest
 
 import store
 from app.cli import main
-from app.frames import comparison, comparison_kind, comparison_made, comparison_text
+from app.frames import comparison, comparison_kind, comparison_made, comparison_text, token_flips, tokens
 from compressor.plan import DropLayer, DropStep, Estimate, LayerShape, Plan, Provenance, Source, Target
 from store import LayerInfo, RunInfo, RunWriter
 from tests.profiler.paired import EXPERTS, LAYERS, TOP_K, routed, texts, write
@@ -127,3 +127,23 @@ def test_without_the_plan_other_counts_are_refused(made: Path, tmp_path: Path) -
         assert comparison_made.link(base, pruned) is None
         assert comparison_made.measured(base, pruned).is_empty()
         assert comparison.evenness(base, other=str(pruned.path), version=0)["num_experts"].to_list() == [8, 8, 6, 6]
+
+
+@pytest.mark.parametrize("axis", range(len(LAYERS)))
+def test_tokens_that_flip_where_experts_were_dropped(made: Path, axis: int) -> None:
+    layer = LAYERS[axis]
+    kept = np.array([expert for expert in range(EXPERTS) if expert not in GONE[layer]])
+    with store.open_run(made / "base.duckdb") as base, store.open_run(made / "pruned.duckdb") as pruned:
+        before, after = base.selections(), pruned.selections()
+        found = token_flips.sequences(base, pruned, label=str(layer))["sequences"]
+        assert sorted(found["sequence"]) == sorted(before.sequences.tolist())
+        for one, other, hits, length in found.select("sequence", "other_sequence", "hits", "tokens").iter_rows():
+            (here,), (there,) = np.nonzero(before.sequences == one), np.nonzero(after.sequences == other)
+            mine = before.ids[axis, here[0], :length]
+            theirs = kept[after.ids[axis, there[0], :length]]
+            changed = [set(a.tolist()) ^ set(b.tolist()) for a, b in zip(mine, theirs, strict=True)]
+            assert hits == sum(map(bool, changed))
+            places = ((base, one), (pruned, other))
+            routes = [tokens.routes(run, sequence=at, first=0, last=length - 1) for run, at in places]
+            shares = token_flips.flips(base, pruned, *routes, labels=[str(layer)])
+            assert shares == pytest.approx([len(one) / 2 / TOP_K for one in changed], abs=1e-12)
