@@ -155,7 +155,7 @@ def _figure(one: Shown, run: str, piece: str, table: str | None) -> str:
 def _data(one: Shown, run: str, *, whole: bool) -> str:
     frame = one.exhibit.frame
     rows = _table(frame.head(_FIRST_ROWS))
-    more = f"{len(frame):,} rows; " + (
+    more = f"{len(frame):,} row{'' if len(frame) == 1 else 's'}; " + (
         "all of them: CSV above, numbers to 1 part in 8,192, or exactly" if whole
         else "too many for this file, CSV above gives what is drawn; all of them"
     )  # fmt: skip
