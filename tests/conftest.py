@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser
 
 # Models and tokenizers come from folders; a test that would ask a hub must fail at once, not wait for it.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -41,3 +46,12 @@ def chromium() -> str:
     """Path of the browser; only tests marked ``browser`` ask for it."""
     assert CHROMIUM is not None
     return CHROMIUM
+
+
+@pytest.fixture(scope="session")
+def browser(chromium: str) -> Iterator[Browser]:
+    """A headless Chromium; one per process, since Playwright allows no second one in it."""
+    from tests.browser.driver import chromium_browser
+
+    with chromium_browser(chromium) as opened:
+        yield opened

@@ -15,8 +15,12 @@ import venv
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser
 
 ROOT = Path(__file__).parents[1]
 MAX_BYTES = 3 * 2**20
@@ -126,13 +130,13 @@ def dashboard(moescope: tuple[str, Path, dict[str, str]], installed: Path) -> It
 
 
 @pytest.mark.browser
-def test_every_page_of_the_installed_dashboard(dashboard: str, chromium: str) -> None:
+def test_every_page_of_the_installed_dashboard(dashboard: str, browser: Browser) -> None:
     from playwright.sync_api import expect
 
     from app.views import PAGES
-    from tests.browser.driver import chromium_browser, open_page, settle, watched_page
+    from tests.browser.driver import open_page, settle, watched_page
 
-    with chromium_browser(chromium) as browser, watched_page(browser) as watched:
+    with watched_page(browser) as watched:
         page = watched.page
         open_page(page, dashboard, charts=False)
         shell = page.get_by_test_id("stApp")

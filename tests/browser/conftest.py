@@ -10,7 +10,7 @@ import pytest
 from playwright.sync_api import Browser
 
 from app.serve import start
-from tests.browser.driver import Watched, chromium_browser, watched_page
+from tests.browser.driver import Watched, watched_page
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "app"))
 import synthetic
@@ -33,13 +33,6 @@ def url(store_directory: Path) -> Iterator[str]:
     yield address
     server.terminate()
     server.wait(timeout=10)
-
-
-@pytest.fixture(scope="session")
-def browser(chromium: str) -> Iterator[Browser]:
-    """A headless Chromium."""
-    with chromium_browser(chromium) as opened:
-        yield opened
 
 
 @pytest.fixture(params=["light", "dark"])
