@@ -120,3 +120,9 @@ def test_help_imports_nothing_heavy() -> None:
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     heavy = {"torch", "transformers", "streamlit", "plotly", "duckdb", "polars", "numpy", "numba", "scipy"}
     assert heavy.isdisjoint(done.stdout.split())
+
+
+def test_first_pages_wait_for_no_compiler() -> None:
+    # Numba takes a sixth of a second to import, which whoever opens the dashboard would wait for.
+    code = "import sys, app.main, app.views.overview, app.views.routing; sys.exit('numba' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, check=False).returncode == 0

@@ -19,7 +19,6 @@ import store
 from profiler.headline.similarity_kinds import SimilarityTables
 from profiler.headline.subject import BLOCK_TOKENS, SEED, Groups, Rows, Sample, Subject, as_text
 from profiler.metrics import co_activation, lookahead, transitions
-from profiler.metrics._counts import counts_of, summed_by
 from profiler.metrics._intervals import interval, jackknife, resample_weights
 
 DISTANCES = (1, 2, 3)
@@ -192,6 +191,8 @@ def _foreseen_sums(text: _Text, first: Ids, second: Ids, counts: NDArray[np.int6
 
 def _popular_sums(text: _Text, ids: Ids, layer: store.LayerInfo) -> Sums:
     """By group: what the experts hold that the other half of the text uses most."""
+    from profiler.metrics._counts import counts_of, summed_by  # imports numba
+
     counts = summed_by(counts_of(ids, text.offsets, layer.num_experts), text.group, len(text.of_group))
     fold = text.of_group % 2
     popularity = np.stack([counts[fold == 1].sum(axis=0), counts[fold == 0].sum(axis=0)])
