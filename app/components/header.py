@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
-
 import streamlit as st
 
 from app.state import code, plain
@@ -61,52 +59,6 @@ def progress(run: Run) -> None:
         f"{done.tokens:,}{budget} tokens · {done.tokens_per_second:,.0f} tokens/s · {duration(done.seconds_left)} left"
     )
     st.progress(share, text="compacting the shards into one file" if done.state == "compacting" else text)
-
-
-def not_yet(what: str, run: Run) -> None:
-    """Instead of figures that need derived metrics: why they are not there, and what to do."""
-    if run.live:
-        st.info(f"{what} is computed from the whole trace when the collection ends.", icon=":material/hourglass_top:")
-    else:
-        st.info(
-            f"{what} has not been computed for this run: the metrics beside it are missing. Compute them from the "
-            "run alone:",
-            icon=":material/calculate:",
-        )
-        st.code(f"moescope runs compute {shlex.quote(str(run.path))}", language="bash")
-
-
-def omitted(what: str, run: Run, *subjects: str) -> bool:
-    """Instead of figures that an imported run cannot fill: what is missing, and why. False = nothing is, go on.
-
-    Args:
-        what: what the figures show, as the beginning of a sentence.
-        subjects: what they need, by the names of table ``omission``; the first that the source lacks is named.
-    """
-    missing = next((subject for subject in subjects if subject in run.omissions), None)
-    if missing is None:
-        return False
-    st.info(
-        f"{what} cannot be computed from what was imported: {_reason(run, missing)}.",
-        icon=":material/visibility_off:",
-    )
-    return True
-
-
-def _reason(run: Run, subject: str) -> str:
-    """Why an imported run cannot say something, as safe text without the last full stop."""
-    return plain(run.omissions[subject].rstrip("."), 300)
-
-
-def needs_level(what: str, level: str, run: Run) -> None:
-    """Instead of figures that need another level of collection, or a model where the run was imported."""
-    if omitted(what, run, "outputs"):
-        return
-    st.info(
-        f"{what} needs the level `{level}`; this run recorded {code(run.info.levels)}. Collect again with `moescope "
-        f"collect MODEL --data PATH --level routing,{level}`.",
-        icon=":material/layers:",
-    )
 
 
 def empty_store(directories: list[str]) -> None:

@@ -91,30 +91,6 @@ def token_routes(run: store.Run, sequence: int, first: int = 0, last: int | None
     return routes(run, sequence, first, last).frame()
 
 
-def layer_routes(routes: pl.DataFrame, label: str) -> pl.DataFrame:
-    """One row per token for one layer: position, expert, weight, entropy.
-
-    expert is the first choice, weight its part of the gate weights (0..1), entropy that of the gate weights over the
-    selection, divided by ln of their number (0 = one expert decides, 1 = even).
-    """
-    part = routes.filter(pl.col("label") == label)
-    share = pl.col("weight") / pl.col("weight").sum().over("position")
-    part = part.with_columns(share.fill_nan(0.0).alias("share"))
-    log = pl.when(pl.col("share") > 0).then(pl.col("share") * pl.col("share").log()).otherwise(0.0)
-    grouped = (
-        part.sort("position", "rank")
-        .group_by("position", maintain_order=True)
-        .agg(
-            pl.col("expert").first(),
-            pl.col("share").first().alias("weight"),
-            (-log.sum()).alias("nats"),
-            pl.len().alias("width"),
-        )
-    )
-    even = pl.when(pl.col("width") > 1).then(pl.col("nats") / pl.col("width").log()).otherwise(0.0)
-    return grouped.select("position", "expert", "weight", even.clip(0.0, 1.0).alias("entropy"))
-
-
 def route_table(route: pl.DataFrame) -> pl.DataFrame:
     """The route of one token (rows of :func:`token_routes`), one row per layer: each expert with its weight."""
     text = pl.col("expert").cast(pl.String) + pl.format(" ({})", pl.col("weight").round(3)).alias("text")
