@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,18 @@ import synthetic
 from synthetic import DOMAINS, EXPERTS, LAYERS, SUPER_EXPERT, TOKENS, TOP_K
 
 import store
-from app.frames import alerts, axes, confidence, consistency, domains, load, overview, super_experts, tokens
+from app.frames import (
+    alerts,
+    axes,
+    confidence,
+    consistency,
+    domains,
+    load,
+    overview,
+    super_experts,
+    token_measures,
+    tokens,
+)
 
 TOTAL = 9 * TOKENS
 
@@ -188,6 +200,14 @@ def test_token_routes_match_the_trace(run: store.Run) -> None:
     assert len(routes) == len(LAYERS) * TOKENS * TOP_K
     row = routes.filter((pl.col("position") == 7) & (pl.col("layer") == 5) & (pl.col("rank") == 1)).row(0, named=True)
     assert row["expert"] == trace.ids[3, 0, 7, 1]
+    part = tokens.routes(run, 4, first=10, last=29)
+    coloured = token_measures.of_first(part, "5", token_measures.of_weights(part, "5"))
+    assert coloured["position"].to_list() == list(range(10, 30))
+    assert coloured["expert"].to_list() == trace.ids[3, 0, 10:30, 0].tolist()
+    for value, weights in zip(coloured["value"], trace.weights[3, 0, 10:30].tolist(), strict=True):
+        shares = [weight / sum(weights) for weight in weights]
+        entropy = -sum(share * math.log(share) for share in shares if share) / math.log(len(shares))
+        assert value == pytest.approx(entropy, abs=0.01)  # shares in 8 bits: 1/510 moves it by < 0.0084
     assert tokens.route_table(routes.filter(pl.col("position") == 7)).columns[0] == "layer"
     assert tokens.token_routes(run, 999).is_empty()
     assert tokens.sequence_tokens(run, 999).is_empty()
