@@ -1,5 +1,5 @@
 """Published methods by the taxonomy of the survey of inference optimisation for MoE models (arXiv 2412.14219), and what
-each is here.
+each is here. The names of its classes were not compared with the text of the paper.
 
 What a registry holds (presets, cache policies, ways to foresee and to place) is read from it, so that a new one appears
 by itself. The rest stands in :data:`METHODS`, with what is not built marked as such.

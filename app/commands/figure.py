@@ -52,6 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """List the figures, print the data of one, or write a file."""
     import store
+    from app.frames.plain import ending
     from moescope.errors import InputError
 
     with store.open_run(store.Catalog(options.store).resolve(options.target)) as opened:
@@ -60,7 +61,7 @@ def run(options: argparse.Namespace) -> int:
                 raise InputError("-o writes one figure: name it; moescope figure RUN lists them")
             _list(opened, options)
             return 0
-        suffix = _suffix(options.output) if options.output is not None else ""
+        suffix = ending(options.output, FORMATS) if options.output is not None else ""
         told = _told(options)
         made = _make(opened, options, told)
         if options.output is None:
@@ -104,17 +105,11 @@ def _print(made: Exhibit, options: argparse.Namespace) -> None:
 
 def _content(made: Exhibit, suffix: str, opened: store.Run, options: argparse.Namespace, told: dict[str, Any]) -> bytes:
     """The file that the ending asks for."""
-    import io
-
     from app import images
-    from app.frames.plain import flat, records
+    from app.frames.plain import encoded, records
 
-    if suffix == "csv":
-        return flat(made.frame).write_csv().encode()
-    if suffix == "parquet":
-        buffer = io.BytesIO()
-        made.frame.write_parquet(buffer)
-        return buffer.getvalue()
+    if suffix in ("csv", "parquet"):
+        return encoded(made.frame, suffix)
     if suffix == "json":
         said = {"run": opened.name, "figure": options.name, "choices": told, "alt": made.alt, "read": made.read,
                 "rests_on": made.rests_on, "data": json.loads(records(made.frame))}  # fmt: skip
@@ -142,15 +137,6 @@ def _told(options: argparse.Namespace) -> dict[str, Any]:
             raise InputError(f"--set {text!r}: write NAME=VALUE, such as --set scale=share")
         told[name.strip().replace("-", "_")] = value
     return told
-
-
-def _suffix(path: Path) -> str:
-    from moescope.errors import InputError
-
-    suffix = path.suffix.lower().removeprefix(".")
-    if suffix not in FORMATS:
-        raise InputError(f"{path}: the ending says what is written; there are {', '.join(FORMATS)}")
-    return suffix
 
 
 def _pixels(text: str) -> int:

@@ -15,8 +15,6 @@ if TYPE_CHECKING:
 NAME = "query"
 SUMMARY = "ask a run, or several as one, a question in SQL; nothing but the runs can be read, and nothing written"
 
-FORMATS = ("csv", "parquet", "json")
-
 _LETTERS = 200
 """Of a cell of the printed table; files, JSON and CSV hold it whole."""
 
@@ -33,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seconds", type=_seconds, default=10.0, metavar="X", help="at most so long (default 10)")
     parser.add_argument("--csv", action="store_true", help="print CSV instead of a table")
     parser.add_argument(
-        "-o", "--output", type=Path, metavar="FILE", help=f"write the answer, by its ending: {', '.join(FORMATS)}"
+        "-o", "--output", type=Path, metavar="FILE", help="write the answer, by its ending: csv, parquet or json"
     )
     add_store(parser)
     add_json(parser)
@@ -42,6 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Ask, and print or write the answer."""
     import store
+    from app.frames.plain import ending
     from moescope.errors import InputError
 
     if options.examples:
@@ -50,7 +49,7 @@ def run(options: argparse.Namespace) -> int:
     if len(options.words) < 2:
         raise InputError('give a run and a question: moescope query RUN "select layer, tokens from expert_load"')
     if options.output is not None:
-        _suffix(options.output)
+        ending(options.output)
     *targets, sql = options.words
     catalog = store.Catalog(options.store)
     console = store.console([catalog.resolve(target) for target in targets])
@@ -62,42 +61,20 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _show(found: store.Answer, options: argparse.Namespace) -> None:
-    from app.frames.plain import flat, records
+    from app.frames.plain import encoded, ending, flat, records
     from app.text import table
 
     if options.output is not None:
         from app.images import write_whole
 
-        write_whole(options.output, _content(found, options.output))
+        write_whole(options.output, encoded(found.frame, ending(options.output)))
         print(f"{options.output}: {len(found.frame):,} rows")
     elif options.json:
         print(records(found.frame))
     elif options.csv:
-        print(flat(found.frame).write_csv(), end="")
+        print(encoded(found.frame, "csv").decode(), end="")
     else:
         print(table(flat(found.frame, limit=_LETTERS)) if found.frame.width else "no columns")
-
-
-def _content(found: store.Answer, path: Path) -> bytes:
-    import io
-
-    from app.frames.plain import flat, records
-
-    suffix = _suffix(path)
-    if suffix == "parquet":
-        buffer = io.BytesIO()
-        found.frame.write_parquet(buffer)
-        return buffer.getvalue()
-    return (flat(found.frame).write_csv() if suffix == "csv" else records(found.frame) + "\n").encode()
-
-
-def _suffix(path: Path) -> str:
-    from moescope.errors import InputError
-
-    suffix = path.suffix.lower().removeprefix(".")
-    if suffix not in FORMATS:
-        raise InputError(f"{path}: the ending says what is written; there are {', '.join(FORMATS)}")
-    return suffix
 
 
 def _seconds(text: str) -> float:

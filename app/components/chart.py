@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import re
 from collections.abc import Callable
 from typing import Any
@@ -13,7 +12,7 @@ import streamlit as st
 
 from app import data, images, state
 from app.exhibits.exhibit import Absent, Exhibit
-from app.frames.plain import flat
+from app.frames.plain import encoded
 from store import Run
 
 
@@ -85,7 +84,7 @@ def downloads(frame: pl.DataFrame, figure: go.Figure | None, *, key: str) -> Non
     with st.popover("Download", icon=":material/download:", type="tertiary", key=f"download-{key}"):
         st.download_button(
             "Data, CSV",
-            lambda: flat(frame).write_csv().encode(),
+            lambda: encoded(frame, "csv"),
             f"{name}.csv",
             "text/csv",
             key=f"csv-{key}",
@@ -94,7 +93,7 @@ def downloads(frame: pl.DataFrame, figure: go.Figure | None, *, key: str) -> Non
         )
         st.download_button(
             "Data, Parquet",
-            lambda: _parquet(frame),
+            lambda: encoded(frame, "parquet"),
             f"{name}.parquet",
             "application/vnd.apache.parquet",
             key=f"parquet-{key}",
@@ -126,9 +125,3 @@ def _config(key: str) -> dict[str, object]:
         "modeBarButtonsToRemove": ["select2d", "lasso2d", "autoScale2d"],
         "toImageButtonOptions": {"format": "svg", "filename": file_name(key)},
     }
-
-
-def _parquet(frame: pl.DataFrame) -> bytes:
-    buffer = io.BytesIO()
-    frame.write_parquet(buffer)
-    return buffer.getvalue()

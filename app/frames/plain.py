@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import json
+from pathlib import Path
 from typing import Any
 
 import polars as pl
+
+from moescope.errors import InputError
+
+FORMATS = ("csv", "parquet", "json")
+"""What the data of a figure or an answer is written as."""
 
 
 def flat(frame: pl.DataFrame, *, limit: int | None = None) -> pl.DataFrame:
@@ -23,6 +30,27 @@ def records(frame: pl.DataFrame) -> str:
     finite = [pl.when(pl.col(name).is_finite()).then(pl.col(name)).alias(name) for name in floats]
     whole = frame.with_columns(pl.col(name).cast(pl.Float64) for name in floats).with_columns(finite)
     return json.dumps(whole.to_dicts(), ensure_ascii=False, default=_other)
+
+
+def encoded(frame: pl.DataFrame, kind: str) -> bytes:
+    """The frame as the bytes of a file of one of :data:`FORMATS`; Parquet keeps lists and structs."""
+    if kind == "parquet":
+        buffer = io.BytesIO()
+        frame.write_parquet(buffer)
+        return buffer.getvalue()
+    return (flat(frame).write_csv() if kind == "csv" else records(frame) + "\n").encode()
+
+
+def ending(path: Path, formats: tuple[str, ...] = FORMATS) -> str:
+    """The format that a file's ending names.
+
+    Raises:
+        InputError: it is none of them.
+    """
+    found = path.suffix.lower().removeprefix(".")
+    if found not in formats:
+        raise InputError(f"{path}: the ending says what is written; there are {', '.join(formats)}")
+    return found
 
 
 def _plain(column: pl.Series, limit: int | None) -> pl.Series:
