@@ -1,0 +1,78 @@
+"""The step that changes the choice of the router while the model runs: more, fewer or other experts per token.
+
+It changes no weights. ``compressor.load`` puts it before the experts: they are called with what the rule makes of the
+router's choice.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from compressor.plan.steps import Record
+
+RouteRule = Literal["bias", "top_k", "top_p", "ratio", "threshold", "null_experts"]
+"""What decides. ``bias``: a vector is added to the router's logits before it chooses. ``top_k``: as many experts as the
+value says. ``top_p``: the fewest whose router probability adds up to more than the value. ``ratio``: of those chosen,
+those with at least so large a part of the largest gate weight. ``threshold``: those with at least so large a gate
+weight. ``null_experts``: those whose logit is above the value, as if experts without output had that logit."""
+
+RouteWeights = Literal["kept", "renormalized"]
+"""What becomes of the gate weights of the experts that stay: as they were, or scaled up to the sum of all before."""
+
+
+class RouteLayer(Record):
+    """One layer that the rule changes.
+
+    Attributes:
+        layer: decoder layer.
+        step: call of the layer's experts.
+        value: of the rule, in this layer; null with rule ``bias``.
+        bias: added to the logits, one per routed expert; empty with all other rules.
+    """
+
+    layer: int = Field(ge=0)
+    step: int = Field(default=0, ge=0)
+    value: float | None = None
+    bias: tuple[float, ...] = ()
+
+
+class RouteStep(Record):
+    """What experts are called with instead of the router's own choice.
+
+    Attributes:
+        method: by which planner or editor it was found.
+        rule: what decides.
+        weights: what becomes of the gate weights.
+        layers: the layers that it changes; in all others the router's choice stands.
+    """
+
+    step: Literal["route"] = "route"
+    method: str
+    rule: RouteRule
+    weights: RouteWeights = "renormalized"
+    layers: tuple[RouteLayer, ...] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _says_enough(self) -> RouteStep:
+        for one in self.layers:
+            if self.rule == "bias" and (one.value is not None or not one.bias):
+                raise ValueError(f"layer {one.layer}: rule bias takes one number per expert, and no value")
+            if self.rule != "bias" and (one.value is None or one.bias):
+                raise ValueError(f"layer {one.layer}: rule {self.rule} takes one value, and no bias")
+            _require_sense(self.rule, one)
+        return self
+
+
+def _require_sense(rule: RouteRule, one: RouteLayer) -> None:
+    value = one.value
+    if value is None or rule == "null_experts":
+        return
+    if rule == "top_k" and (value < 1 or value != math.floor(value)):
+        raise ValueError(f"layer {one.layer}: {value:g} is no number of experts")
+    if rule in ("top_p", "ratio") and not 0 <= value <= 1:
+        raise ValueError(f"layer {one.layer}: {value:g} must lie within 0..1 for rule {rule}")
+    if rule == "threshold" and value < 0:
+        raise ValueError(f"layer {one.layer}: a threshold of {value:g} is below every gate weight")
