@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 """Version of the tables in ``schema.sql``, which new runs have."""
 
 OLDEST_VERSION = 2

@@ -78,6 +78,13 @@ create table sequence (
     prompt_tokens uinteger  -- [max] of which prompt; the others were generated
 );
 
+-- table sequence_label: what else a sequence is, on axes of the caller's: timestep, class, ... Empty unless it was said.
+create table sequence_label (
+    sequence  uinteger, -- [key]
+    axis      varchar,  -- [key] name of the axis
+    value     varchar   -- [max] where the sequence lies on it; numbers as text
+);
+
 -- table sequence_token: token ids of a sequence, in chunks. Empty when the run keeps no text.
 create table sequence_token (
     sequence  uinteger,   -- [row]

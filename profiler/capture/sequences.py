@@ -24,6 +24,7 @@ class Label:
     sequences: list[int] | None = None
     sources: list[str] | None = None
     mask: Tensor | None = None
+    axes: dict[str, list[str]] = field(default_factory=dict)
 
 
 @dataclass(eq=False)
@@ -34,6 +35,7 @@ class BatchRows:
         sequences: their numbers in the run.
         domains: their domains.
         sources: the documents they come from.
+        axes: by name of a caller's axis, where each row lies on it.
         lengths: (rows,) real tokens so far, on the device.
         prompt_lengths: (rows,) of which prompt.
         finished: (rows,) bool: the row has fed its end token; what generate feeds it after that is no text.
@@ -48,6 +50,7 @@ class BatchRows:
     prompt_lengths: Tensor
     finished: Tensor
     columns: int = 0
+    axes: dict[str, list[str]] = field(default_factory=dict)
     first_seen: dict[tuple[LayerKey, str], Tensor] = field(default_factory=dict)
 
 
@@ -62,6 +65,8 @@ class SequenceTracker:
             tokens are kept under the label ``DOMAIN:image`` and the like.
 
     Attributes:
+        domain: label of rows that nobody labels otherwise.
+        axes: where all rows lie on further axes, unless a row is labelled otherwise.
         next_sequence: number of the next sequence; a resumed run goes on after its last.
         groups: the (domain, phase) pairs that occurred; what :class:`Tokens` has indices into.
         findings: what could not be known or was left out, with how often.
@@ -77,6 +82,7 @@ class SequenceTracker:
         modality_ids: Mapping[int, str] | None = None,
     ) -> None:
         self.domain = domain
+        self.axes: dict[str, str] = {}
         self._modality_ids = dict(modality_ids or {})
         self.next_sequence = 0
         self.groups: list[Group] = []
@@ -136,19 +142,23 @@ class SequenceTracker:
         self.findings["failed forward"] += 1
         self._label, self.next_sequence = self._before
 
-    def drain(self) -> list[dict[str, Any]]:
-        """Rows of table ``sequence`` for the sequences that grew since the last call."""
-        table = []
-        for rows in self._touched.values():
+    def drain(self) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+        """Rows of tables ``sequence`` and ``sequence_label`` for the sequences that grew since the last call."""
+        grown = list(self._touched.values())
+        self._touched.clear()
+        table, labels = [], []
+        for rows in grown:
+            for axis, values in rows.axes.items():
+                pairs = zip(rows.sequences, values, strict=True)
+                labels += [{"sequence": number, "axis": axis, "value": value} for number, value in pairs]
             lengths, prompts = rows.lengths.tolist(), rows.prompt_lengths.tolist()
             columns = zip(rows.sequences, rows.domains, rows.sources, lengths, prompts, strict=True)
             names = ("sequence", "domain", "source", "tokens", "prompt_tokens")
             table += [dict(zip(names, values, strict=True)) for values in columns]
-        self._touched.clear()
         if self._went_on is not None:
             self.findings["went on after the end"] += int(self._went_on)
             self._went_on = None
-        return table
+        return table, labels
 
     def _new_rows(self, inputs: ForwardInputs, past: int, mask: Tensor | None) -> BatchRows:
         label, self._label = self._label, Label()
@@ -164,13 +174,22 @@ class SequenceTracker:
                 f"label() names {len(numbers)} sequences, {len(domains)} domains and {len(sources)} sources, but the"
                 f" batch has {count} rows: give one of each per row"
             )
+        axes = {axis: [value] * count for axis, value in self.axes.items()} | label.axes
+        for axis, values in axes.items():
+            if len(values) != count:
+                raise InputError(
+                    f"label() names {len(values)} values of axis {axis!r}, but the batch has {count} rows: give one"
+                    " per row, or a single one for all"
+                )
         start = torch.zeros(count, dtype=torch.int64, device=inputs.device)
         if past:
             self.findings["cached prefix"] += count
             before = mask[:, : -inputs.shape[1]] if mask is not None else None
             start = start + (before.sum(1) if before is not None and before.shape[1] == past else past)
         finished = torch.zeros(count, dtype=torch.bool, device=inputs.device)
-        return BatchRows(list(numbers), list(domains), list(sources), start, torch.zeros_like(start), finished, past)
+        return BatchRows(
+            list(numbers), list(domains), list(sources), start, torch.zeros_like(start), finished, past, axes
+        )
 
     def _mask(self, inputs: ForwardInputs, past: int) -> tuple[Tensor | None, bool]:
         """(batch, past + length or length) bool, None where all tokens are real; and whether that is known."""

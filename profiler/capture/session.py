@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import store as run_store
 from moescope.errors import CaptureError, MoescopeError
+from profiler.capture.axes import axis_value, is_single, require_axis
 from profiler.capture.backward import require_gradients
 from profiler.capture.discovery import inspect_model
 from profiler.capture.engine import engine_rows
@@ -142,6 +143,7 @@ class WatchSession:
         sequences: Iterable[int] | None = None,
         sources: Iterable[str] | None = None,
         mask: Tensor | None = None,
+        **axes: Any,
     ) -> None:
         """Say what the rows of the next batch are; it holds for the sequences that begin there.
 
@@ -150,7 +152,21 @@ class WatchSession:
             sequences: number of each row's sequence in the run; by default they are counted on.
             sources: document of each row.
             mask: (batch, length) 2-D attention mask, where the model is called with another.
+            axes: where each row lies on further axes, such as ``timestep=[0, 0, 250, 250]`` or ``patch_size=2``: a
+                value per row, or a single one that holds for all rows until another is given; None ends it.
+
+        Raises:
+            InputError: a name that is no axis, or a value that is no text or number of at most 200 characters.
         """
+        rows = {}
+        for axis, given in axes.items():
+            require_axis(axis)
+            if given is None:
+                self._tracker.axes.pop(axis, None)
+            elif is_single(given):
+                self._tracker.axes[axis] = axis_value(axis, given)
+            else:
+                rows[axis] = [axis_value(axis, value) for value in given]
         if isinstance(domains, str):
             self._tracker.domain = domains
             domains = None
@@ -160,6 +176,7 @@ class WatchSession:
                 sequences=None if sequences is None else [int(sequence) for sequence in sequences],
                 sources=None if sources is None else [str(source) for source in sources],
                 mask=mask,
+                axes=rows,
             )
         )
 
@@ -251,10 +268,12 @@ class WatchSession:
         began = time.monotonic()
         self._observer.whole = False
         frames = self._recording.drain()
-        sequences = self._tracker.drain()
+        sequences, labels = self._tracker.drain()
         self.checks.empty_sequences += sum(row["tokens"] == 0 for row in sequences)
         if sequences:
             frames["sequence"] = [pl.DataFrame(sequences)]
+        if labels:
+            frames["sequence_label"] = [pl.DataFrame(labels)]
         if final:
             self.checks.findings = self._tracker.findings
             frames["check"] = [self._check_table()]

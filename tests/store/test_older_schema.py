@@ -12,7 +12,9 @@ from moescope.errors import StoreError
 from store import RunInfo, RunWriter
 from store.schema import OLDEST_VERSION, SCHEMA_VERSION
 
-NEW_TABLES = ("expert_part", "load_span", "expert_weight_similarity", "omission", "expert_error", "expert_grid")
+NEW_TABLES = (
+    "expert_part", "load_span", "expert_weight_similarity", "omission", "expert_error", "expert_grid", "sequence_label",
+)  # fmt: skip
 NEW_COLUMNS = (
     ("sequence_token", "predicted"),
     ("expert_vector", "input_max"),

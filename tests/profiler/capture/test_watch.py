@@ -183,6 +183,46 @@ def test_labels_reach_the_tables(tmp_path: Path) -> None:
     assert_array_equal(code.sequences, [5, 7])
 
 
+def test_sequences_lie_on_axes_of_the_caller(tmp_path: Path) -> None:
+    model, inputs = build("olmoe"), batch()
+    with torch.no_grad(), profiler.watch(model, store=tmp_path, name="tiny", flush_seconds=0.0) as session:
+        session.label(timestep=torch.tensor([0, 250, 999]), guidance=4.0)
+        cache = model(**inputs, use_cache=True).past_key_values
+        ids = inputs["input_ids"][:, :1]
+        mask = torch.cat([inputs["attention_mask"], torch.ones_like(ids)], 1)
+        model(input_ids=ids, attention_mask=mask, past_key_values=cache)  # goes on with the labelled rows
+        session.label(guidance=None, prompt="<b>two\n words")
+        model(**inputs)
+    assert session.path is not None
+    run = store.open_run(session.path)
+    assert run.table("sequence_label").sort("axis", "sequence").rows() == [
+        *((number, "guidance", "4") for number in range(3)),
+        *((number, "prompt", "<b>two words") for number in range(3, 6)),
+        *((number, "timestep", value) for number, value in enumerate(("0", "250", "999"))),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("axes", "said"),
+    [
+        ({"position": 3}, "axis 'position' has a meaning of its own"),
+        ({"two words": 3}, "axis 'two words' is no name"),
+        ({"timestep": [1, float("nan"), 2]}, "a value of axis 'timestep' is float 'nan'"),
+        ({"timestep": [1, 2]}, "label\\(\\) names 2 values of axis 'timestep', but the batch has 3 rows"),
+        ({"note": "x" * 201}, "a value of axis 'note' has 201 characters"),
+    ],
+)
+def test_what_is_no_axis_is_refused(tmp_path: Path, axes: dict[str, Any], said: str) -> None:
+    model = build("olmoe")
+    with (
+        pytest.raises(InputError, match=said),
+        torch.no_grad(),
+        profiler.watch(model, store=tmp_path, name="tiny") as session,
+    ):
+        session.label(**axes)
+        model(**batch())
+
+
 def test_labels_of_the_wrong_length_are_refused(tmp_path: Path) -> None:
     model = build("olmoe")
     with (
