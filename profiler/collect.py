@@ -43,6 +43,7 @@ def collect(
     router_scores: int = 0,
     similarity_every: int = 16,
     errors_every: int = 16,
+    scores_every: int = 1,
     generate: int = 0,
     sampling: Sampling | None = None,
     progress: ProgressCallback | None = None,
@@ -74,6 +75,7 @@ def collect(
         router_scores: keep so many of the largest router scores of every token; -1 keeps k + 8.
         similarity_every: level similarity runs all experts on one of so many tokens.
         errors_every: level errors runs each expert with narrower weights on one of so many of its tokens.
+        scores_every: router scores are kept of one of so many sequences, spread evenly over them.
         generate: answer each text with up to so many tokens of the model's own, and record prompt and decode; 0 for
             none. The corpus's token budget then counts both, and collecting ends after the batch that reaches it.
         sampling: how those tokens are chosen; the likeliest ones by default.
@@ -101,7 +103,7 @@ def collect(
         name=name,
         directory=Path(store),
         options=RecordingOptions(
-            parse_levels(level), vectors_per_domain, router_scores, similarity_every, errors_every
+            parse_levels(level), vectors_per_domain, router_scores, similarity_every, errors_every, scores_every
         ),
         tokenizer=tokenizer if keep_text else None,
         domain="text",

@@ -11,7 +11,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 import store
-from moescope.errors import StoreError
 from profiler.alignment import Alignment, token_ids
 from profiler.expert_pairs import LayerPair, renamed
 from profiler.headline.subject import Groups
@@ -113,11 +112,7 @@ class _Held:
     @classmethod
     def of(cls, alignment: Alignment) -> _Held:
         first, second = ("weights" not in run.omissions for run in (alignment.first, alignment.second))
-        try:
-            alignment.first.router_scores(sequences=[int(alignment.pairs[0, 0])])
-        except StoreError:
-            return cls(first, second, False)
-        return cls(first, second, True)
+        return cls(first, second, alignment.first.has_scores)
 
 
 def compare(alignment: Alignment, *, margins: bool = True) -> Comparison:
@@ -177,7 +172,7 @@ def _add(
                 first=mine, first_weights=mine_weights, second=ids_there[flips], second_weights=weights_there[flips]
             )
     if held.logits:
-        margin = _boundary_margin(alignment.first, pair.first, here, own)
+        margin = _boundary_margin(alignment.first, pair.first, here, alignment.lengths[block], own)
         values["boundary_margin"] = margin[flips]
         found.margins["boundary_margin"][1] += comparison.histogram(
             values=margin[tokens.exact], edges=comparison.LOGITS
@@ -211,13 +206,22 @@ def _flips(rows: NDArray[np.float64]) -> TokenFlips:
 
 
 def _boundary_margin(
-    run: store.Run, layer: store.LayerInfo, numbers: NDArray[np.int64], ids: NDArray[np.int16]
+    run: store.Run,
+    layer: store.LayerInfo,
+    numbers: NDArray[np.int64],
+    lengths: NDArray[np.int64],
+    ids: NDArray[np.int16],
 ) -> NDArray[np.float64]:
-    """(tokens,) margin between logits of the sequences ``numbers``, whose selections are ``ids``."""
-    scores = run.router_scores(layers=[layer.layer], sequences=numbers.tolist())
-    axis, place = scores.layers.index((layer.layer, layer.step)), np.searchsorted(scores.sequences, numbers)
-    real = np.arange(scores.logits.shape[2]) < scores.lengths[place, None]
-    return comparison.boundary_margin(ids=ids, logits=scores.logits[axis][place][real])
+    """(tokens,) margin between logits of the sequences ``numbers``, which select ``ids``; NaN without scores."""
+    scores = run.layer_scores(layer=layer.layer, step=layer.step, sequences=numbers.tolist())
+    margins, begin = np.full(len(ids), np.nan), 0
+    places = {int(number): place for place, number in enumerate(scores.sequences)}
+    for number, length in zip(numbers.tolist(), lengths.tolist(), strict=True):
+        tokens, begin = slice(begin, begin + length), begin + length
+        if number in places:
+            logits = scores.logits[scores.offsets[places[number]] :][:length]
+            margins[tokens] = comparison.boundary_margin(ids=ids[tokens], logits=logits)
+    return margins
 
 
 def _by_token_id(

@@ -16,7 +16,7 @@ from moescope.errors import StoreError
 from store import connection, derived, evaluations, live, stretch, text_search
 from store.info import Badge, LayerInfo, Progress, RunInfo, badge, require_version
 from store.schema import merge_query, quoted, tables, views
-from store.scores import RouterScores, unpack_scores
+from store.scores import LayerScores, RouterScores, unpack_layer_scores, unpack_scores
 from store.text_search import TextSearch
 from store.tokens import TokenIds, unpack_tokens
 from store.trace import CHUNK_TOKENS, LayerSelections, Trace, none_value, unpack_layer, unpack_trace
@@ -246,33 +246,83 @@ class Run:
         )
 
     def layer_selections(
-        self, *, layer: int, step: int = 0, first: int = 0, last: int = 2**32 - 1, weights: bool = False
+        self,
+        *,
+        layer: int,
+        step: int = 0,
+        first: int = 0,
+        last: int = 2**32 - 1,
+        sequences: Sequence[int] | None = None,
+        weights: bool = False,
     ) -> LayerSelections:
         """One layer's selections without padding, of the sequences numbered ``first`` to ``last``: the way to read a
         trace that is larger than memory.
 
         Args:
+            sequences: only those of these numbers.
             weights: read the gate weights too; without, they stay packed.
 
         Raises:
             StoreError: the run has no such layer.
         """
-        known = {(one.layer, one.step): one for one in self.layers}
-        if (layer, step) not in known:
-            raise StoreError(f"run {self.name!r} has no MoE layer {layer}, step {step}")
-        ranged = "sequence between ? and ? order by sequence"
-        chosen = self.query(f"select sequence, tokens from sequence where {ranged}", [first, last])
+        known = self._layer(layer, step)
+        among, numbers = _among(sequences)
+        ranged = f"sequence between $first and $last{among} order by sequence"
+        of = {"first": first, "last": last, **numbers}
+        chosen = self.query(f"select sequence, tokens from sequence where {ranged}", of)
         names = "sequence, start, width, scale, experts" + (", weights" if weights else "")
         chunks = self.query(
-            f"select {names} from route_chunk where layer = ? and step = ? and {ranged}, start",
-            [layer, step, first, last],
+            f"select {names} from route_chunk where layer = $layer and step = $step and {ranged}, start",
+            {"layer": layer, "step": step, **of},
         )
         return unpack_layer(
             chunks=chunks,
             sequences=chosen["sequence"].to_numpy().astype(np.int64),
             lengths=chosen["tokens"].to_numpy().astype(np.int64),
             num_experts=max(one.num_experts for one in self.layers),
-            top_k=known[layer, step].top_k,
+            top_k=known.top_k,
+        )
+
+    def layer_scores(
+        self,
+        *,
+        layer: int,
+        step: int = 0,
+        first: int = 0,
+        last: int = 2**32 - 1,
+        sequences: Sequence[int] | None = None,
+    ) -> LayerScores:
+        """One layer's largest router scores, read as :meth:`layer_selections` reads selections. Sequences without
+        scores (``--scores-every``), and layers whose router shows none, are left out.
+
+        Raises:
+            StoreError: the run has no such layer.
+        """
+        self._layer(layer, step)
+        among, numbers = _among(sequences)
+        of = {"layer": layer, "step": step, "first": first, "last": last, **numbers}
+        chunks = self.query(
+            "select sequence, start, width, low, high, experts, scores, log_partition from score_chunk where layer ="
+            f" $layer and step = $step and sequence between $first and $last{among} order by sequence, start",
+            of,
+        )
+        numbered = chunks["sequence"].unique().to_list()
+        chosen = self.query(
+            "select sequence, tokens from sequence where sequence in (select unnest(?::uinteger[])) order by sequence",
+            [numbered],
+        )
+        return unpack_layer_scores(
+            chunks=chunks,
+            sequences=chosen["sequence"].to_numpy().astype(np.int64),
+            lengths=chosen["tokens"].to_numpy().astype(np.int64),
+        )
+
+    @cached_property
+    def scored_sequences(self) -> pl.DataFrame:
+        """The sequences that have router scores in any layer (sequence, domain, tokens), in order."""
+        return self.query(
+            "select sequence, domain, tokens from sequence"
+            " where sequence in (select distinct sequence from score_chunk) order by sequence"
         )
 
     def router_scores(
@@ -283,17 +333,19 @@ class Run:
         sequences: Sequence[int] | None = None,
         max_sequences: int | None = None,
     ) -> RouterScores:
-        """The largest router scores of every token; the arguments choose a part as for :meth:`selections`.
+        """The largest router scores of every token of the sequences that have any; the arguments choose a part as for
+        :meth:`selections`.
 
         Raises:
             StoreError: the run has no such domain or layer, or was collected without router scores.
         """
         wanted = self._wanted_layers(layers)
         chosen = self._wanted_sequences(domain, sequences, max_sequences)
+        if not self.has_scores:
+            raise StoreError(f"run {self.name!r} holds no router scores: collect it again with --router-scores")
+        chosen = chosen.join(self.scored_sequences, on="sequence", how="semi", maintain_order="left")
         numbers = chosen["sequence"].to_numpy().astype(np.int64)
         chunks = self._chunks(sorted({layer for layer, _ in wanted}), numbers.tolist(), table="score_chunk")
-        if chunks.is_empty() and self.query("select 1 from score_chunk limit 1").is_empty():
-            raise StoreError(f"run {self.name!r} holds no router scores: collect it again with --router-scores")
         return unpack_scores(
             chunks=chunks,
             layers=wanted,
@@ -312,7 +364,8 @@ class Run:
             StoreError: the run has no such layer or sequence, or was collected without router scores.
         """
         wanted, chosen = self._wanted_layers(layers), self._wanted_sequences(None, [sequence], None)
-        if chosen.is_empty() or not self.has_scores:
+        scored = self.query("select 1 from score_chunk where sequence = ? limit 1", [sequence])
+        if chosen.is_empty() or scored.is_empty():
             raise StoreError(f"run {self.name!r} holds no router scores of sequence {sequence}")
         length, domain = int(chosen["tokens"][0]), chosen["domain"][0]
         return stretch.scores(
@@ -321,7 +374,7 @@ class Run:
 
     @cached_property
     def has_scores(self) -> bool:
-        """Whether the run holds router scores token by token."""
+        """Whether the run holds router scores token by token, be it of some sequences."""
         return not self.query("select 1 from score_chunk limit 1").is_empty()
 
     def sequence_text(self, sequence: int, *, first: int = 0, last: int = 2**32 - 1) -> SequenceText | None:
@@ -412,6 +465,12 @@ class Run:
             {"layers": layers, "sequences": sequences},
         )
 
+    def _layer(self, layer: int, step: int) -> LayerInfo:
+        for one in self.layers:
+            if (one.layer, one.step) == (layer, step):
+                return one
+        raise StoreError(f"run {self.name!r} has no MoE layer {layer}, step {step}")
+
     def _wanted_layers(self, layers: Sequence[int] | None) -> list[tuple[int, int]]:
         all_layers = [(layer.layer, layer.step) for layer in self.layers]
         if layers is None:
@@ -431,6 +490,13 @@ class Run:
         if sequences is not None:
             frame = frame.filter(pl.col("sequence").is_in(list(sequences)))
         return frame.head(limit) if limit is not None else frame
+
+
+def _among(sequences: Sequence[int] | None) -> tuple[str, dict[str, list[int]]]:
+    """The condition that a sequence is one of these, and its parameter; neither where all are wanted."""
+    if sequences is None:
+        return "", {}
+    return " and sequence in (select unnest($sequences::uinteger[]))", {"sequences": [int(one) for one in sequences]}
 
 
 def _open_file(path: Path, hidden: Sequence[str]) -> duckdb.DuckDBPyConnection:

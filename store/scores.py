@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -19,7 +20,7 @@ _STEPS = 65535
 
 @dataclass(frozen=True)
 class RouterScores:
-    """The largest router logits of every token.
+    """The largest router logits of every token of the sequences that have any.
 
     Attributes:
         ids: (layers, sequences, tokens, m) int32, in descending logit; -1 = none (padding, or logits that were no
@@ -39,6 +40,25 @@ class RouterScores:
     sequences: NDArray[np.int64]
     lengths: NDArray[np.int64]
     domains: list[str]
+
+
+@dataclass(frozen=True)
+class LayerScores:
+    """One layer's largest router logits of the sequences that have any, without padding.
+
+    Attributes:
+        ids: (tokens, m) int16 in descending logit, sequence after sequence; -1 = none.
+        logits: same shape, float32; NaN = none.
+        log_partition: (tokens,) float32, logsumexp of all logits of the token; NaN = none.
+        sequences: (sequences,) their numbers in the run.
+        offsets: (sequences + 1,) where each begins in ``ids``.
+    """
+
+    ids: NDArray[np.int16]
+    logits: NDArray[np.float32]
+    log_partition: NDArray[np.float32]
+    sequences: NDArray[np.int64]
+    offsets: NDArray[np.int64]
 
 
 def pack_scores(
@@ -97,22 +117,61 @@ def unpack_scores(
     domains: list[str],
 ) -> RouterScores:
     """The scores from rows of table ``score_chunk``; rows of other layers or sequences must have been left out."""
-    width = int(chunks["width"].max() or 0) if len(chunks) else 0  # type: ignore[arg-type]
-    shape = (len(layers), len(sequences), int(lengths.max(initial=0)))
-    ids, logits = np.full((*shape, width), -1, np.int32), np.full((*shape, width), np.nan, np.float32)
-    log_partition = np.full(shape, np.nan, np.float32)
+    tokens = int(lengths.max(initial=0))
+    shape = (len(layers), len(sequences), tokens)
+    ids, logits, log_partition = _nothing((*shape, _widest(chunks)), np.int32)
     place = {pair: index for index, pair in enumerate(layers)}
-    for row in chunks.iter_rows(named=True):
-        axis, index = place[row["layer"], row["step"]], int(np.searchsorted(sequences, row["sequence"]))
-        tokens, m = slice(row["start"], row["start"] + len(row["log_partition"])), row["width"]
-        packed = np.array(row["experts"], np.int32).reshape(-1, m)
-        steps = np.array(row["scores"], np.float64).reshape(-1, m)
-        none = packed == NONE
-        ids[axis, index, tokens, :m] = np.where(none, -1, packed)
-        restored = row["low"] + steps / _STEPS * (row["high"] - row["low"])
-        logits[axis, index, tokens, :m] = np.where(none, np.nan, restored)
-        log_partition[axis, index, tokens] = row["log_partition"]
+    for (layer, step), part in chunks.group_by(["layer", "step"], maintain_order=True):
+        axis = place[int(layer), int(step)]
+        into = (ids[axis].reshape(-1, ids.shape[-1]), logits[axis].reshape(-1, ids.shape[-1]))
+        _place(part, sequences, np.arange(len(sequences)) * tokens, *into, log_partition[axis].reshape(-1))
     return RouterScores(ids, logits, log_partition, list(layers), sequences, lengths, domains)
+
+
+def unpack_layer_scores(
+    *, chunks: pl.DataFrame, sequences: NDArray[np.int64], lengths: NDArray[np.int64]
+) -> LayerScores:
+    """One layer's scores from its rows of ``score_chunk``; rows of other sequences must have been left out."""
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    ids, logits, log_partition = _nothing((int(offsets[-1]), _widest(chunks)), np.int16)
+    _place(chunks, sequences, offsets[:-1], ids, logits, log_partition)
+    return LayerScores(ids, logits, log_partition, sequences, offsets)
+
+
+def _widest(chunks: pl.DataFrame) -> int:
+    return int(chunks["width"].max() or 0) if len(chunks) else 0  # type: ignore[arg-type]
+
+
+def _nothing(shape: tuple[int, ...], kind: type[np.integer]) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
+    """Ids, logits and logsumexp of tokens of which nothing is known."""
+    return np.full(shape, -1, kind), np.full(shape, np.nan, np.float32), np.full(shape[:-1], np.nan, np.float32)
+
+
+def _place(
+    chunks: pl.DataFrame,
+    sequences: NDArray[np.int64],
+    begins: NDArray[np.int64],
+    ids: NDArray[Any],
+    logits: NDArray[np.float32],
+    log_partition: NDArray[np.float32],
+) -> None:
+    """Write the chunks of one layer to (tokens, m) and (tokens,) arrays; each sequence begins at ``begins`` there."""
+    for (width,), part in chunks.group_by(["width"], maintain_order=True):
+        m, counts = int(width), part["log_partition"].list.len().to_numpy().astype(np.int64)
+        row = np.searchsorted(sequences, part["sequence"].to_numpy().astype(np.int64))
+        first = begins[row] + part["start"].to_numpy().astype(np.int64)
+        target = np.repeat(first - (np.cumsum(counts) - counts), counts) + np.arange(counts.sum())
+        packed = part["experts"].explode().to_numpy().reshape(-1, m)
+        low, high = (part[name].to_numpy() for name in ("low", "high"))
+        size = np.repeat((high - low) / np.float32(_STEPS), counts)[:, None]
+        restored = part["scores"].explode().to_numpy().reshape(-1, m) * size
+        restored += np.repeat(low, counts)[:, None]
+        known = packed != NONE
+        if not known.all():
+            restored[~known] = np.nan
+        ids[target, :m] = np.where(known, packed.astype(ids.dtype), ids.dtype.type(-1))
+        logits[target, :m] = restored
+        log_partition[target] = part["log_partition"].explode().to_numpy()
 
 
 def _range(values: NDArray[np.float64]) -> tuple[float, float]:

@@ -35,6 +35,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="keep the M largest router scores of every token (default M: k + 8)",
     )  # fmt: skip
     parser.add_argument(
+        "--scores-every", type=positive, default=1, metavar="N",
+        help="keep router scores of one of N sequences, whole (default 1: of all)",
+    )  # fmt: skip
+    parser.add_argument(
         "--similarity-every", type=positive, default=16, metavar="N",
         help="level similarity runs all experts on one of N tokens (default 16)",
     )  # fmt: skip
@@ -134,6 +138,7 @@ def collect_run(options: argparse.Namespace) -> Path:
         router_scores=options.router_scores,
         similarity_every=options.similarity_every,
         errors_every=options.errors_every,
+        scores_every=options.scores_every,
         generate=options.generate,
         sampling=sampling,
         progress=show_progress,
@@ -184,6 +189,7 @@ def _stream(options: argparse.Namespace, name: str, corpus: Corpus, tokenizer: A
         router_scores=options.router_scores,
         similarity_every=options.similarity_every,
         errors_every=options.errors_every,
+        scores_every=options.scores_every,
         dtype=options.dtype,
         device=options.device,
         memory_limit=options.memory_limit,

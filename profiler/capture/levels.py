@@ -31,6 +31,7 @@ class RecordingOptions:
         router_scores: keep the largest router scores of every token: how many, 0 for none, -1 for k + 8.
         similarity_every: level similarity runs all experts on one token of so many.
         errors_every: level errors runs each expert with narrower weights on one of so many of its tokens.
+        scores_every: router scores are kept of one of so many sequences, all of its tokens.
     """
 
     levels: Sequence[str] = ("routing",)
@@ -38,11 +39,12 @@ class RecordingOptions:
     router_scores: int = 0
     similarity_every: int = 16
     errors_every: int = 16
+    scores_every: int = 1
 
     def settings(self) -> dict[str, int | bool]:
         """What differs from the default, for table ``run``."""
         defaults = RecordingOptions()
-        names = ("vectors_per_domain", "router_scores", "similarity_every", "errors_every")
+        names = ("vectors_per_domain", "router_scores", "similarity_every", "errors_every", "scores_every")
         return {name: getattr(self, name) for name in names if getattr(self, name) != getattr(defaults, name)}
 
 

@@ -74,7 +74,7 @@ class Recording:
             self._trace,
         ]
         if options.router_scores:
-            self._routing.append(ScoreRecorder(options.router_scores))
+            self._routing.append(ScoreRecorder(options.router_scores, options.scores_every))
         self._buffer = RoutingBuffer([self.checks, *self._routing])
         inside = _activation_recorders(by_domain) if self.sees_residual else ([], [], [])
         self._inside, self._blocks, self._residual = inside

@@ -26,6 +26,7 @@ def watch(
     router_scores: int = 0,
     similarity_every: int = 16,
     errors_every: int = 16,
+    scores_every: int = 1,
     flush_seconds: float = 15.0,
     resume: bool = False,
     model_name: str = "",
@@ -64,6 +65,7 @@ def watch(
         router_scores: keep so many of the largest router scores of every token; -1 keeps k + 8.
         similarity_every: level similarity runs all experts on one of so many tokens.
         errors_every: level errors runs each expert with narrower weights on one of so many of its tokens.
+        scores_every: router scores are kept of one of so many sequences, spread evenly over them.
         flush_seconds: write a shard at the end of the first forward after so many seconds; more where writing is slow.
         resume: go on with an interrupted run of that name.
         model_name: what the run calls the model; its folder or hub id if empty.
@@ -81,7 +83,7 @@ def watch(
         name=name,
         directory=Path(store),
         options=RecordingOptions(
-            parse_levels(level), vectors_per_domain, router_scores, similarity_every, errors_every
+            parse_levels(level), vectors_per_domain, router_scores, similarity_every, errors_every, scores_every
         ),
         tokenizer=tokenizer if keep_text else None,
         domain=domain,

@@ -90,7 +90,7 @@ def extra_memory(
     chosen = sum(layer.top_k for layer in found.layers) * 6
     if options.router_scores:
         width = max(layer.top_k for layer in found.layers) + 8 if options.router_scores < 0 else options.router_scores
-        chosen += len(found.layers) * (6 * width + 4)
+        chosen += -(-len(found.layers) * (6 * width + 4) // options.scores_every)
     shapes, sampled, trying = [_Shape(found, layer) for layer in found.layers], 0, 0
     if "errors" in options.levels:
         sampled = sampled_tokens(tokens, options.errors_every)

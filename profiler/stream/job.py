@@ -42,6 +42,7 @@ def collect_streamed(
     router_scores: int = 0,
     similarity_every: int = 16,
     errors_every: int = 16,
+    scores_every: int = 1,
     dtype: str = "auto",
     device: str = "auto",
     memory_limit: int | str | None = None,
@@ -73,6 +74,7 @@ def collect_streamed(
         router_scores: see :func:`profiler.collect.collect`.
         similarity_every: see :func:`profiler.collect.collect`.
         errors_every: see :func:`profiler.collect.collect`.
+        scores_every: see :func:`profiler.collect.collect`.
         dtype: type of the weights; ``auto`` as stored.
         device: where the layers run; ``auto`` is the GPU if there is one.
         memory_limit: what the process may take, as ``3GiB`` or in bytes; what is free now if None. It decides where
@@ -95,7 +97,9 @@ def collect_streamed(
         StoreError: the name is taken, or there is nothing to resume.
         RunError: interrupted or failed half-way; finished layers are kept, and the message says how to go on.
     """
-    options = RecordingOptions(require_levels(level), vectors_per_domain, router_scores, similarity_every, errors_every)
+    options = RecordingOptions(
+        require_levels(level), vectors_per_domain, router_scores, similarity_every, errors_every, scores_every
+    )
     if not resume:
         run_store.Catalog(store).require_free(name)
     checkpoint, parts = _open_checkpoint(Path(path), dtype, device)

@@ -85,6 +85,54 @@ def test_a_part_is_the_part_of_the_whole(run: store.Run) -> None:
         run.router_scores(domain="math")
 
 
+def test_a_layer_without_padding(run: store.Run) -> None:
+    whole = run.router_scores()
+    for axis, layer in enumerate(WIDTH):
+        found = run.layer_scores(layer=layer)
+        assert found.sequences.tolist() == [*LENGTHS] and found.offsets.tolist() == [0, 700, 730]
+        assert found.ids.shape == (730, WIDTH[layer])
+        for place, length in enumerate(LENGTHS.values()):
+            part = slice(found.offsets[place], found.offsets[place + 1])
+            for mine, other in (
+                (found.ids, whole.ids[..., : WIDTH[layer]]),
+                (found.logits, whole.logits[..., : WIDTH[layer]]),
+                (found.log_partition, whole.log_partition),
+            ):
+                assert_array_equal(mine[part], other[axis, place, :length])
+    assert len(run.layer_scores(layer=1, last=3).ids) == 700
+    assert len(run.layer_scores(layer=1, sequences=[4]).ids) == 30
+    assert run.layer_scores(layer=1, sequences=[3]).ids.shape == (0, 0)
+    with pytest.raises(StoreError, match="no MoE layer 3"):
+        run.layer_scores(layer=3)
+
+
+def test_sequences_without_scores_are_not_there(tmp_path: Path) -> None:
+    """As ``--scores-every`` leaves them out."""
+    sequence, position, ids, logits, totals = _truth(1)
+    kept = sequence == 4
+    frame = store.pack_scores(
+        layer=1, sequence=sequence[kept], position=position[kept], ids=ids[kept], logits=logits[kept],
+        log_partition=totals[kept],
+    )  # fmt: skip
+    writer = store.RunWriter.create(tmp_path, "some", store.RunInfo(model="toy"))
+    writer.write_shard(
+        {
+            "score_chunk": frame,
+            "layer": {"layer": [1], "step": [0], "num_experts": [300]},
+            "sequence": {"sequence": [*LENGTHS], "domain": ["code", "german"], "tokens": [*LENGTHS.values()]},
+        }
+    )
+    with store.open_run(writer.finish(seconds=1.0)) as run:
+        scores = run.router_scores()
+        assert scores.sequences.tolist() == [4] and scores.ids.shape == (1, 1, 30, 3) and (scores.ids >= 0).all()
+        assert run.router_scores(domain="code").ids.shape[:3] == (1, 0, 0)
+        assert run.layer_scores(layer=1).sequences.tolist() == [4]
+        assert run.scored_sequences.rows() == [(4, "german", 30)]
+        with pytest.raises(StoreError, match="no router scores of sequence 0"):
+            run.stretch_scores(0)
+        assert run.stretch_scores(4).ids.shape == (1, 1, 30, 3)
+
+
 def test_a_chunk_of_equal_logits() -> None:
     frame = store.pack_scores(
         layer=0,

@@ -17,6 +17,7 @@ from scipy.special import logsumexp, softmax
 import profiler
 import store
 from profiler.recorders.base import finite, row_maximum, row_norm
+from profiler.recorders.scores import chosen_sequences
 from tests.profiler.capture.tiny import batch, build
 from tests.profiler.recorders.tokenwise import Array, LayerTokens, Tokenwise, cosine, observe, watched
 
@@ -111,6 +112,30 @@ def test_router_scores(case: Case) -> None:
         padding[sequence, position] = False
         assert (scores.ids[axis][padding] == -1).all()
         assert np.isnan(scores.logits[axis][padding]).all() and np.isnan(scores.log_partition[axis][padding]).all()
+
+
+def test_router_scores_of_some_sequences(case: Case, tmp_path: Path) -> None:
+    kept = watched(case.model, tmp_path, router_scores=SCORES, scores_every=3)
+    assert kept.info.settings["recording"] == {"router_scores": SCORES, "scores_every": 3}
+    scores, all_scores = kept.router_scores(), case.pooled.router_scores()
+    chosen = [number for number in range(6) if (number * ((5**0.5 - 1) / 2)) % 1 < 1 / 3]
+    assert scores.sequences.tolist() == chosen
+    assert 0 < len(chosen) < 6
+    place = np.searchsorted(all_scores.sequences, chosen)
+    length = scores.ids.shape[2]
+    assert_array_equal(scores.ids, all_scores.ids[:, place, :length])
+    assert_allclose(scores.logits, all_scores.logits[:, place, :length], atol=1e-3)
+
+
+@pytest.mark.parametrize("every", [1, 2, 16, 100])
+def test_sequences_with_scores_are_spread_evenly(every: int) -> None:
+    chosen = chosen_sequences(torch.arange(100_000), every)
+    assert chosen[0]
+    assert float(chosen.double().mean()) == pytest.approx(1 / every, rel=0.01)
+    assert int(chosen.nonzero()[:, 0].diff().max()) <= 2.7 * every
+    for domains in (2, 3, 7, 16):  # that take turns
+        for domain in range(domains):
+            assert float(chosen[domain::domains].double().mean()) == pytest.approx(1 / every, rel=0.15)
 
 
 def test_moe_output(case: Case) -> None:
