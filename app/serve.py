@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 import tempfile
@@ -13,24 +12,25 @@ import urllib.request
 from pathlib import Path
 from typing import IO
 
+from app.address import READABLE, Address
 from moescope.errors import InputError, RunError
 
-SCRIPT = Path(__file__).resolve().with_name("main.py")
-FIRST_PORT = 8501
-_LOOPBACK = ("127.0.0.1", "localhost", "::1")
+SCRIPT = Path(__file__).resolve().with_name("asgi.py")
+LOCAL = Address()
+"""The first free port, for this machine only."""
 
 
-def serve(store: Path, *, host: str = "127.0.0.1", port: int | None = None, browser: bool = True) -> int:
+def serve(store: Path, address: Address = LOCAL, *, browser: bool = True) -> int:
     """Serve the dashboard over ``store`` until interrupted. Where the system can, this process becomes the server.
 
     Raises:
         InputError: Streamlit is not installed, or the port is taken.
     """
     _require_streamlit()
-    chosen = choose_port(host, port)
-    command, environment = command_line(host=host, port=chosen, browser=browser), environment_for(store)
-    print(f"dashboard: {url_of(host, chosen)}  (Ctrl-C ends it)", flush=True)
-    _warn_exposed(host)
+    address = address.with_port()
+    command, environment = command_line(address), environment_for(store, address, browser=browser)
+    print(f"dashboard: {address.url}  (Ctrl-C ends it)", flush=True)
+    _warn_exposed(address)
     if os.name == "posix":
         # One process with one id: Ctrl-C and exit codes are the server's own.
         os.execve(command[0], command, environment)
@@ -41,7 +41,7 @@ def serve(store: Path, *, host: str = "127.0.0.1", port: int | None = None, brow
 
 
 def start(
-    store: Path, *, host: str = "127.0.0.1", port: int | None = None, browser: bool = True, timeout: float = 60.0
+    store: Path, address: Address = LOCAL, *, browser: bool = True, timeout: float = 60.0
 ) -> tuple[subprocess.Popen[bytes], str]:
     """Start the dashboard beside this process; returns it and its address once it answers.
 
@@ -50,78 +50,61 @@ def start(
         RunError: the server ended or did not answer in time; the message holds its last line.
     """
     _require_streamlit()
-    chosen = choose_port(host, port)
-    command = command_line(host=host, port=chosen, browser=browser)
-    _warn_exposed(host)
+    address = address.with_port()
+    command, environment = command_line(address), environment_for(store, address, browser=browser)
+    _warn_exposed(address)
     # A file, not a pipe: nobody reads a pipe while the caller works, and a full one would stop the server.
     with tempfile.TemporaryFile() as said:
         server = subprocess.Popen(
-            command, env=environment_for(store), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=said
+            command, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=said
         )
-        url = url_of(host, chosen)
-        _wait_until_healthy(server, url, timeout, said)
-    return server, url
+        _wait_until_healthy(server, address.url, timeout, said)
+    return server, address.url
 
 
-def command_line(*, host: str, port: int, browser: bool) -> list[str]:
-    """The command that runs Streamlit on the dashboard. ``-P`` keeps files of the user's folder from shadowing ours."""
+def command_line(address: Address) -> list[str]:
+    """The command that runs Streamlit on the dashboard. ``-P`` keeps files of the user's folder from shadowing ours.
+
+    What protects is said here: flags win over files of settings in the user's folders and over the environment.
+    """
     flags: dict[str, object] = {
-        "server.address": host,
-        "server.port": port,
-        "server.headless": not browser,
+        "server.address": address.host,
+        "server.port": address.port,
+        "server.baseUrlPath": address.base_path,
+        "server.headless": True,  # otherwise Streamlit asks for an e-mail address; see app/asgi.py
         "server.fileWatcherType": "none",
         "server.runOnSave": False,
+        "server.enableCORS": True,
+        "server.enableXsrfProtection": True,
+        "server.enableStaticServing": False,
+        "server.enableAgentApi": False,
+        "server.maxUploadSize": 1,  # no page takes a file
+        "global.developmentMode": False,
         "browser.gatherUsageStats": False,
-        "browser.serverAddress": "localhost" if host in _LOOPBACK else host,
+        "browser.serverAddress": "localhost" if address.is_local else address.host,
         "client.toolbarMode": "minimal",
+        "client.showErrorDetails": "none",
+        "logger.hideWelcomeMessage": True,
     }
     options = [f"--{name}={str(value).lower() if isinstance(value, bool) else value}" for name, value in flags.items()]
-    if host in _LOOPBACK:
-        # Against DNS rebinding: a page from elsewhere cannot read the dashboard under another name.
-        options += [f"--server.allowedHosts={name}" for name in ("localhost", "127.0.0.1", "[::1]")]
+    if address.is_local:
+        # The guard checks all requests; this is Streamlit's own check, of websockets.
+        options += [f"--server.allowedHosts={name}" for name in ("127.0.0.1", "::1", *address.hosts)]
     return [sys.executable, "-P", "-m", "streamlit", "run", str(SCRIPT), *options]
 
 
-def environment_for(store: Path) -> dict[str, str]:
-    """The environment of the server: the store, and where moescope itself is found."""
+def environment_for(store: Path, address: Address = LOCAL, *, browser: bool = False) -> dict[str, str]:
+    """The environment of the server: the store, its names, and where moescope itself is found."""
     environment = dict(os.environ)
     environment["MOESCOPE_STORE"] = str(store.expanduser().resolve())
+    environment["MOESCOPE_HOSTS"] = ",".join(address.hosts)
+    environment["MOESCOPE_OPEN"] = address.url if browser else ""
     environment["PYTHONSAFEPATH"] = "1"
     root = str(SCRIPT.parents[1])
     if "site-packages" not in root and "dist-packages" not in root:
         # A checkout that is not installed: name it first, before folders of the user's own.
         environment["PYTHONPATH"] = os.pathsep.join(part for part in (root, environment.get("PYTHONPATH", "")) if part)
     return environment
-
-
-def choose_port(host: str, port: int | None) -> int:
-    """The given port, or the first free one from 8501.
-
-    Raises:
-        InputError: the given port, or every port up to 8600, is taken; or the address is not one of this machine.
-    """
-    candidates = [port] if port is not None else range(FIRST_PORT, FIRST_PORT + 100)
-    for candidate in candidates:
-        try:
-            with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
-                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                probe.bind((host, candidate))
-                return candidate
-        except OSError as error:
-            if isinstance(error, socket.gaierror) or error.errno == 99:
-                raise InputError(
-                    f"--host {host} is not an address of this machine: leave it out, or give 0.0.0.0"
-                ) from error
-        except OverflowError as error:
-            raise InputError(f"--port {candidate} is no port: give a number from 1 to 65535") from error
-    wanted = f"port {port}" if port is not None else f"every port from {FIRST_PORT} to {FIRST_PORT + 99}"
-    raise InputError(f"{wanted} on {host} is taken: give another one with --port")
-
-
-def url_of(host: str, port: int) -> str:
-    """The address to open in a browser on this machine."""
-    shown = "127.0.0.1" if host in ("0.0.0.0", "::", "localhost") else host
-    return f"http://[{shown}]:{port}" if ":" in shown else f"http://{shown}:{port}"
 
 
 def _wait_until_healthy(server: subprocess.Popen[bytes], url: str, timeout: float, said: IO[bytes]) -> None:
@@ -150,9 +133,6 @@ def _require_streamlit() -> None:
         raise InputError("the dashboard needs Streamlit and Plotly: pip install 'moescope[app]'")
 
 
-def _warn_exposed(host: str) -> None:
-    if host not in _LOOPBACK:
-        print(
-            f"warning: listening on {host}: everyone who reaches this machine can read the runs, text included",
-            file=sys.stderr,
-        )
+def _warn_exposed(address: Address) -> None:
+    if not address.is_local:
+        print(f"warning: listening on {address.host}: {READABLE}", file=sys.stderr)

@@ -30,6 +30,7 @@ from pathlib import Path
 import numpy as np
 from playwright.sync_api import Page
 
+from app.address import Address
 from app.serve import command_line, environment_for
 from benchmarks.shaped_run import Shape, write
 from tests.browser.driver import chromium_browser, settle, watched_page
@@ -79,7 +80,7 @@ def served(script: Path, store: Path) -> Iterator[str]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = command_line(host="127.0.0.1", port=port, browser=False)
+    command = command_line(Address(port=port))
     command[command.index("run") + 1] = str(script)
     server = subprocess.Popen(
         command, env=environment_for(store), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL

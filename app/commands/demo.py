@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from app.commands.collect import show_progress
-from app.commands.dashboard import add_server
+from app.commands.dashboard import add_server, address_of
 from app.commands.options import add_store, positive
 
 if TYPE_CHECKING:
     import subprocess
+
+    from app.address import Address
 
 NAME = "demo"
 SUMMARY = "profile the bundled model and open the dashboard"
@@ -35,8 +37,9 @@ def run(options: argparse.Namespace) -> int:
     """Open the dashboard at once, profile meanwhile, print the summary, and serve until interrupted."""
     # A plain kill would leave the dashboard behind: as an exit it passes through the "finally" below.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    address = address_of(options)
     _lay_out_bundled_run(options.store)
-    server = None if options.no_dashboard else _open_dashboard(options)
+    server = None if options.no_dashboard else _open_dashboard(options.store, address, not options.no_browser)
     try:
         if importlib.util.find_spec("torch") is None:
             print("torch is not installed: only the bundled run is shown. For your own: pip install 'moescope[torch]'")
@@ -91,10 +94,10 @@ def _lay_out_bundled_run(store: Path) -> None:
         shutil.copyfile(source, store / source.name.replace(RUN.stem, BUNDLED, 1))
 
 
-def _open_dashboard(options: argparse.Namespace) -> subprocess.Popen[bytes]:
+def _open_dashboard(store: Path, address: Address, browser: bool) -> subprocess.Popen[bytes]:
     from app.serve import start
 
-    server, url = start(options.store, host=options.host, port=options.port, browser=not options.no_browser)
+    server, url = start(store, address, browser=browser)
     print(f"dashboard: {url}", flush=True)
     return server
 

@@ -14,7 +14,9 @@ from pathlib import Path
 import pytest
 import synthetic
 
-from app import serve
+from app import address, serve
+from app.address import Address, checked
+from app.cli import main
 from moescope.errors import InputError, RunError
 
 
@@ -43,7 +45,10 @@ def test_start_answers_and_serves_from_a_hostile_folder(hostile_folder: Path) ->
 
 def test_serve_becomes_the_server_and_ends_with_a_signal(hostile_folder: Path) -> None:
     port = free_port()
-    code = f"import app.serve, pathlib; app.serve.serve(pathlib.Path('none'), port={port}, browser=False)"
+    code = (
+        "import pathlib; from app.address import Address; from app.serve import serve\n"
+        f"serve(pathlib.Path('none'), Address(port={port}), browser=False)"
+    )
     environment = serve.environment_for(Path("none"))
     process = subprocess.Popen(
         [sys.executable, "-P", "-c", code], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
@@ -64,29 +69,58 @@ def test_a_taken_port_is_an_error_and_the_next_free_one_is_found() -> None:
         taken.listen()
         port = taken.getsockname()[1]
         with pytest.raises(InputError, match=f"port {port} on 127.0.0.1 is taken"):
-            serve.choose_port("127.0.0.1", port)
-    assert serve.choose_port("127.0.0.1", None) >= serve.FIRST_PORT
+            address.choose_port("127.0.0.1", port)
+    assert address.choose_port("127.0.0.1", None) >= address.FIRST_PORT
 
 
 @pytest.mark.parametrize(("host", "port"), [("203.0.113.7", None), ("no such host", 1), ("127.0.0.1", 99999)])
 def test_impossible_addresses_are_input_errors(host: str, port: int | None) -> None:
     with pytest.raises(InputError):
-        serve.choose_port(host, port)
+        address.choose_port(host, port)
 
 
 def test_the_command_is_closed_to_other_hosts() -> None:
-    command = serve.command_line(host="127.0.0.1", port=8501, browser=True)
+    command = serve.command_line(Address(port=8501, names=("moe.example.org",)))
     assert command[1] == "-P"
-    assert "--server.address=127.0.0.1" in command
-    assert "--server.headless=false" in command
-    assert "--browser.gatherUsageStats=false" in command
-    assert "--server.allowedHosts=127.0.0.1" in command
-    assert not [flag for flag in serve.command_line(host="0.0.0.0", port=1, browser=False) if "allowedHosts" in flag]
+    for flag in ("server.address=127.0.0.1", "browser.gatherUsageStats=false", "server.enableXsrfProtection=true",
+                 "server.allowedHosts=127.0.0.1", "server.allowedHosts=moe.example.org", "server.headless=true"):  # fmt: skip
+        assert f"--{flag}" in command
+    assert not [flag for flag in serve.command_line(Address("0.0.0.0", 1)) if "allowedHosts" in flag]
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.7", "a-name"])
+def test_other_addresses_need_a_flag_and_warn(host: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(InputError, match=r"needs --expose: everyone who reaches that address can read the runs"):
+        checked(host)
+    serve._warn_exposed(checked(host, expose=True))
+    assert capsys.readouterr().err.startswith(f"warning: listening on {host}: everyone")
+    assert main(["dashboard", "--host", host, "--no-browser"]) == 2
+    assert main(["demo", "--host", host, "--no-browser"]) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 2
+
+
+def test_addresses_of_this_machine_only_need_none(capsys: pytest.CaptureFixture[str]) -> None:
+    for host in ("127.0.0.1", "localhost", "::1", "127.8.0.1"):
+        serve._warn_exposed(checked(host))
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("name", ["*", "http://a.b", "a.b:80", "a b", "a/b", "", "<b>", "*.", "a..b"])
+def test_names_that_no_host_has_are_refused(name: str) -> None:
+    with pytest.raises(InputError, match="--allowed-hosts"):
+        checked("127.0.0.1", names=[name])
+
+
+@pytest.mark.parametrize("path", ["../up", "a//b", "a b", "_stcore", "media/a", "a/..", "?a", "%2e"])
+def test_base_paths_that_cannot_be_are_refused(path: str) -> None:
+    with pytest.raises(InputError, match="--base-path"):
+        checked("127.0.0.1", base_path=path)
 
 
 def test_addresses_to_open() -> None:
-    assert serve.url_of("0.0.0.0", 1) == "http://127.0.0.1:1"
-    assert serve.url_of("::1", 2) == "http://[::1]:2"
+    assert Address("0.0.0.0", 1).url == "http://127.0.0.1:1"
+    assert Address("::1", 2).url == "http://[::1]:2"
+    assert checked("127.0.0.1", port=3, base_path="/a/b/").url == "http://127.0.0.1:3/a/b"
 
 
 def test_the_store_is_absolute_for_the_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -95,7 +129,7 @@ def test_the_store_is_absolute_for_the_server(tmp_path: Path, monkeypatch: pytes
 
 
 def test_a_server_that_dies_is_reported_with_its_last_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    def broken(**_: object) -> list[str]:
+    def broken(_: object) -> list[str]:
         return [sys.executable, "-c", "import sys; sys.exit('no such luck')"]
 
     monkeypatch.setattr(serve, "command_line", broken)
