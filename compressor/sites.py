@@ -32,7 +32,7 @@ PROJECTIONS = (
 )
 """Where a router keeps one row per expert, whose product with the hidden state is the logit."""
 
-_PER_EXPERT = (
+PER_EXPERT = (
     *("e_score_correction_bias", "expert_bias", "balancing_biases", "per_expert_scale"),
     "moe_statics.e_score_correction_bias",
 )
@@ -110,8 +110,8 @@ def find_decoder(model: nn.Module, source: Source) -> Decoder:
             raise ModelError(f"{name} ({refusal.experts_class}) cannot be edited: {refusal.reason}")
         if adapter_of(module) is None:
             continue
-        path, layer = _place(name, modules)
-        stack = stacks[_elsewhere(name), path]
+        path, layer = place_of(name, modules)
+        stack = stacks[elsewhere(name), path]
         stack[layer, sum(key[0] == layer for key in stack)] = name
     if not stacks:
         raise ModelError(f"{type(model).__name__} has no MoE layer that could be edited")
@@ -135,14 +135,15 @@ def router_tensors(site: Site) -> Iterator[tuple[nn.Module, str, Tensor]]:
     bias = f"{site.projection.removesuffix('weight')}bias"
     seen: set[int] = set()
     for owner in (site.router, *site.blocks):
-        for name in (bias, *_PER_EXPERT) if owner is site.router else _PER_EXPERT:
-            tensor = _tensor(owner, name)
+        for name in (bias, *PER_EXPERT) if owner is site.router else PER_EXPERT:
+            tensor = find_tensor(owner, name)
             if tensor is not None and tensor.shape[-1] <= rows and id(tensor) not in seen:
                 seen.add(id(tensor))
                 yield owner, name, tensor
 
 
-def _tensor(module: nn.Module, name: str) -> Tensor | None:
+def find_tensor(module: nn.Module, name: str) -> Tensor | None:
+    """The tensor at a dotted path in a module; None without."""
     for part in name.split("."):
         found = getattr(module, part, None)
         if isinstance(found, Tensor):
@@ -153,7 +154,7 @@ def _tensor(module: nn.Module, name: str) -> Tensor | None:
     return None
 
 
-def _place(name: str, modules: dict[str, nn.Module]) -> tuple[str, int]:
+def place_of(name: str, modules: dict[str, nn.Module]) -> tuple[str, int]:
     """Path of the list of decoder layers around a module, and its place in it."""
     for match in re.finditer(r"\.(\d+)(?=\.)", name):
         if isinstance(modules[name[: match.start()]], nn.ModuleList):
@@ -161,7 +162,8 @@ def _place(name: str, modules: dict[str, nn.Module]) -> tuple[str, int]:
     raise ModelError(f"{name} ({type(modules[name]).__name__}) stands in no list of decoder layers")
 
 
-def _elsewhere(name: str) -> bool:
+def elsewhere(name: str) -> bool:
+    """Whether a module of that path stands in no language decoder."""
     return any(part in _OTHER_STACKS for part in re.split(r"[._]", name.lower()))
 
 
