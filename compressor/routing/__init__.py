@@ -5,7 +5,29 @@ The rules that a sweep tries are the rules that ``compressor.load`` applies: one
 
 from compressor.routing.choice import Choice, Taken
 from compressor.routing.gates import Gate
-from compressor.routing.hook import Routing, install, rerouted
-from compressor.routing.rules import Odp, Ratio, Rule, Threshold, TopK
+from compressor.routing.hook import Reroute, Routing, install, reroute_of, rerouted
+from compressor.routing.rules import Bias, MaskTop, NullExperts, Odp, Rank, Ratio, Rule, Threshold, TopK, TopP
+from compressor.routing.steps import ROUTE, rules_of
 
-__all__ = ["Choice", "Gate", "Odp", "Ratio", "Routing", "Rule", "Taken", "Threshold", "TopK", "install", "rerouted"]
+__all__ = [
+    "ROUTE",
+    "Bias",
+    "Choice",
+    "Gate",
+    "MaskTop",
+    "NullExperts",
+    "Odp",
+    "Rank",
+    "Ratio",
+    "Reroute",
+    "Routing",
+    "Rule",
+    "Taken",
+    "Threshold",
+    "TopK",
+    "TopP",
+    "install",
+    "reroute_of",
+    "rerouted",
+    "rules_of",
+]

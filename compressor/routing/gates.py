@@ -39,11 +39,12 @@ class Gate:
         score: what becomes of a logit before it is compared and weighed.
         renormalized: the weights of the chosen are divided by their sum.
         scale: by which they are multiplied then.
-        bias: (E,) added to the scores for choosing only; None without.
+        bias: (E,) added for choosing only; None without.
         factors: (E,) by which the weight of each expert is multiplied last; None without.
         groups: blocks of experts; 1 = none.
         chosen_groups: of which a token may use so many.
         group_by: score of a group.
+        biased: what the bias is added to.
         experts: E; rows of the router behind them stand for no expert.
     """
 
@@ -56,6 +57,13 @@ class Gate:
     groups: int = 1
     chosen_groups: int = 1
     group_by: GroupBy = "best"
+    biased: Literal["scores", "logits"] = "scores"
+    weightless: int = 0
+
+    @property
+    def weighted(self) -> int:
+        """Experts that hold weights."""
+        return self.experts - self.weightless
 
     def scores(self, logits: Tensor) -> Tensor:
         """(tokens, E) float32 scores of all rows."""
@@ -71,7 +79,9 @@ class Gate:
 
     def order(self, logits: Tensor) -> Tensor:
         """(tokens, E) float32 by which experts are chosen, the largest first; -inf for those out of reach."""
-        return self._order(self.scores(logits.detach()))
+        logits = logits.detach().float()
+        by_logits = self.bias is not None and self.biased == "logits"
+        return self._order(logits if by_logits else self.scores(logits))
 
     def select(self, logits: Tensor, k: int, *, without: Tensor | None = None) -> Tensor:
         """(tokens, k) int64 rows that the gate chooses, best first.
@@ -92,21 +102,16 @@ class Gate:
             raise ModelError(f"a router that can reach {reachable} experts per token cannot choose {k}")
         return order.topk(k, dim=1).indices
 
-    def weigh(self, logits: Tensor, ids: Tensor, *, chosen: Tensor | None = None) -> Tensor:
-        """(tokens, k) float32 gate weights of rows; gradients flow to the logits.
-
-        Args:
-            logits: (tokens, E).
-            ids: (tokens, k) rows.
-            chosen: (tokens, k) bool those that are really chosen; the others get weight 0.
-        """
-        weights = self.scores(logits).gather(1, ids)
-        weights = weights.masked_fill(ids >= self.experts, 0.0) if self.experts < logits.shape[1] else weights
-        weights = weights if chosen is None else weights.masked_fill(~chosen, 0.0)
+    def weigh(self, logits: Tensor, ids: Tensor) -> Tensor:
+        """(tokens, k) float32 gate weights of rows that are chosen together; gradients flow to the logits."""
+        weights = self._scores_of(logits, ids)
         if self.renormalized:
             weights = weights / weights.sum(1, keepdim=True).clamp_min(1e-20)
-        weights = weights * self.scale
-        return weights if self.factors is None else weights * self.factors.to(weights.device).float()[ids]
+        return self._factored(weights * self.scale, ids)
+
+    def worth(self, logits: Tensor, ids: Tensor) -> Tensor:
+        """(tokens, k) float32 what rows weigh beside each other, whatever else is chosen."""
+        return self._factored(self._scores_of(logits, ids), ids)
 
     def choose(self, logits: Tensor, k: int, *, without: Tensor | None = None) -> Choice:
         """The choice of ``k`` experts."""
@@ -138,6 +143,13 @@ class Gate:
             return "other gate weights"
         return ""
 
+    def _scores_of(self, logits: Tensor, ids: Tensor) -> Tensor:
+        scores = self.scores(logits).gather(1, ids)
+        return scores.masked_fill(ids >= self.experts, 0.0) if self.experts < logits.shape[1] else scores
+
+    def _factored(self, weights: Tensor, ids: Tensor) -> Tensor:
+        return weights if self.factors is None else weights * self.factors.to(weights.device).float()[ids]
+
     def _compared(self, order: Tensor, choice: Choice) -> Tensor:
         """(tokens, E) all rows of experts, and those behind them only where a slot is empty."""
         empty = (choice.weights == 0).any(1, keepdim=True)
@@ -160,7 +172,8 @@ class Known:
     """What is known of a layer's router before it is tried.
 
     Attributes:
-        experts: E that the experts module has, or rows of its router where several stand for one.
+        experts: E that the experts module has, or rows of its router where several stand for one; 0 = unknown.
+        weightless: how many of them have no weights.
         score: which score its family is said to have, tried first.
         groups: of its configuration.
         chosen_groups: of its configuration.
@@ -170,6 +183,7 @@ class Known:
     """
 
     experts: int
+    weightless: int = 0
     score: str = "softmax"
     groups: int = 1
     chosen_groups: int = 1
@@ -190,10 +204,22 @@ class Known:
         if self.groups > 1 and rows % self.groups == 0:
             sizes = (self.groups, self.chosen_groups)
             groups = [(*sizes, "two best"), (*sizes, "best"), *groups] if rows >= 2 * self.groups else groups
+        biases: list[tuple[Tensor | None, Literal["scores", "logits"]]] = [(None, "scores")]
+        biases = [*((bias, to) for bias in fitting(self.biases) for to in ("scores", "logits")), *biases]
         return [
-            Gate(name, renormalized, min(self.experts, rows), 1.0, bias, factors, *grouping)
-            for name, bias, factors, grouping, renormalized in product(
-                names, [*fitting(self.biases), None], [*fitting(self.factors), None], groups, (True, False)
+            Gate(
+                name,
+                renormalized,
+                min(self.experts or rows, rows),
+                1.0,
+                bias,
+                factors,
+                *grouping,
+                biased,
+                self.weightless,
+            )
+            for name, (bias, biased), factors, grouping, renormalized in product(
+                names, biases, [*fitting(self.factors), None], groups, (True, False)
             )
         ]
 
@@ -260,11 +286,10 @@ def tolerance(choice: Choice) -> float:
 
 
 def _sound(choice: Choice) -> Choice:
-    """The tokens whose scores are all numbers: padding may have none."""
+    """The first tokens whose scores are all numbers: padding may have none."""
     assert choice.logits is not None
-    keep = torch.isfinite(choice.logits).all(1) & torch.isfinite(choice.weights).all(1)
-    if bool(keep.all()):
-        return choice
+    sound = torch.isfinite(choice.logits).all(1) & torch.isfinite(choice.weights).all(1)
+    keep = sound.nonzero()[:SURE, 0]
     return Choice(choice.ids[keep], choice.weights[keep], choice.logits[keep])
 
 

@@ -85,12 +85,21 @@ class Reroute:
         return _called(args, kwargs, *new)
 
     def _after(self, key: Key, rule: Rule, before: Choice) -> Choice:
-        if not rule.asks(before.k):
+        need, where = rule.needs(before.k), self.place.words
+        if need == "choice":
+            return rule(before, _NoGate)  # type: ignore[arg-type]
+        if before.logits is None:
+            raise ModelError(f"{where} cannot be rerouted by {type(rule).__name__}: its router showed no scores")
+        if need == "scores":
             return rule(before, _NoGate)  # type: ignore[arg-type]
         trial = self.trials.setdefault(key, Trial(self.place.known))
         with torch.no_grad():
             trial.see(before)
-        return rule(before, require(trial.gate, self.place.words, trial.reason))
+        gate = require(trial.gate, where, trial.reason)
+        try:
+            return rule(before, gate)
+        except ModelError as error:
+            raise ModelError(f"{where}: {error}") from error
 
     def _logits(self, shown: Any, ids: Tensor) -> Tensor | None:
         if shown is None:
@@ -106,7 +115,7 @@ class Reroute:
 
 
 class _NoGate:
-    """Stands where a rule said that it asks no gate."""
+    """Stands where a rule needs no gate."""
 
 
 def _called(

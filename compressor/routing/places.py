@@ -161,7 +161,8 @@ def _place(
         logits_index=adapter.logits_index if adapter.routers else _index_of(router, declared),
         holds_probabilities=traits.holds_probabilities,
         known=Known(
-            experts=rows or 1 << 30,
+            experts=rows,
+            weightless=len(layout.weightless) if layout else 0,
             score=adapter.score or traits.score,
             groups=_number(sources, _GROUPS) or 1,
             chosen_groups=_number(sources, _CHOSEN_GROUPS) or 1,
