@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from app.commands.documents import beside_run, described_model, described_text, write_document
 from app.commands.inputs import add_corpus, add_model, open_model, open_text, require_data
 from app.commands.options import add_config, add_json, add_store
 
@@ -21,9 +22,6 @@ NAME = "ablate"
 SUMMARY = "switch experts off and measure what the model loses, beside controls"
 TOKENS = 100_000
 """Text of one pass, if nobody says otherwise; there are 2 passes and one for every control."""
-
-_DATA = ("files", "num_files", "domains", "sequences", "tokens", "corpus_sha256", "sequence_length", "token_budget",
-         "bos", "packing", "chat_template", "roles", "seed", "split")  # fmt: skip
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -64,12 +62,12 @@ def run(options: argparse.Namespace) -> int:
     corpus = open_text(options, load_tokenizer(options.model))
     model = open_model(options)
     if path is not None:
-        notes += _compare(path, model, corpus)
+        notes += beside_run(path, model, corpus)
     document = _measure(options, model, corpus, experts, notes)
     text = store.evaluation_text(document)
     kept = store.write_evaluation(path, document) if path is not None else None
     if options.output is not None:
-        _write(options.output, text)
+        write_document(options.output, text)
     print(text if options.json else _words(document, kept or options.output), end="" if options.json else "\n")
     return 0
 
@@ -99,38 +97,12 @@ def _experts(options: argparse.Namespace, path: Path | None) -> tuple[list[Exper
     return found, [f"The experts are super experts of the run {path.stem!r} by the {options.rule}'s rule."]
 
 
-def _compare(path: Path, model: nn.Module, corpus: Corpus) -> list[str]:
-    """What differs between the run and this measurement.
-
-    Raises:
-        InputError: the run is of another model.
-    """
-    import store
-    from moescope.errors import InputError
-    from profiler import find_moe_layers
-    from profiler.capture.provenance import fingerprint
-
-    notes = []
-    with store.open_run(path) as opened:
-        ours = {layer.key: layer.num_experts for layer in find_moe_layers(model)}
-        theirs = {(layer.layer, layer.step): layer.num_experts for layer in opened.layers}
-        if not theirs.items() <= ours.items():
-            raise InputError(f"run {opened.name!r} is of another model ({opened.info.model}): its MoE layers differ")
-        if opened.info.model_fingerprint not in ("", fingerprint(model)):
-            notes.append("The run was recorded from other weights, or from these in another --dtype.")
-        if opened.info.settings.get("corpus_sha256") == corpus.sha256:
-            notes.append("The text is the one that the run was recorded on, not held-out text.")
-    return notes
-
-
 def _measure(
     options: argparse.Namespace, model: nn.Module, corpus: Corpus, experts: list[Expert], notes: list[str]
 ) -> store.Document:
     from profiler.ablation.measure import ablate
     from profiler.ablation.report import document
-    from profiler.capture.provenance import fingerprint
 
-    described = corpus.describe()
     total = corpus.num_tokens
     try:
         found = ablate(
@@ -143,15 +115,8 @@ def _measure(
         )
     finally:
         print(file=sys.stderr)
-    parameter = next(model.parameters())
-    named: dict[str, Any] = {
-        "name": Path(options.model).name if Path(options.model).exists() else options.model,
-        "class": type(model).__name__,
-        "fingerprint": fingerprint(model),
-        "dtype": str(parameter.dtype).removeprefix("torch."),
-    }
     found.notes[:0] = notes
-    return document(found, model=named, data={name: described[name] for name in _DATA if name in described})
+    return document(found, model=described_model(options.model, model), data=described_text(corpus))
 
 
 def _show(number: int, passes: int, name: str, share: float) -> None:
@@ -170,15 +135,6 @@ def _words(document: store.Document, kept: Path | None) -> str:
     if kept is not None:
         parts.append(f"kept in {kept}")
     return "\n\n".join(parts)
-
-
-def _write(path: Path, text: str) -> None:
-    from moescope.errors import InputError
-
-    try:
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"-o {path}: {error.strerror or error}") from error
 
 
 def _count(text: str) -> int:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from app.commands.documents import described_model, described_text, require_folder, write_document
 from app.commands.inputs import add_corpus, add_model, open_text, require_data, require_placement
 from app.commands.options import add_config, add_json, add_store, positive
 
@@ -24,9 +24,6 @@ TOKENS = 50_000
 """Held-out text, if nobody says otherwise."""
 
 PLAN = "moescope_plan.json"
-
-_DATA = ("files", "num_files", "domains", "sequences", "tokens", "corpus_sha256", "sequence_length", "token_budget",
-         "bos", "packing", "chat_template", "roles", "seed", "split")  # fmt: skip
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -73,7 +70,7 @@ def run(options: argparse.Namespace) -> int:
     text = store.evaluation_text(document)
     kept = store.write_evaluation(path, document) if path is not None else None
     if options.output is not None:
-        _write(options.output, text)
+        write_document(options.output, text)
     print(text if options.json else _words(document, kept or options.output), end="" if options.json else "\n")
     return 0
 
@@ -99,8 +96,7 @@ def _refuse(options: argparse.Namespace) -> None:
         raise InputError(f"--skip {unknown[0]}: there are {', '.join(PARTS)}")
     if options.lm_eval:
         require_harness()
-    if options.output is not None and not options.output.absolute().parent.is_dir():
-        raise InputError(f"-o {options.output}: there is no folder {options.output.absolute().parent}")
+    require_folder(options.output)
 
 
 def _plan_of(model: str) -> Plan | None:
@@ -143,7 +139,7 @@ def _measure(
     from profiler.evaluation import document, evaluate
 
     base, model = _load(options, options.against), _load(options, options.model)
-    named = [_described(options.model, model), _described(options.against, base)]
+    named = [described_model(options.model, model), described_model(options.against, base)]
     if plan is not None and plan.source.fingerprint not in ("", named[1]["fingerprint"]):
         notes.append("The plan was made for other weights than --against, or for these in another --dtype.")
     try:
@@ -164,12 +160,11 @@ def _measure(
     finally:
         print(file=sys.stderr)
     found.notes[:0] = notes
-    described = corpus.describe()
     return document(
         found,
         model=named[0],
         base=named[1],
-        data={name: described[name] for name in _DATA if name in described},
+        data=described_text(corpus),
         plan=None if plan is None else plan.digest,
         held_out=held_out,
     )
@@ -203,17 +198,6 @@ def _load(options: argparse.Namespace, place: str) -> nn.Module:
     return model
 
 
-def _described(place: str, model: nn.Module) -> dict[str, Any]:
-    from profiler.capture.provenance import fingerprint
-
-    return {
-        "name": Path(place).resolve().name if Path(place).exists() else place,
-        "class": type(model).__name__,
-        "fingerprint": fingerprint(model),
-        "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
-    }
-
-
 def _show(part: str, share: float) -> None:
     from app.text import progress_line
 
@@ -239,19 +223,6 @@ def _words(document: store.Document, kept: Path | None) -> str:
     if kept is not None:
         parts.append(f"kept in {kept}")
     return "\n\n".join(parts)
-
-
-def _write(path: Path, text: str) -> None:
-    from moescope.errors import InputError
-
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    except OSError as error:
-        raise InputError(f"-o {path}: {error.strerror or error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _names(text: str) -> list[str]:
