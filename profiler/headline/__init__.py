@@ -13,11 +13,14 @@ import polars as pl
 
 import store
 from moescope.errors import StoreError
+from profiler.headline.axes import axis_distance_rows
 from profiler.headline.coverage import coverage_rows
 from profiler.headline.flow import flow_rows
+from profiler.headline.layer_memory import layer_memory_rows, step_repeat_rows
 from profiler.headline.load import load_rows
 from profiler.headline.local_balance import local_balance_rows
 from profiler.headline.local_consistency import hit_rate_rows, segment_rows
+from profiler.headline.neighbours import neighbour_rows
 from profiler.headline.repetition import repetition_rows
 from profiler.headline.similarity import similarity_rows
 from profiler.headline.specialization import specialization_rows
@@ -36,6 +39,10 @@ PARTS: tuple[Part, ...] = (
     super_expert_rows,
     repetition_rows,
     flow_rows,
+    layer_memory_rows,
+    step_repeat_rows,
+    neighbour_rows,
+    axis_distance_rows,
     similarity_rows,
     specialization_rows,
     coverage_rows,

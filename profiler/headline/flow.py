@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 import store
 from profiler.headline.similarity_kinds import SimilarityTables
 from profiler.headline.subject import BLOCK_TOKENS, SEED, Groups, Rows, Sample, Subject, as_text
-from profiler.metrics import co_activation, lookahead, transitions
+from profiler.metrics import co_activation, layer_memory, lookahead, transitions
 from profiler.metrics._intervals import interval, jackknife, resample_weights
 
 DISTANCES = (1, 2, 3)
@@ -174,10 +174,24 @@ def _information_rows(text: _Text, counts: NDArray[np.int64], place: Place) -> R
         return []
     value = float(transitions.transition_information(counts=total))
     row = {**place, "metric": "transition_information", "value": value}
+    left = total - counts[np.unique(text.part)]
     if place["control"] == "observed":
-        left = total - counts[np.unique(text.part)]
         row |= _jackknifed(value, transitions.transition_information(counts=left).tolist(), high=np.inf)
-    return [row]
+    return [row, *_entropy_rows(total, left, place)]
+
+
+def _entropy_rows(total: NDArray[np.int64], left: NDArray[np.int64], place: Place) -> Iterator[Place]:
+    """What is open of the later layer's choice when the earlier one is known; at distance 0, when nothing is."""
+    named: Place = {**place, "metric": "conditional_entropy"}
+    found: list[tuple[Place, Any, Any]] = [
+        (named, layer_memory.conditional_entropy(counts=total), layer_memory.conditional_entropy(counts=left))
+    ]
+    if place["control"] == "observed" and place["parameters"] == as_text({"distance": 1}):
+        whole, less = (layer_memory.choice_entropy(counts=counts.sum(axis=-2)) for counts in (total, left))
+        found.append(({**named, "parameters": as_text({"distance": 0})}, whole, less))
+    for row, value, without in found:
+        ends = _jackknifed(float(value), without.tolist(), high=np.inf) if place["control"] == "observed" else {}
+        yield {**row, "value": float(value), **ends}
 
 
 def _foreseen_sums(text: _Text, first: Ids, second: Ids, counts: NDArray[np.int64], layer: store.LayerInfo) -> Sums:

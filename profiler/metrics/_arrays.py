@@ -1,4 +1,4 @@
-"""Array types, and a division that says what 0 / 0 is."""
+"""Array types, a division that says what 0 / 0 is, and n log n."""
 
 from __future__ import annotations
 
@@ -18,4 +18,11 @@ def ratio(numerator: ArrayLike, denominator: ArrayLike, *, empty: float = np.nan
     above, below = np.broadcast_arrays(np.asarray(numerator, dtype=np.float64), np.asarray(denominator, np.float64))
     result = np.full(above.shape, empty, dtype=np.float64)
     np.divide(above, below, out=result, where=below > 0)
+    return result
+
+
+def x_log_x(values: ArrayLike) -> FloatArray:
+    """x log2 x of every entry, 0 for 0: what entropies are sums of."""
+    numbers = np.asarray(values, dtype=np.float64)
+    result: FloatArray = numbers * np.log2(np.where(numbers > 0, numbers, 1.0))
     return result

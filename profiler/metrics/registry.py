@@ -58,6 +58,7 @@ METRICS: tuple[Metric, ...] = (
         "arXiv 2101.03961",
         differs=True,
     ),
+    *own("imbalance"),
     # coverage.py
     Metric(
         "starved_experts",
@@ -212,6 +213,9 @@ METRICS: tuple[Metric, ...] = (
     Metric("lookahead_exact", "Whole choices foreseen", "share", "0..1", "more tokens need no further fetch", _FATE),
     Metric("lookahead_first_choice", "First choices foreseen", "share", "0..1", "an early router decides alike", _FATE),
     Metric("lookahead_cosine", "Lookahead cosine", "cosine", "-1..1", "what the router is given changes less", _FATE),
+    *own("layer_memory"),
+    *own("neighbours"),
+    *own("chained_steps"),
     # specialization.py
     Metric(
         "domain_specialization", "Domain specialization", "share", "k/E..1", "domains have experts of their own", _OLMOE
@@ -238,6 +242,9 @@ METRICS: tuple[Metric, ...] = (
         "specialised experts are those that serve segments well",
         _LRC,
     ),
+    *own("axis_distance"),
+    *own("expert_kinds"),
+    *own("shared_output"),
     # similarity.py
     Metric(
         "router_row_similarity", "Router-row similarity", "cosine", "-1..1", "the router reads more alike", _CLOSER_LOOK
@@ -294,6 +301,7 @@ METRICS: tuple[Metric, ...] = (
         "angular_similarity", "Angular similarity", "ratio", "0..1", "the experts are more alike", _CLOSER_LOOK, 1, True
     ),
     Metric("redundant_pairs", "Redundant pairs", "pairs", "0..E(E-1)/2", "more experts are alike", "ours"),
+    *own("router_rows"),
     # similarity_agreement.py
     Metric(
         "similarity_agreement", "Agreement of kinds", "correlation", "-1..1", "both kinds rank pairs alike", _MANTEL

@@ -15,7 +15,7 @@ from numpy.typing import ArrayLike
 
 from moescope.errors import MetricError
 
-from ._arrays import FloatArray, Ids, IntArray, ratio
+from ._arrays import FloatArray, Ids, IntArray, ratio, x_log_x
 
 EXTRA = 8
 """Experts fetched beyond k up to which recall is counted, as table ``lookahead`` does."""
@@ -71,9 +71,9 @@ def transition_information(*, counts: ArrayLike) -> FloatArray:
     """
     table = np.asarray(counts, dtype=np.float64)
     total = table.sum(axis=(-2, -1))
-    joint, first, second = _x_log_x(table), _x_log_x(table.sum(axis=-1)), _x_log_x(table.sum(axis=-2))
+    joint, first, second = x_log_x(table), x_log_x(table.sum(axis=-1)), x_log_x(table.sum(axis=-2))
     sums = joint.sum(axis=(-2, -1)) - first.sum(axis=-1) - second.sum(axis=-1)
-    return np.where(total > 0, np.maximum(ratio(sums + _x_log_x(total), total), 0.0), np.nan)
+    return np.where(total > 0, np.maximum(ratio(sums + x_log_x(total), total), 0.0), np.nan)
 
 
 def prediction_table(*, counts: ArrayLike) -> FloatArray:
@@ -142,7 +142,3 @@ def recall(*, sums: ArrayLike) -> FloatArray:
 def chance_recall(*, num_experts: int, top_k: int, extra: int = EXTRA) -> FloatArray:
     """What fetching random experts gives, (1 + extra,): (k + a) / E, at most 1."""
     return np.minimum((top_k + np.arange(extra + 1)) / num_experts, 1.0)
-
-
-def _x_log_x(values: FloatArray) -> FloatArray:
-    return values * np.log2(np.where(values > 0, values, 1.0))

@@ -171,7 +171,7 @@ def test_recorded_pairs_say_the_same_without_an_interval(rows: list[dict[str, An
 def test_what_a_run_lacks_gives_no_rows(tmp_path: Path) -> None:
     assert rows_of(write(tmp_path / "counts", trace=False)) == []
     one = rows_of(write(tmp_path / "one", sequences=1))  # nothing else to fit on, nothing to draw anew
-    assert {row["metric"] for row in one} == {"pair_excess", "transition_information"}
+    assert {row["metric"] for row in one} == {"pair_excess", "transition_information", "conditional_entropy"}
     assert all("low" not in row for row in one if row["control"] == "observed")
     two = rows_of(write(tmp_path / "two", sequences=2))
     assert pick(two, "transition_recall", layer=2, distance=1, at=0.0)["value"] > 0.9
