@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import shutil
 from collections.abc import Iterator
@@ -33,10 +34,16 @@ class Catalog:
         self.directory = Path(directory)
 
     def entries(self) -> list[Entry]:
-        """All runs, sorted by name. A finished run hides the folder that it was compacted from."""
-        finished = {_name(path): path for path in self._files()}
-        unfinished = {path.name.removesuffix(live.SUFFIX): path for path in self._folders()}
-        found = {name: Entry(name, path, False, path.stat().st_size) for name, path in finished.items()}
+        """All runs, sorted by name. A finished run hides the folder that it was compacted from.
+
+        What has no printable name is none of ours, and what cannot be looked at may just have been deleted: left out.
+        """
+        finished = {_name(path): path for path in self._files() if _name(path).isprintable()}
+        unfinished = {path.name.removesuffix(live.SUFFIX): path for path in self._folders() if path.name.isprintable()}
+        found: dict[str, Entry] = {}
+        for name, path in finished.items():
+            with contextlib.suppress(OSError):
+                found[name] = Entry(name, path, False, path.stat().st_size)
         for name, path in unfinished.items():
             found.setdefault(name, Entry(name, path, True, _folder_size(path)))
         return [found[name] for name in sorted(found)]
@@ -123,4 +130,8 @@ def _belongings(source: Path) -> Iterator[tuple[Path, str]]:
 
 
 def _folder_size(path: Path) -> int:
-    return sum(file.stat().st_size for file in path.rglob("*.parquet"))
+    total = 0
+    for file in path.rglob("*.parquet"):
+        with contextlib.suppress(OSError):  # shards go when they are compacted
+            total += file.stat().st_size
+    return total
