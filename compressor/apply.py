@@ -40,7 +40,8 @@ class Receipt:
         tensors_copied: tensors of the result whose bytes are those of the source.
         tensors_edited: tensors that were computed or put together anew.
         tensors_removed: tensors of the source that are no more.
-        loads_with: ``transformers``, or ``compressor.load`` where layers differ or weights are packed.
+        loads_with: ``transformers``, or ``compressor.load`` where layers differ, weights are packed, or a route step
+            changes what routers choose.
         notes: sentences for the reader.
         widths: what was found of the quantized matrices in the files of the result; None where none is, or nothing was
             written.
@@ -125,7 +126,7 @@ def apply(
 
 
 def _require_edits(plan: Plan) -> None:
-    if not plan.for_checkpoint:
+    if not plan.for_checkpoint and plan.route is None:
         words = " and ".join(step.step for step in plan.steps)
         raise PlanError(f"the plan's steps ({words}) change no checkpoint: write them for an engine, moescope export")
 

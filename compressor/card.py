@@ -21,6 +21,7 @@ from compressor.plan import (
     Plan,
     QuantizeStep,
     Role,
+    RouteStep,
     experts_after,
     kept_layers,
     widths_after,
@@ -77,6 +78,7 @@ def _what(plan: Plan) -> str:
     kinds = ["fewer or smaller experts"] if steps & {"drop", "merge", "slim"} else []
     kinds += ["experts rebuilt from factors"] if "factor" in steps else []
     kinds += ["experts of few bits"] if "quantize" in steps else []
+    kinds += ["another choice of experts than its routers'"] if "route" in steps else []
     return " and ".join(kinds)
 
 
@@ -122,6 +124,8 @@ def _steps(plan: Plan) -> str:
             text.append(f"  Decoder layers removed: {', '.join(map(str, step.decoder_layers))}.")
         if isinstance(step, DropStep) and step.blocks:
             text.append(f"  MoE blocks that put out nothing any more: {', '.join(map(str, step.blocks))}.")
+    if plan.route is not None:
+        text.append(_route(plan.route))
     domains = f", domains {', '.join(run.domains)}" if run.domains else ""
     text.append(f"\nDecided on run `{run.run}` ({run.tokens:,} tokens{domains}) with moescope {run.tool_version}.")
     for evidence in plan.evidence:
@@ -134,6 +138,15 @@ def _steps(plan: Plan) -> str:
         elif not evidence.guard:
             text.append("Super experts were not protected.")
     return "\n".join(text) + "\n"
+
+
+def _route(step: RouteStep) -> str:
+    """What decides instead of the routers, and where."""
+    values = sorted({one.value for one in step.layers if one.value is not None})
+    span = "" if not values else f" {values[0]:g}" if len(values) == 1 else f" {values[0]:g} to {values[-1]:g}"
+    weights = "" if step.rule == "bias" else f"; gate weights {step.weights}"
+    layers = ", ".join(f"{one.layer}, step {one.step}" if one.step else str(one.layer) for one in step.layers)
+    return f"- **route** by `{step.method}`: rule `{step.rule}`{span}{weights}; no weights change. Layers: {layers}."
 
 
 def _grids(step: QuantizeStep) -> str:
@@ -203,6 +216,7 @@ def _loading(loads_with: str, plan: Plan) -> str:
     if loads_with == "transformers":
         lines = "from transformers import AutoModelForCausalLM\n\nmodel = AutoModelForCausalLM.from_pretrained(FOLDER)"
         return f"## How to load it\n\nLike the model that it comes from.\n\n```python\n{lines}\n```\n"
+    why = ""
     if "packed" in forms:
         why = (
             "Its experts are packed by compressed-tensors (`pack-quantized`) and have widths of their own. `AutoModel`"
@@ -213,6 +227,13 @@ def _loading(loads_with: str, plan: Plan) -> str:
             "Its routers have more rows than there are experts: members of a merged group are chosen as before, and run"
             " the one expert that they became (`moescope_expert_map` in config.json). Stock classes do not load that."
         )
-    else:
+    elif plan.route is None or "per_layer" in forms:
         why = "Its layers differ, which stock classes do not load (`per_layer_config`)."
-    return f"## How to load it\n\n{why}\n\n```python\nimport compressor\n\nmodel = compressor.load(FOLDER)\n```\n"
+    if plan.route is not None:
+        why += (
+            " Its tokens use other experts than their routers choose (`moescope_route` in config.json), which"
+            " `compressor.load` sees to. `AutoModel` of transformers and other engines ignore that field and run the"
+            " routers' own choice without a word."
+        )
+    lines = "import compressor\n\nmodel = compressor.load(FOLDER)"
+    return f"## How to load it\n\n{why.strip()}\n\n```python\n{lines}\n```\n"

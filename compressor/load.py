@@ -1,4 +1,5 @@
-"""``load``: a model from a folder, also one whose layers differ, share experts, or keep their weights packed."""
+"""``load``: a model from a folder, also one whose layers differ, share experts, keep their weights packed, or run other
+experts than their routers choose."""
 
 from __future__ import annotations
 
@@ -14,6 +15,7 @@ import torch
 
 from compressor.building import building
 from compressor.packed.settings import stated_settings
+from compressor.routing import put_before
 from moescope.errors import ModelError
 
 
@@ -49,6 +51,8 @@ def load(
             else:
                 model, info = _unpacked(path, _class(config, stated), settings)
     _require_whole(path, info)
+    with _as_model_error(path):
+        put_before(model)
     return (model if "device_map" in options else model.to(device)).eval()
 
 
@@ -79,7 +83,7 @@ def require_loadable(config: Mapping[str, Any]) -> None:
         (Path(folder) / "config.json").write_text(json.dumps(config), encoding="utf-8")
         loaded = _library_config(folder, config)
         with building(loaded), torch.device("meta"):
-            _class(loaded, config)._from_config(loaded)
+            put_before(_class(loaded, config)._from_config(loaded))
 
 
 def _require_whole(path: Path, info: dict[str, Any]) -> None:

@@ -6,6 +6,8 @@
         result = perplexity(model, batches)      # the model as the plan leaves it
     # here it is as it was, bit for bit
 
+A route step puts hooks before the experts (:mod:`compressor.routing`).
+
 The model's configuration says what its modules hold afterwards, layer by layer where layers differ, so that
 ``save_pretrained`` and :func:`compressor.load.load` go on working where the family's classes can say it. To write a
 checkpoint, use ``compressor.apply``: it also fills up what a family ties together.
@@ -23,7 +25,7 @@ from compressor.edits.layer import LayerEdit, layer_edits
 from compressor.edits.moments import LayerMoments
 from compressor.families import expert_map_of, router_traits, takes_expert_map
 from compressor.journal import Journal
-from compressor.plan import LayerKey, LayerShape, Plan, kept_layers
+from compressor.plan import ROUTE, LayerKey, LayerShape, Plan, kept_layers, route_after
 from compressor.readers import readers_of
 from compressor.removal import remove_layers, require_removable
 from compressor.replacement import (
@@ -35,6 +37,7 @@ from compressor.replacement import (
     require_narrowable,
     require_shared,
 )
+from compressor.routing import install, reroute_of, rules_of
 from compressor.sites import Decoder, Site, find_decoder
 from compressor.sizes import require_sizes, write_sizes
 from moescope.errors import ModelError, PlanError
@@ -79,7 +82,8 @@ def edited(model: nn.Module, plan: Plan, *, moments: Mapping[LayerKey, LayerMome
 def _change(journal: Journal, model: nn.Module, plan: Plan, moments: Mapping[LayerKey, LayerMoments] | None) -> None:
     decoder = find_decoder(model, plan.source)
     edits = layer_edits(plan, moments)
-    kept = kept_layers(plan)
+    kept, route = kept_layers(plan), route_after(plan)
+    _require_unrouted(decoder)
     changed = {key: edit for key, edit in edits.items() if edit.changes}
     for key, edit in changed.items():
         _require_editable(decoder, edit.shape, edit, key)
@@ -109,6 +113,19 @@ def _change(journal: Journal, model: nn.Module, plan: Plan, moments: Mapping[Lay
             narrow_activations(journal, site, edit, edit.activation_bits)
     remove_layers(journal, decoder, kept)
     write_sizes(journal, model, decoder, edits, kept)
+    if route is not None:
+        setattr(decoder.config, ROUTE, route.model_dump(mode="json"))
+        for handle in install(model, rules_of(route)).handles:
+            journal.hook(handle)
+
+
+def _require_unrouted(decoder: Decoder) -> None:
+    for (layer, _), site in decoder.sites.items():
+        if reroute_of(site.experts) is not None:
+            raise ModelError(
+                f"layer {layer} runs other experts than its router chooses ({ROUTE}): edit the source, with both steps"
+                " in one plan"
+            )
 
 
 def _decide_scales(site: Site, edit: LayerEdit) -> None:

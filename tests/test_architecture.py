@@ -14,11 +14,14 @@ ROOT = Path(__file__).parents[1]
 GRIDS = {"compressor.plan", "compressor.edits.quantize"}
 """What level errors tries must be what a plan asks for and what the backend does: one list of widths, one quantizer."""
 
+ROUTING = "compressor.routing"
+"""Rules that a sweep tries must be the rules that a loaded checkpoint follows: one list."""
+
 ARROWS = {
     "moescope": set(),
     "store": set(),
     "compressor": set(),
-    "profiler": {"compressor.families", "store", *GRIDS},
+    "profiler": {"compressor.families", "store", *GRIDS, ROUTING},
     "planner": {"compressor.plan", "profiler.metrics", "store"},
     "app": {"planner", "compressor", "profiler", "store", "sample_data"},
 }

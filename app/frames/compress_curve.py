@@ -13,7 +13,7 @@ import polars as pl
 import planner
 import store
 from app.frames import compress_presets, evaluation
-from compressor.plan import DropStep, MergeStep, Plan, QuantizeStep, SlimStep, Step
+from compressor.plan import DropStep, MergeStep, Plan, QuantizeStep, RouteStep, SlimStep, Step
 from compressor.plan.result import neurons_after
 from moescope.errors import PlanError, StoreError
 from planner.candidates import Request
@@ -280,6 +280,8 @@ def _words(plan: Plan, step: Step, place: int) -> str:
     if isinstance(step, SlimStep):
         masks = [mask.mean() for (*_, role), mask in neurons_after(plan).items() if role == "routed"]
         return f"keep {(sum(masks) + experts - len(masks)) / experts:.0%} of the neurons".replace("%", " %")
+    if isinstance(step, RouteStep):
+        return f"choose experts by {step.rule} in {len(step.layers)} layers"
     return "keep in factors what experts differ by"
 
 

@@ -18,7 +18,7 @@ from compressor.checkpoint.ties import check_ties
 from compressor.families import EXPERT_MAP
 from compressor.families.config_fields import LayerSizes, TextConfig, find_text_config, shared_width, write_sizes
 from compressor.packed.settings import stated_settings
-from compressor.plan import LayerKey, Plan, kept_layers
+from compressor.plan import ROUTE, LayerKey, Plan, kept_layers, route_after
 from moescope.errors import ModelError, PlanError
 
 if TYPE_CHECKING:
@@ -33,6 +33,12 @@ PACKED = (
 )
 """What a reader has to know of packed weights."""
 
+ROUTED = (
+    "tokens use other experts than their routers choose (moescope_route in config.json), which compressor.load sees to;"
+    " AutoModel of transformers and engines that serve ignore the field without a word"
+)
+"""What a reader has to know of a route step."""
+
 
 @dataclass(frozen=True)
 class Blueprint:
@@ -41,7 +47,7 @@ class Blueprint:
     Attributes:
         files: its safetensors files.
         config: its configuration.
-        per_layer: layers differ, or share experts, so that ``compressor.load`` has to load it.
+        per_layer: layers differ, share experts, or follow a route step, so that ``compressor.load`` has to load it.
         packed: so has it, because weights are packed and have widths of their own.
         copied: tensors whose bytes are those of the source.
         edited: tensors that are computed or put together anew.
@@ -83,8 +89,11 @@ def draw(plan: Plan, checkpoint: Checkpoint, moments: Mapping[LayerKey, LayerMom
     drawing = _Drawing(plan, checkpoint, text, decoder, layer_edits(plan, moments or {}), quantized)
     per_layer = drawing.configure()
     drawing.fits_beyond = config == checkpoint.config
-    if text.content.get(EXPERT_MAP):
-        _require_loadable(config)
+    route = route_after(plan)
+    if route is not None:
+        text.content[ROUTE] = route.model_dump(mode="json")
+    if text.content.get(EXPERT_MAP) or route is not None:
+        _require_loadable(config, "without the route step" if route is not None else "with another form than shared")
     outputs = drawing.outputs()
     files, removed = drawing.files(outputs)
     every = [output for file in files for output in file.tensors]
@@ -95,17 +104,20 @@ def draw(plan: Plan, checkpoint: Checkpoint, moments: Mapping[LayerKey, LayerMom
     if step is not None:
         config["quantization_config"] = result_settings(step, every)
         notes = (*notes, *PACKED)
+    if route is not None:
+        notes = (*notes, ROUTED)
+        per_layer = True
     packed = len((stated_settings(config) or {}).get("config_groups") or ()) > 1 or step is not None
     return Blueprint(tuple(files), config, per_layer, packed, len(every) - edited, edited, removed, notes)
 
 
-def _require_loadable(config: dict[str, Any]) -> None:
+def _require_loadable(config: dict[str, Any], instead: str) -> None:
     from compressor.load import require_loadable
 
     try:
         require_loadable(config)
     except ModelError as error:
-        raise PlanError(f"{error}: plan with another form than shared") from error
+        raise PlanError(f"{error}: plan {instead}") from error
 
 
 @dataclass

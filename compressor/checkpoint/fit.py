@@ -13,7 +13,7 @@ from compressor.checkpoint.layers import Decoder, check_layer
 from compressor.families import EXPERT_MAP
 from compressor.families.checkpoint import REFUSED, TensorName
 from compressor.families.config_fields import TextConfig
-from compressor.plan import DropStep, Plan
+from compressor.plan import ROUTE, DropStep, Plan
 from moescope.errors import PlanError
 
 _ADVICE = "dequantize the checkpoint first"
@@ -35,6 +35,8 @@ def check_model(plan: Plan, config: dict[str, Any], text: TextConfig) -> None:
         raise PlanError(f"checkpoints of {name} are not edited: {REFUSED[name]}")
     if text.content.get(EXPERT_MAP):
         raise PlanError("the checkpoint was merged in form shared already (moescope_expert_map): plan for its source")
+    if text.content.get(ROUTE):
+        raise PlanError(f"the checkpoint has a route step already ({ROUTE}): plan for its source")
     unpadded = source.model_copy(update={"model_type": text.model_type}).unpadded
     if unpadded and any(step.form == "padded" and step.layers for step in plan.for_checkpoint):
         raise PlanError(f"{unpadded}: use form per_layer")

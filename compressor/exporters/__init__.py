@@ -35,7 +35,7 @@ from compressor.exporters import (
 )
 from compressor.exporters.exported import Exported
 from compressor.plan import Plan
-from moescope.errors import InputError
+from moescope.errors import InputError, PlanError
 
 __all__ = ["EXPORTERS", "Exported", "Exporter", "exporter"]
 
@@ -48,15 +48,28 @@ class Exporter:
         name: on the command line.
         title: what is written, for whom.
         suffix: of the file.
-        export: plan -> content and what is left out.
+        write: plan -> content and what is left out; called by :meth:`export`.
         step: the step of a plan that it speaks of: quantize, cache or place.
     """
 
     name: str
     title: str
     suffix: str
-    export: Callable[[Plan], Exported]
+    write: Callable[[Plan], Exported]
     step: Literal["quantize", "cache", "place"] = "quantize"
+
+    def export(self, plan: Plan) -> Exported:
+        """The plan in the words of the engine.
+
+        Raises:
+            PlanError: nothing of it can be said there, or it changes the choice of the routers, which no engine does.
+        """
+        if plan.route is not None:
+            raise PlanError(
+                f"the plan has a route step, and {self.title.partition(':')[0]} cannot change what a router chooses:"
+                " compressor.load does; leave the step out to export the rest"
+            )
+        return self.write(plan)
 
 
 EXPORTERS: tuple[Exporter, ...] = (

@@ -9,9 +9,7 @@ from itertools import groupby
 from compressor.plan import (
     PARTS,
     Bits,
-    DropStep,
     LayerKey,
-    MergeStep,
     Plan,
     QuantizeStep,
     Role,
@@ -21,7 +19,7 @@ from compressor.plan import (
     kept_layers,
     widths_after,
 )
-from compressor.plan.result import NewExpert, neurons_after
+from compressor.plan.result import neurons_after, places_after
 from moescope.errors import PlanError
 
 BY_ITSELF = "for the engine that serves the result: export it by itself, moescope export --list names the formats"
@@ -100,7 +98,7 @@ def units(plan: Plan) -> list[Unit]:
     """Every projection of every expert that is left, in the order of the layers; also those that stay as they are."""
     found, after, widths = bits_after(plan), experts_after(plan), widths_after(plan)
     numbers = {layer: number for number, layer in enumerate(kept_layers(plan))}
-    shapes, numbers_of = plan.source.by_key, places(plan, after)
+    shapes, numbers_of = plan.source.by_key, places_after(plan, after)
     masks = neurons_after(plan)
     parts = [part for part in PARTS if part != "gate" or plan.source.gated]
     result = []
@@ -171,21 +169,3 @@ def require_some(said: object, engine: str, missing: Iterable[str]) -> None:
 
 def _width(bits: Bits | None) -> str:
     return "as it is" if bits is None else "ternary" if bits == "ternary" else f"{bits} bit"
-
-
-def places(plan: Plan, after: dict[LayerKey, list[NewExpert]]) -> dict[LayerKey, dict[int, int]]:
-    """(layer, step) -> lead of the source -> its place in the result; fillers stand behind those of their group."""
-    forms = {step.form for step in plan.steps if isinstance(step, (DropStep, MergeStep))}
-    largest = max(map(len, after.values()), default=0) if "padded" in forms else 0
-    result = {}
-    for key, experts in after.items():
-        shape, leads = plan.source.by_key[key], [one.lead for one in experts]
-        result[key] = {lead: place for place, lead in enumerate(leads)}
-        if shape.groups > 1 and largest > len(leads):
-            size, room = shape.num_experts // shape.groups, largest // shape.groups
-            inside: dict[int, int] = {}
-            for lead in leads:
-                group = lead // size
-                result[key][lead] = group * room + inside.get(group, 0)
-                inside[group] = inside.get(group, 0) + 1
-    return result

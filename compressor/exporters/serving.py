@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from compressor.exporters.exported import BY_ITSELF, places
+from compressor.exporters.exported import BY_ITSELF
 from compressor.plan import (
     CacheStep,
     DropStep,
@@ -17,6 +17,7 @@ from compressor.plan import (
     experts_after,
     kept_layers,
 )
+from compressor.plan.result import places_after
 from moescope.errors import PlanError
 
 
@@ -66,7 +67,7 @@ def served(plan: Plan, engine: str) -> Served:
         )
     numbers = {layer: number for number, layer in enumerate(kept)}
     layers = {key: numbers[key[0]] for key in after}
-    return Served(len(kept), max(counts), layers, places(plan, after))
+    return Served(len(kept), max(counts), layers, places_after(plan, after))
 
 
 def cache_step(plan: Plan) -> tuple[CacheStep, str]:

@@ -27,6 +27,8 @@ from compressor.plan.evidence import Estimate, Evidence, LayerValues, Prediction
 from compressor.plan.factors import FactorGroup, FactorLayer, FactorStep
 from compressor.plan.placement import PlaceLayer, PlaceStep
 from compressor.plan.result import NewExpert, bits_after, experts_after, kept_layers, widths_after
+from compressor.plan.route_rules import route_after
+from compressor.plan.routing import ROUTE, RouteLayer, RouteRule, RouteStep, RouteWeights
 from compressor.plan.source import LayerKey, LayerShape, Source
 from compressor.plan.steps import (
     DropLayer,
@@ -44,6 +46,7 @@ from compressor.plan.steps import (
 __all__ = [
     "BITS",
     "PARTS",
+    "ROUTE",
     "VERSION",
     "Bits",
     "CacheLayer",
@@ -76,6 +79,10 @@ __all__ = [
     "QuantizeLayer",
     "QuantizeStep",
     "Role",
+    "RouteLayer",
+    "RouteRule",
+    "RouteStep",
+    "RouteWeights",
     "ServingStep",
     "SlimExpert",
     "SlimLayer",
@@ -91,6 +98,7 @@ __all__ = [
     "group_size_for",
     "json_schema",
     "kept_layers",
+    "route_after",
     "stored_bits",
     "widths_after",
 ]

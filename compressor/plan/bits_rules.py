@@ -13,7 +13,7 @@ from compressor.plan.steps import SlimStep
 from moescope.errors import PlanError
 
 _PACKED = (2, 3, 4, 8)
-_ORDER = {"drop": 0, "merge": 0, "slim": 0, "factor": 1, "quantize": 2, "cache": 3, "place": 4}
+_ORDER = {"drop": 0, "merge": 0, "slim": 0, "factor": 1, "quantize": 2, "route": 3, "cache": 4, "place": 5}
 
 
 def check_bits(plan: Plan) -> None:
@@ -25,7 +25,8 @@ def check_bits(plan: Plan) -> None:
     words = [step.step for step in plan.steps]
     if [_ORDER[word] for word in words] != sorted(_ORDER[word] for word in words):
         raise PlanError(
-            f"the plan's steps are {', '.join(words)}: cut first, then factor, then quantize, then cache and place"
+            f"the plan's steps are {', '.join(words)}: cut first, then factor, then quantize, then route, then cache"
+            " and place"
         )
     for kind in (FactorStep, QuantizeStep):
         if sum(isinstance(step, kind) for step in plan.steps) > 1:

@@ -71,7 +71,26 @@ def _fates(plan: Plan) -> dict[tuple[int, int, int, str], str]:
         fate = fates.get(unit, "kept")
         if unit[0] in stays and fate != "dropped" and not fate.startswith("merged into"):
             fates[unit] = ", ".join([*([fate] if fate != "kept" else []), _in_bits(bits)])
+    for place, words in _routed(plan).items():
+        fate = fates.get(place, "kept")
+        if fate != "dropped":
+            fates[place] = ", ".join([*([fate] if fate != "kept" else []), words])
     return fates
+
+
+def _routed(plan: Plan) -> dict[tuple[int, int, int, str], str]:
+    """Layers whose choice follows a rule, and experts whose logits are shifted."""
+    step = plan.route
+    found: dict[tuple[int, int, int, str], str] = {}
+    if step is None:
+        return found
+    for one in step.layers:
+        if one.value is not None:
+            found[one.layer, one.step, -1, "layer"] = f"routed by {step.rule} {one.value:g}, weights {step.weights}"
+        for expert, shift in enumerate(one.bias):
+            if shift:
+                found[one.layer, one.step, expert, "routed"] = f"logit {shift:+.6g}"
+    return found
 
 
 def _factored(plan: Plan) -> dict[tuple[int, int, int, str], str]:

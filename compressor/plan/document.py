@@ -15,6 +15,7 @@ from compressor.plan.caching import CacheStep
 from compressor.plan.evidence import Estimate, Evidence, Provenance, Target
 from compressor.plan.factors import FactorStep
 from compressor.plan.placement import PlaceStep
+from compressor.plan.routing import RouteStep
 from compressor.plan.source import Source
 from compressor.plan.steps import DropStep, MergeStep, Record, SlimStep
 from moescope.errors import PlanError
@@ -27,9 +28,9 @@ CheckpointStep = DropStep | MergeStep | SlimStep | FactorStep | QuantizeStep
 ServingStep = CacheStep | PlaceStep
 """A step that changes none: exporters write it for the engine that serves the checkpoint."""
 
-Step = Annotated[CheckpointStep | ServingStep, Field(discriminator="step")]
-"""One step of a plan. Cuts come first, then factors, then bits: what is left is what is put on grids. Last come steps
-for the engine."""
+Step = Annotated[CheckpointStep | RouteStep | ServingStep, Field(discriminator="step")]
+"""One step of a plan. Cuts come first, then factors, then bits: what is left is what is put on grids. Then comes
+another choice than the router's, which changes no weights; last come steps for the engine."""
 
 
 class Plan(Record):
@@ -59,8 +60,13 @@ class Plan(Record):
 
     @property
     def for_checkpoint(self) -> tuple[CheckpointStep, ...]:
-        """The steps that change a checkpoint."""
-        return tuple(step for step in self.steps if not isinstance(step, ServingStep))
+        """The steps that change the weights of a checkpoint."""
+        return tuple(step for step in self.steps if not isinstance(step, RouteStep | ServingStep))
+
+    @property
+    def route(self) -> RouteStep | None:
+        """The step that changes the choice of the routers, by the numbers of the source; None without."""
+        return next((step for step in self.steps if isinstance(step, RouteStep)), None)
 
     @property
     def digest(self) -> str:

@@ -64,6 +64,24 @@ def experts_after(plan: Plan) -> dict[LayerKey, list[NewExpert]]:
     return result
 
 
+def places_after(plan: Plan, after: dict[LayerKey, list[NewExpert]]) -> dict[LayerKey, dict[int, int]]:
+    """(layer, step) -> lead of the source -> its place in the result; fillers stand behind those of their group."""
+    forms = {step.form for step in plan.steps if isinstance(step, (DropStep, MergeStep))}
+    largest = max(map(len, after.values()), default=0) if "padded" in forms else 0
+    result = {}
+    for key, experts in after.items():
+        shape, leads = plan.source.by_key[key], [one.lead for one in experts]
+        result[key] = {lead: place for place, lead in enumerate(leads)}
+        if shape.groups > 1 and largest > len(leads):
+            size, room = shape.num_experts // shape.groups, largest // shape.groups
+            inside: dict[int, int] = {}
+            for lead in leads:
+                group = lead // size
+                result[key][lead] = group * room + inside.get(group, 0)
+                inside[group] = inside.get(group, 0) + 1
+    return result
+
+
 def source_after(plan: Plan) -> Source:
     """The source with the decoder layers that stay, by their new numbers: enough to find the experts of the result.
 

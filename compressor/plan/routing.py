@@ -13,6 +13,9 @@ from pydantic import Field, model_validator
 
 from compressor.plan.steps import Record
 
+ROUTE = "moescope_route"
+"""Field of a configuration: a route step, by the numbers of the layers and experts of that checkpoint."""
+
 RouteRule = Literal["bias", "top_k", "top_p", "ratio", "threshold", "null_experts"]
 """What decides. ``bias``: a vector is added to the router's logits before it chooses. ``top_k``: as many experts as the
 value says. ``top_p``: the fewest whose router probability adds up to more than the value. ``ratio``: of those chosen,
@@ -20,7 +23,9 @@ those with at least so large a part of the largest gate weight. ``threshold``: t
 weight. ``null_experts``: those whose logit is above the value, as if experts without output had that logit."""
 
 RouteWeights = Literal["kept", "renormalized"]
-"""What becomes of the gate weights of the experts that stay: as they were, or scaled up to the sum of all before."""
+"""What becomes of the gate weights: every expert keeps that of the router, and one that the router had not chosen gets
+what its score is worth on the same scale; or they are scaled to the sum that the router's own choice had. With rule
+``bias`` they are what the router makes of the new logits, whatever stands here."""
 
 
 class RouteLayer(Record):

@@ -11,6 +11,8 @@ from compressor.plan.document import Plan
 from compressor.plan.factor_rules import check_factors
 from compressor.plan.factors import FactorLayer
 from compressor.plan.result import experts_after, kept_layers, neurons_after, router_stays
+from compressor.plan.route_rules import check_route
+from compressor.plan.routing import RouteLayer
 from compressor.plan.serving_rules import check_serving
 from compressor.plan.smooth_rules import check_smoothing
 from compressor.plan.source import LayerShape
@@ -38,6 +40,7 @@ def check(plan: Plan) -> None:
     check_bits(plan)
     check_factors(plan)
     check_smoothing(plan)
+    check_route(plan)
     check_serving(plan)
 
 
@@ -67,6 +70,8 @@ def _known_units(plan: Plan) -> None:
 
 
 def _numbers(layer: object) -> Iterator[int]:
+    if isinstance(layer, RouteLayer):
+        return
     if isinstance(layer, CacheLayer):
         yield from (*layer.pinned, *layer.disk)
     elif isinstance(layer, (MergeLayer, FactorLayer)):

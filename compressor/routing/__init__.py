@@ -7,10 +7,9 @@ from compressor.routing.choice import Choice, Taken
 from compressor.routing.gates import Gate
 from compressor.routing.hook import Reroute, Routing, install, reroute_of, rerouted
 from compressor.routing.rules import Bias, MaskTop, NullExperts, Odp, Rank, Ratio, Rule, Threshold, TopK, TopP
-from compressor.routing.steps import ROUTE, rules_of
+from compressor.routing.steps import put_before, rules_of, stated_route
 
 __all__ = [
-    "ROUTE",
     "Bias",
     "Choice",
     "Gate",
@@ -27,7 +26,9 @@ __all__ = [
     "TopK",
     "TopP",
     "install",
+    "put_before",
     "reroute_of",
     "rerouted",
     "rules_of",
+    "stated_route",
 ]
