@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
 
 import numpy as np
 import polars as pl
@@ -11,12 +10,12 @@ from numpy.typing import NDArray
 
 import store
 from app.frames.axes import layer_label, layer_labels, parse_layer, select, with_label
-from app.frames.expert_trace import MAX_STRETCHES, STRETCH_TOKENS, layer_info
+from app.frames.expert_trace import layer_info
+from app.frames.stretches import stretches
 from profiler.headline.flow import MOST_EXPERTS, lookahead_sums
 from profiler.headline.similarity_kinds import SimilarityTables
 from profiler.metrics import co_activation, lookahead
 from profiler.metrics import transitions as formulas
-from profiler.metrics._trace import sequence_runs
 from profiler.metrics.similarity_agreement import clustered_order
 
 LEAST_EXPECTED = 10
@@ -142,11 +141,12 @@ def transition_counts(
         return None
     experts = [layer_info(run, name).num_experts for name in (source, label)]
     counts, tokens = np.zeros(experts, np.int64), 0
-    for (first, second), offsets, part in _stretches(run, (source, label), domain):
+    for one in stretches(run, (source, label), domain=domain):
+        first, second = one.layers
         counts += formulas.transition_counts(
-            first=first, second=second, offsets=offsets, num_experts=experts, part=part, num_parts=2
+            first=first, second=second, offsets=one.offsets, num_experts=experts, part=one.mine, num_parts=2
         )[1]
-        tokens += int(np.diff(offsets)[part == 1].sum())
+        tokens += int(np.diff(one.offsets)[one.mine == 1].sum())
     return (counts, tokens) if counts.any() else None
 
 
@@ -235,26 +235,6 @@ def _pair_counts(run: store.Run, label: str, domain: str | None) -> tuple[NDArra
 
 def _too_many(run: store.Run, *labels: str) -> bool:
     return any(layer_info(run, label).num_experts > MOST_EXPERTS for label in labels)
-
-
-def _stretches(
-    run: store.Run, labels: Sequence[str], domain: str | None
-) -> Iterator[tuple[list[NDArray[np.int16]], Counts, Counts]]:
-    """The selections of some layers in stretches of whole sequences, with their offsets and, (sequences,), whether they
-    are of the domain; of a long trace, some stretches evenly apart."""
-    frame = run.table("sequence").select("sequence", "tokens", "domain").sort("sequence")
-    numbers = frame["sequence"].to_numpy().astype(np.int64)
-    offsets = np.concatenate([[0], np.cumsum(frame["tokens"].to_numpy().astype(np.int64))])
-    mine = np.ones(len(frame), np.int64) if domain is None else (frame["domain"] == domain).to_numpy().astype(np.int64)
-    stretches = [(low, high) for low, high in sequence_runs(offsets, STRETCH_TOKENS) if mine[low:high].any()]
-    if len(stretches) > MAX_STRETCHES:
-        stretches = [stretches[at] for at in np.linspace(0, len(stretches) - 1, MAX_STRETCHES).round().astype(int)]
-    for low, high in stretches:
-        reads = [
-            run.layer_selections(layer=layer, step=step, first=int(numbers[low]), last=int(numbers[high - 1]))
-            for layer, step in map(parse_layer, labels)
-        ]
-        yield [read.ids for read in reads], reads[0].offsets, mine[low:high]
 
 
 def _facing(lift: NDArray[np.float64]) -> Counts:

@@ -17,7 +17,7 @@ from profiler.headline.neighbours import neighbour_rows
 from profiler.headline.subject import Subject
 from store import LayerInfo, RunInfo, RunWriter, pack_trace
 
-EXPERTS, LENGTH, SEQUENCES = 8, 40, 48
+EXPERTS, LENGTH, SEQUENCES = 8, 40, 160
 STEPS = (0, 250, 500, 1000)
 """Values of the timestep: of layer 0, it decides the half of the experts that a token chooses from."""
 
@@ -81,7 +81,7 @@ def test_the_axis_that_decides_is_told_from_those_that_do_not(tmp_path: Path) ->
     assert list(seen) == ["", "0", "250", "500", "1000"]  # as numbers, not as words
     for value in seen:  # half of the selections would have to go to the other half of the experts
         assert seen[value]["value"] == pytest.approx(0.5, abs=0.01)
-        assert seen[value]["low"] > chance[value]["high"]
+        assert seen[value]["low"] > chance[value]["high"] > chance[value]["value"]
         assert chance[value]["value"] < 0.25
     assert seen["250"]["tokens"] == SEQUENCES // 4 * LENGTH
     for axis, layer in (("class", 0), ("position", 0), ("timestep", 1), ("timestep", 2)):
