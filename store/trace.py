@@ -49,12 +49,14 @@ class LayerSelections:
         weights: same shape, float32; None where they were not asked for.
         sequences: (sequences,) their numbers in the run.
         offsets: (sequences + 1,) where each begins in ``ids``.
+        rounding: (tokens,) float32, by what each stored weight may be wrong at most; None without weights.
     """
 
     ids: NDArray[np.int16]
     weights: NDArray[np.float32] | None
     sequences: NDArray[np.int64]
     offsets: NDArray[np.int64]
+    rounding: NDArray[np.float32] | None = None
 
 
 def none_value(num_experts: int) -> int:
@@ -162,6 +164,7 @@ def unpack_layer(
     widest = max(top_k, int(chunks["width"].max() or 0) if len(chunks) else 0)  # type: ignore[arg-type]
     ids = np.full((int(offsets[-1]), widest), -1, np.int16)
     weights = np.zeros(ids.shape, np.float32) if "weights" in chunks.columns else None
+    rounding = None if weights is None else np.zeros(len(ids), np.float32)
     for (k,), part in chunks.group_by(["width"], maintain_order=True):
         width = int(k)
         counts = part["experts"].list.len().to_numpy().astype(np.int64) // width
@@ -170,12 +173,11 @@ def unpack_layer(
         target = np.repeat(first - (np.cumsum(counts) - counts), counts) + np.arange(counts.sum())
         flat = part["experts"].explode().to_numpy().reshape(-1, width)
         ids[target, :width] = np.where(flat == none_value(num_experts), np.int16(-1), flat.astype(np.int16))
-        if weights is not None:
-            scale = np.repeat(part["scale"].to_numpy(), counts)[:, None]
-            weights[target, :width] = part["weights"].explode().to_numpy().reshape(-1, width) * (
-                scale / np.float32(255)
-            )
-    return LayerSelections(ids, weights, sequences, offsets)
+        if weights is not None and rounding is not None:
+            size = np.repeat(part["scale"].to_numpy(), counts) / np.float32(255)
+            weights[target, :width] = part["weights"].explode().to_numpy().reshape(-1, width) * size[:, None]
+            rounding[target] = size / 2
+    return LayerSelections(ids, weights, sequences, offsets, rounding)
 
 
 def _place(

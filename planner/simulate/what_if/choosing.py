@@ -1,0 +1,73 @@
+"""Rules that choose by router scores: other numbers of experts than the router's own, more of them included."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from planner.simulate.what_if.blocks import Block, Layer, Scores
+from planner.simulate.what_if.tally import Tally, agreement, prefix_tally
+from profiler.metrics._arrays import FloatArray
+
+
+def top_p(block: Block, layer: Layer, values: FloatArray) -> Tally:
+    """The fewest experts whose router probability adds up to more than p: min(E, 1 + #{j: C_j <= p})."""
+    scores = stored(block)
+    reached = np.minimum(np.cumsum(probabilities(scores), axis=1), 1.0)
+    critical = np.zeros_like(reached)
+    critical[:, 1:] = -reached[:, :-1]
+    whole = scores.ids.shape[1] >= layer.info.num_experts
+    return _choose(block, layer, -values, critical, None if whole else -reached[:, -1])
+
+
+def top_k(block: Block, layer: Layer, values: FloatArray) -> Tally:
+    """The k experts with the largest logits."""
+    ids = stored(block).ids
+    ranks = np.ascontiguousarray(np.broadcast_to(-np.arange(1.0, ids.shape[1] + 1), ids.shape))
+    beyond = None if ids.shape[1] >= layer.info.num_experts else np.full(len(ids), -(ids.shape[1] + 1.0))
+    return _choose(block, layer, -values, ranks, beyond)
+
+
+def null_experts(block: Block, layer: Layer, values: FloatArray) -> Tally:
+    """Of those chosen, those with a logit above b."""
+    critical, missing = chosen_logits(block)
+    critical = np.nextafter(critical, -np.inf)
+    tally = prefix_tally(
+        ids=block.ids, critical=critical, mass=block.shares, own=block.own, values=values,
+        experts=layer.info.num_experts,
+        beyond=np.where(missing, np.where(block.ids >= 0, critical, np.inf).min(1), -np.inf),
+    )  # fmt: skip
+    tally.agreeing = int(agreement(block).sum())
+    return tally
+
+
+def stored(block: Block) -> Scores:
+    """The scores of a block that was read with them."""
+    assert block.scores is not None
+    return block.scores
+
+
+def probabilities(scores: Scores) -> FloatArray:
+    """(tokens, m) softmax over all experts, of those that are stored; 0 = none."""
+    logits = scores.logits.astype(np.float64) - scores.log_partition.astype(np.float64)[:, None]
+    return np.where(scores.ids >= 0, np.exp(logits), 0.0)
+
+
+def chosen_logits(block: Block) -> tuple[FloatArray, np.ndarray[tuple[int], np.dtype[np.bool_]]]:
+    """(tokens, k) logit of each chosen expert, or the least stored one where it is lower and not stored; (tokens,)
+    whether there is such a one."""
+    from planner.simulate.what_if._scores import logits_of
+
+    scores = stored(block)
+    found, missing = np.full(block.ids.shape, -np.inf), np.zeros(len(block.ids), bool)
+    logits_of(np.ascontiguousarray(block.ids), np.ascontiguousarray(scores.ids), scores.logits, found, missing)
+    return found, missing
+
+
+def _choose(block: Block, layer: Layer, values: FloatArray, critical: FloatArray, beyond: FloatArray | None) -> Tally:
+    scores = stored(block)
+    tally = prefix_tally(
+        ids=scores.ids, critical=critical, mass=probabilities(scores), own=block.own, values=values, beyond=beyond,
+        experts=layer.info.num_experts,
+    )  # fmt: skip
+    tally.agreeing = int(agreement(block).sum())
+    return tally

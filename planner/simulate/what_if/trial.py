@@ -1,0 +1,244 @@
+"""``what_if``: one method, several values, the layers of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+
+import numpy as np
+import polars as pl
+from numpy.typing import ArrayLike
+
+import store
+from planner.simulate.what_if import choosing, dropping, fitting, rerouting, sinkhorn, smoothing
+from planner.simulate.what_if.blocks import BLOCK_TOKENS, COLLECT_SCORES, Block, Layer, Subject
+from planner.simulate.what_if.outcome import Refused, Weights, WhatIf
+from planner.simulate.what_if.registry import Method, method_named
+from planner.simulate.what_if.tally import Tally
+from planner.simulate.what_if.telling import assemble
+from profiler.metrics._arrays import FloatArray
+from profiler.metrics._trace import available_cores
+
+Count = Callable[[Block, Layer, FloatArray], Tally]
+Bias = Mapping[tuple[int, int], ArrayLike]
+
+
+def what_if(
+    run: store.Run,
+    method: str,
+    *,
+    values: Sequence[float] | None = None,
+    weights: Weights = "renormalized",
+    domain: str | None = None,
+    layers: Sequence[int] | None = None,
+    bias: Bias | None = None,
+    fitted: bool = False,
+    skip_above: float = 0.9,
+    bits: tuple[float, float] = (16.0, 4.0),
+    limit_tokens: int | None = None,
+) -> WhatIf:
+    """Try a rule on the recorded trace. Memory does not grow with its length.
+
+    Args:
+        run: the run.
+        method: a name in :data:`METHODS`.
+        values: what to try; by default those of the method.
+        weights: what becomes of the gate weights of the experts that stay. It changes no count here; the outcome says
+            it, so that it is known under what it may be measured on the model.
+        domain: only sequences of this domain.
+        layers: only these decoder layers.
+        bias: for ``bias``: per (layer, step), a number per expert.
+        fitted: every other sequence finds a value per layer and the others judge. ``ratio``: ``values`` are multiples
+            of the layer's median of second over first gate weight (1 is ODP's rule); ``null_experts``: they are mean
+            numbers of experts left.
+        skip_above: for ``tiers``: T2, the gate weight above beyond which an expert is left out; 1 leaves none out.
+        bits: for ``tiers``: of high and of low precision.
+        limit_tokens: read evenly spread sequences of about so many tokens.
+
+    Raises:
+        Refused: it makes no sense here, or the run lacks the data; the message says which.
+    """
+    found = method_named(method)
+    if fitted and method not in ("ratio", "null_experts"):
+        raise Refused(f"{found.title} takes its values as they are: fitted is for ratio and null_experts")
+    scored = reads_scores(run, found)
+    subject = Subject.of(run, scored=scored, domain=domain, layers=layers, limit_tokens=limit_tokens)
+    subject, notes = _sensible(subject, found, bias)
+    if scored:
+        _require_scores(subject, found)
+    chosen = _values(subject, found, values, fitted)
+    fitting_on, judging = subject.halves() if fitted else (subject, subject)
+    layer_values = _layer_values(fitting_on, found, chosen, fitted)
+    count = _counter(found, scored, bias, skip_above, bits)
+    block_tokens = int(max(BLOCK_TOKENS, chosen.max())) if method == "sinkhorn" else BLOCK_TOKENS
+    tallies = _run(judging, layer_values, count, block_tokens)
+    if fitted and len(subject.sequences) < 2:
+        notes = (*notes, "There is one sequence: values were found on the tokens that judge them.")
+    return assemble(
+        judging, found, tallies, chosen, layer_values, weights=weights, scored=scored, fitted=fitted, notes=notes,
+        tiers=(skip_above, bits),
+    )  # fmt: skip
+
+
+def reads_scores(run: store.Run, method: Method) -> bool:
+    """Whether a method goes by router scores on this run: always, or where they are there."""
+    return method.needs != "gate weights" or (method.name in ("top_p", "top_k") and run.has_scores)
+
+
+def _sensible(subject: Subject, method: Method, bias: Bias | None) -> tuple[Subject, tuple[str, ...]]:
+    """The layers in which the method makes sense, and what was left out."""
+    run, layers = subject.run, list(subject.layers)
+    notes: tuple[str, ...] = ()
+    if "weights" in run.omissions and method.needs == "gate weights" and not subject.scored:
+        raise Refused(f"{method.title} needs gate weights: {run.omissions['weights'].rstrip('.')}")
+    if method.skips:
+        several = [layer for layer in layers if layer.info.top_k > 1]
+        if not several:
+            raise Refused(
+                f"{method.title} makes no sense with one expert per token: there is none to leave out. Widths of"
+                " experts and pruning are what can save here"
+            )
+        if len(several) < len(layers):
+            notes = (f"{len(layers) - len(several)} layers with one expert per token are left out.",)
+        layers = several
+    if method.name == "bias":
+        if not bias:
+            raise Refused("additive rerouting needs a vector: give bias={(layer, step): one number per expert}")
+        for key, delta in bias.items():
+            _require_vector(run, key, delta)
+        layers = [layer for layer in layers if layer.key in bias]
+        if not layers:
+            raise Refused("additive rerouting has no vector for any of these layers")
+    return subject.of_layers(layers), notes
+
+
+def _require_vector(run: store.Run, key: tuple[int, int], delta: ArrayLike) -> None:
+    known = {(one.layer, one.step): one.num_experts for one in run.layers}
+    if key not in known:
+        raise Refused(f"run {run.name!r} has no MoE layer {key[0]}, step {key[1]}")
+    vector = np.asarray(delta, np.float64)
+    if vector.shape != (known[key],) or not np.isfinite(vector).all():
+        raise Refused(f"the vector of layer {key[0]} must be {known[key]} finite numbers, one per expert")
+
+
+def _require_scores(subject: Subject, method: Method) -> None:
+    """Enough scores per token: as many as experts are used, or all."""
+    run = subject.run
+    kept = run.table("score_chunk", columns=("layer", "step", "width"))
+    widths = {
+        (layer, step): width
+        for layer, step, width in kept.group_by("layer", "step").agg(pl.col("width").max()).iter_rows()
+    }
+    for layer in subject.layers:
+        width, experts = widths.get(layer.key, 0), layer.info.num_experts
+        if not width:
+            raise Refused(f"layer {layer.info.layer} of run {run.name!r} has no router scores: its router shows none")
+        if width < layer.info.top_k:
+            raise Refused(
+                f"run {run.name!r} keeps {width} router scores of a token that uses {layer.info.top_k} experts in layer"
+                f" {layer.info.layer}: {COLLECT_SCORES} {layer.info.top_k + 8}"
+            )
+        if method.needs == "scores of all experts" and width < experts:
+            raise Refused(
+                f"{method.title} needs the scores of all {experts} experts, run {run.name!r} keeps {width}: experts"
+                f" without score could be given no tokens; {COLLECT_SCORES} {experts}"
+            )
+
+
+def _values(subject: Subject, method: Method, values: Sequence[float] | None, fitted: bool) -> FloatArray:
+    """(V,) what to try, checked."""
+    most = max(layer.info.top_k for layer in subject.layers)
+    experts = max(layer.info.num_experts for layer in subject.layers)
+    if values is None:
+        values = method.values
+        if method.name == "top_k":
+            values = [*range(1, (min(experts, most + 8) if subject.scored else most) + 1)]
+        elif fitted and method.name == "null_experts":
+            values = [most * part / 8 for part in range(1, 9)]
+        elif fitted:
+            values = (0.5, 0.75, 1.0, 1.25, 1.5)
+        elif method.name == "null_experts":
+            values = _logit_values(subject)
+    chosen = np.asarray(values, np.float64)
+    if chosen.ndim != 1 or not len(chosen) or np.isnan(chosen).any():
+        raise Refused(f"{method.title} takes one or more numbers")
+    low, high = (0.0, float("inf")) if fitted else (method.low, method.high)
+    if method.name == "top_k":
+        high = float(experts) if subject.scored else float(most)
+        if chosen.max() > high and not subject.scored:
+            raise Refused(
+                f"k = {chosen.max():g} is more than the {most} experts that are recorded, and run"
+                f" {subject.run.name!r} holds no router scores: {COLLECT_SCORES}"
+            )
+    if chosen.min() < low or chosen.max() > high:
+        wrong = chosen.min() if chosen.min() < low else chosen.max()
+        raise Refused(f"{wrong:g} must lie within {low:g} to {high:g}: {method.value}")
+    if method.name in ("top_k", "sinkhorn") and (chosen != np.floor(chosen)).any():
+        raise Refused(f"{method.title} takes whole numbers: {method.value}")
+    return chosen
+
+
+def _logit_values(subject: Subject) -> Sequence[float]:
+    """Logits between which the chosen experts of the first layer lie."""
+    middle = subject.layers[len(subject.layers) // 2]
+    parts = np.linspace(0.1, 0.9, 9) * middle.info.top_k
+    return [float(one) for one in np.unique(fitting.null_biases(subject, middle, parts))]
+
+
+def _layer_values(subject: Subject, method: Method, values: FloatArray, fitted: bool) -> FloatArray:
+    """(V, L) the value that each layer gets."""
+    if not fitted:
+        return np.repeat(values[:, None], len(subject.layers), axis=1)
+    columns = []
+    for layer in subject.layers:
+        if method.name == "ratio":
+            columns.append(np.minimum(values * fitting.median_ratio(subject, layer), 1.0))
+        else:
+            columns.append(fitting.null_biases(subject, layer, values))
+    return np.stack(columns, axis=1)
+
+
+def _counter(method: Method, scored: bool, bias: Bias | None, skip_above: float, bits: tuple[float, float]) -> Count:
+    """What counts one block."""
+    if method.name == "tiers":
+        if not 0 < skip_above <= 1:
+            raise Refused(f"T2 is {skip_above:g}: a share of the gate weight lies within 0 to 1")
+        return partial(dropping.tiers, skip_above=skip_above, bits=bits)
+    if method.name == "bias":
+        vectors = {key: np.asarray(delta, np.float64) for key, delta in (bias or {}).items()}
+        return lambda block, layer, values: rerouting.bias(block, layer, values, delta=vectors[layer.key])
+    return {
+        "top_p": choosing.top_p if scored else dropping.top_p,
+        "top_k": choosing.top_k if scored else dropping.fewer,
+        "ratio": dropping.ratio,
+        "threshold": dropping.threshold,
+        "null_experts": choosing.null_experts,
+        "smoothing": smoothing.smooth,
+        "sinkhorn": sinkhorn.balance,
+    }[method.name]
+
+
+def _run(subject: Subject, layer_values: FloatArray, count: Count, block_tokens: int) -> list[Tally]:
+    """One tally per layer: blocks are read one after the other, and counted on all cores."""
+    cores = available_cores()
+    with ThreadPoolExecutor(cores) as threads:
+        tallies = []
+        for axis, layer in enumerate(subject.layers):
+            waiting: list[Future[Tally]] = []
+            total: Tally | None = None
+            for block in subject.blocks(layer, tokens=block_tokens):
+                waiting.append(threads.submit(count, block, layer, layer_values[:, axis]))
+                if len(waiting) > cores:
+                    total = _merged(total, waiting.pop(0).result())
+            for one in waiting:
+                total = _merged(total, one.result())
+            tallies.append(total if total is not None else Tally.empty(len(layer_values), 1, layer.info.num_experts))
+    return tallies
+
+
+def _merged(total: Tally | None, tally: Tally) -> Tally:
+    if total is None:
+        return tally
+    total.merge(tally)
+    return total
