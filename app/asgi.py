@@ -13,6 +13,7 @@ import streamlit as st
 from starlette.middleware import Middleware
 
 from app.guard import Guard
+from app.heap import keep_collections_short
 
 HOSTS_VARIABLE, OPEN_VARIABLE = "MOESCOPE_HOSTS", "MOESCOPE_OPEN"
 """Names that the server answers under, with commas; and the address to open in a browser, empty for none."""
@@ -21,6 +22,7 @@ HOSTS_VARIABLE, OPEN_VARIABLE = "MOESCOPE_HOSTS", "MOESCOPE_OPEN"
 @asynccontextmanager
 async def opened(_: st.App) -> AsyncIterator[None]:
     """Open a browser window, where one is asked for. The port is bound before: the browser waits for the first answer."""
+    keep_collections_short()
     url = os.environ.get(OPEN_VARIABLE)
     if url:
         # Streamlit would open one too, but then asks for an e-mail address in the terminal first.

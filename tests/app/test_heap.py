@@ -1,0 +1,48 @@
+"""Full collections stay short however much the process holds, and nothing set aside is kept for good."""
+
+from __future__ import annotations
+
+import gc
+import time
+import weakref
+from collections.abc import Iterator
+
+import pytest
+
+from app import heap
+
+
+class Node:
+    """Something that can be in a ring."""
+
+    ring: Node
+
+
+@pytest.fixture
+def watched() -> Iterator[None]:
+    before = list(gc.callbacks)
+    heap.keep_collections_short()
+    heap.keep_collections_short()
+    assert len(gc.callbacks) == len(before) + 1
+    yield
+    gc.callbacks[:] = before
+    gc.unfreeze()
+
+
+def test_survivors_are_set_aside_and_looked_through_again(watched: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    held = [Node() for _ in range(400_000)]
+    began = time.perf_counter()
+    gc.collect()
+    first = time.perf_counter() - began
+    assert gc.get_freeze_count() >= len(held)
+    began = time.perf_counter()
+    gc.collect()
+    assert time.perf_counter() - began < first / 2
+    held[0].ring = held[0]
+    gone = weakref.ref(held[0])
+    held.clear()
+    gc.collect()
+    assert gone() is not None  # a ring among what was set aside
+    monkeypatch.setattr(heap, "THOROUGH", -1.0)
+    gc.collect()
+    assert gone() is None
