@@ -45,15 +45,16 @@ def confine(**settings: str) -> None:
 
 def table_query(connection: duckdb.DuckDBPyConnection, database: str, table: Table) -> str:
     """SQL for one table of an attached run; what an older schema did not have yet reads as empty."""
-    found = connection.execute(
-        "select column_name from duckdb_columns() where database_name = ? and table_name = ?", [database, table.name]
-    ).fetchall()
-    present = {name for (name,) in found}
+    name = f"{database}.{quoted(table.name)}"
+    try:  # asking the file for no row is a tenth of what its catalog in duckdb_columns() takes
+        present = {column[0] for column in connection.execute(f"from {name} limit 0").description or ()}
+    except duckdb.CatalogException:
+        present = set()
     columns = ", ".join(
         quoted(column.name) if column.name in present else f"null::{column.type} as {quoted(column.name)}"
         for column in table.columns
     )
-    return f"select {columns} " + (f"from {database}.{quoted(table.name)}" if present else "where false")
+    return f"select {columns} " + (f"from {name}" if present else "where false")
 
 
 def lock(connection: duckdb.DuckDBPyConnection, directories: Sequence[Path] = ()) -> None:
