@@ -156,22 +156,36 @@ def _place(
     log_partition: NDArray[np.float32],
 ) -> None:
     """Write the chunks of one layer to (tokens, m) and (tokens,) arrays; each sequence begins at ``begins`` there."""
-    for (width,), part in chunks.group_by(["width"], maintain_order=True):
-        m, counts = int(width), part["log_partition"].list.len().to_numpy().astype(np.int64)
+    widths = chunks["width"].unique().to_list()
+    for m in widths:
+        part = chunks if len(widths) == 1 else chunks.filter(pl.col("width") == m)
+        counts = part["log_partition"].list.len().to_numpy().astype(np.int64)
         row = np.searchsorted(sequences, part["sequence"].to_numpy().astype(np.int64))
         first = begins[row] + part["start"].to_numpy().astype(np.int64)
-        target = np.repeat(first - (np.cumsum(counts) - counts), counts) + np.arange(counts.sum())
-        packed = part["experts"].explode().to_numpy().reshape(-1, m)
+        target = _rows(first, counts)
+        # 65535, which is none, is -1 in 16 bits with a sign.
+        packed = part["experts"].explode().to_numpy().view(np.int16).reshape(-1, m)
         low, high = (part[name].to_numpy() for name in ("low", "high"))
-        size = np.repeat((high - low) / np.float32(_STEPS), counts)[:, None]
-        restored = part["scores"].explode().to_numpy().reshape(-1, m) * size
+        restored = np.multiply(
+            part["scores"].explode().to_numpy().reshape(-1, m),
+            np.repeat((high - low) / np.float32(_STEPS), counts)[:, None],
+            dtype=np.float32,
+        )
         restored += np.repeat(low, counts)[:, None]
-        known = packed != NONE
-        if not known.all():
-            restored[~known] = np.nan
-        ids[target, :m] = np.where(known, packed.astype(ids.dtype), ids.dtype.type(-1))
+        missing = packed < 0
+        if missing.any():
+            restored[missing] = np.nan
+        ids[target, :m] = packed
         logits[target, :m] = restored
         log_partition[target] = part["log_partition"].explode().to_numpy()
+
+
+def _rows(first: NDArray[np.int64], counts: NDArray[np.int64]) -> slice | NDArray[np.int64]:
+    """The rows that chunks of ``counts`` tokens fill, each from ``first`` on; as a slice where they stand in order."""
+    ends = first + counts
+    if len(first) and (first[1:] == ends[:-1]).all():
+        return slice(int(first[0]), int(ends[-1]))
+    return np.repeat(first - (np.cumsum(counts) - counts), counts) + np.arange(counts.sum())
 
 
 def _range(values: NDArray[np.float64]) -> tuple[float, float]:
