@@ -303,7 +303,7 @@ class Run:
         of = {"layer": layer, "step": step, "first": first, "last": last, **numbers}
         chunks = self.query(
             "select sequence, start, width, low, high, experts, scores, log_partition from score_chunk where layer ="
-            f" $layer and step = $step and sequence between $first and $last{among} order by sequence, start",
+            f" $layer and step = $step and sequence between $first and $last{among}",
             of,
         )
         numbered = chunks["sequence"].unique().to_list()
