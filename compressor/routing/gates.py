@@ -180,6 +180,7 @@ class Known:
         biases: tensors per expert that may count for choosing.
         factors: tensors per expert that may multiply weights.
         table: experts are chosen by a table of token ids.
+        scales: constant factors that its router or configuration names.
     """
 
     experts: int
@@ -190,6 +191,7 @@ class Known:
     biases: tuple[Tensor, ...] = field(default=(), repr=False)
     factors: tuple[Tensor, ...] = field(default=(), repr=False)
     table: bool = False
+    scales: tuple[float, ...] = ()
 
     def candidates(self, rows: int) -> list[Gate]:
         """All gates that such a layer may have, the likely ones first.
@@ -256,6 +258,8 @@ class Trial:
             return
         if self._left is None:
             self._left = [scaled(gate, choice) for gate in self._known.candidates(choice.logits.shape[1])]
+            # A few tokens alike fit several gates, each with a factor of its own: one that is known comes first.
+            self._left.sort(key=lambda gate: gate.scale != 1 and gate.scale not in self._known.scales)
         said = [gate.misses(choice) for gate in self._left]
         left = [gate for gate, miss in zip(self._left, said, strict=True) if not miss]
         if not left:

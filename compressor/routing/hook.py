@@ -48,6 +48,13 @@ class Reroute:
         self.trials: dict[Key, Trial] = {}
         self.taken: dict[Key, list[Taken]] = defaultdict(list)
 
+    @property
+    def in_words(self) -> list[str]:
+        """Its rules, each with the layer and step that it is for."""
+        if isinstance(self.rules, _Every):
+            return [f"all layers: {self.rules.rule}"]
+        return [f"layer {layer}, step {step}: {rule}" for (layer, step), rule in sorted(self.rules.items())]
+
     def attach(self) -> list[RemovableHandle]:
         """Put the hooks on."""
         # Before a map of merged experts, whose ids are places and not rows of the router.
@@ -225,10 +232,10 @@ class _Every(Mapping[Key, Rule]):
     """One rule for all calls."""
 
     def __init__(self, rule: Rule) -> None:
-        self._rule = rule
+        self.rule = rule
 
     def __getitem__(self, key: Key) -> Rule:
-        return self._rule
+        return self.rule
 
     def __iter__(self) -> Iterator[Key]:
         return iter(())

@@ -169,6 +169,7 @@ def _place(
             biases=tuple(_unlike(tensor for one, tensor in found if "bias" in one)),
             factors=tuple(_unlike(tensor for one, tensor in found if "scale" in one)),
             table=isinstance(getattr(router, "tid2eid", None), Tensor),
+            scales=tuple(_scales(sources)),
         ),
     )
 
@@ -180,6 +181,16 @@ def _unlike(tensors: Any) -> list[Tensor]:
 
 def _index_of(router: nn.Module | None, declared: dict[type, int]) -> int:
     return next((index for target, index in declared.items() if isinstance(router, target)), 0)
+
+
+def _scales(sources: Any) -> set[float]:
+    attributes = [vars(source) for source in sources if hasattr(source, "__dict__")]
+    return {
+        float(f"{value:.4g}")
+        for own in attributes
+        for name, value in own.items()
+        if "scal" in name and isinstance(value, float)
+    }
 
 
 def _number(sources: Any, names: tuple[str, ...]) -> int:
