@@ -32,6 +32,6 @@ async def opened(_: st.App) -> AsyncIterator[None]:
 
 app = st.App(
     Path(__file__).with_name("main.py"),
-    lifespan=opened,  # type: ignore[arg-type]
+    lifespan=opened,
     middleware=[Middleware(Guard, hosts=os.environ.get(HOSTS_VARIABLE, "localhost").split(","))],
 )

@@ -134,6 +134,8 @@ def choose_some(label: str, options: Sequence[str], *, key: str, none: str, help
 
 def choose_flag(label: str, *, key: str, default: bool, help: str | None = None) -> bool:
     """Yes or no, bound to the query parameter ``key``."""
+    if not isinstance(st.session_state.get(key, default), bool):
+        del st.session_state[key]
     return bool(st.toggle(label, value=default, key=key, help=help, bind="query-params"))
 
 

@@ -31,7 +31,7 @@ _COLUMNS = {
 def section(run: Run, asked: dict[str, Any]) -> None:
     """Draw the section. asked: of :func:`app.frames.caching.answer`."""
     st.caption("Policies, prefetchers, batches and bit planes as published, replayed on this trace with this memory.")
-    if not state.choose_flag("Replay them too", key="beside", default=False, help="Some seconds more"):
+    if not state.choose_flag("Replay them too", key="replayed", default=False, help="Some seconds more"):
         return
     with st.spinner("Replaying published policies"):
         found = data.frame(frames.compared, run, **asked)

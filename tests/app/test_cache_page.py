@@ -203,7 +203,7 @@ def test_published_ways_are_replayed_on_demand(monkeypatch: pytest.MonkeyPatch, 
         return [name for frame in app.dataframe for name in frame.value.columns]
 
     assert not {"policy", "sequences"} & set(columns(visit(monkeypatch, directory, section="Published ways", **ASKED)))
-    app = visit(monkeypatch, directory, section="Published ways", **ASKED, beside="true")
+    app = visit(monkeypatch, directory, section="Published ways", **ASKED, replayed="true")
     shown = {name: frame.value for frame in app.dataframe for name in frame.value.columns}
     assert "Least recently used" in set(shown["policy"]["policy"])
     assert set(shown["sequences"]["sequences"]) >= {"in order of arrival", "the same, then swapped while it helps"}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import time
 import weakref
 from collections.abc import Iterator
 
@@ -30,14 +29,11 @@ def watched() -> Iterator[None]:
 
 
 def test_survivors_are_set_aside_and_looked_through_again(watched: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    held = [Node() for _ in range(400_000)]
-    began = time.perf_counter()
+    monkeypatch.setattr(heap, "LONG", 0.0)
+    held = [Node() for _ in range(100_000)]
     gc.collect()
-    first = time.perf_counter() - began
     assert gc.get_freeze_count() >= len(held)
-    began = time.perf_counter()
-    gc.collect()
-    assert time.perf_counter() - began < first / 2
+    assert len(gc.get_objects()) < len(held)  # what the next collection looks at
     held[0].ring = held[0]
     gone = weakref.ref(held[0])
     held.clear()
