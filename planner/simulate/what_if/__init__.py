@@ -7,7 +7,7 @@ to the inputs of the next, and to the loss, only a live run says.
 from planner.simulate.what_if.advice import Advice, advice
 from planner.simulate.what_if.outcome import Certainty, Refused, WhatIf
 from planner.simulate.what_if.registry import METHODS, Method, method_named
-from planner.simulate.what_if.trial import what_if
+from planner.simulate.what_if.trial import refusal, what_if
 
 __all__ = [
     "METHODS",
@@ -18,5 +18,6 @@ __all__ = [
     "WhatIf",
     "advice",
     "method_named",
+    "refusal",
     "what_if",
 ]

@@ -81,6 +81,21 @@ def what_if(
     )  # fmt: skip
 
 
+def refusal(run: store.Run, method: str) -> str | None:
+    """Why a method cannot be tried on a run at all; None where it can. Nothing is tried."""
+    found = method_named(method)
+    try:
+        scored = reads_scores(run, found)
+        subject = Subject.of(run, scored=scored, domain=None, layers=None, limit_tokens=1)
+        nothing = {(one.layer, one.step): np.zeros(one.num_experts) for one in run.layers}
+        subject, _ = _sensible(subject, found, nothing)
+        if scored:
+            _require_scores(subject, found)
+    except Refused as refused:
+        return str(refused)
+    return None
+
+
 def reads_scores(run: store.Run, method: Method) -> bool:
     """Whether a method goes by router scores on this run: always, or where they are there."""
     return method.needs != "gate weights" or (method.name in ("top_p", "top_k") and run.has_scores)
