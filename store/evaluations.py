@@ -25,12 +25,16 @@ KINDS: dict[str, tuple[str, ...]] = {
         *("model", "base", "data", "plan", "held_out", "divergence", "perplexity", "routing", "generation", "probes"),
         *("size", "speed", "notes", "verdict"),
     ),
+    "sweep": (
+        *("model", "data", "base", "rules", "slimmability", "contrast", "rerouting", "search", "notes", "verdict"),
+    ),
 }
 """Kind of document -> what it must hold beside ``kind`` and ``version``."""
 
 IDENTITY: dict[str, tuple[str, ...]] = {
     "ablation": ("model", "experts", "data"),
     "evaluation": ("model", "base", "data"),
+    "sweep": ("model", "data"),
 }
 """Kind of document -> what says that two of them are the same measurement."""
 

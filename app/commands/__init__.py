@@ -30,6 +30,7 @@ from app.commands import (
     report,
     runs,
     show,
+    sweep,
 )
 
 COMMANDS: tuple[ModuleType, ...] = (
@@ -44,6 +45,7 @@ COMMANDS: tuple[ModuleType, ...] = (
     report,
     compare,
     ablate,
+    sweep,
     plan,
     rank,
     recommend,

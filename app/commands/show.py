@@ -47,6 +47,7 @@ VIEWS = {
     "plans": ("app.frames.compress_measured", "plans"),
     "recommendations": ("app.frames.recommendations", "recommendations"),
     "evaluations": ("app.frames.evaluation", "evaluations"),
+    "sweeps": ("app.frames.sweep", "sweeps"),
     "methods": ("app.frames.methods", "methods"),
     "metrics": ("app.commands.show", "metrics"),
 }

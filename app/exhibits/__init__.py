@@ -35,6 +35,7 @@ MODULES = (
     "compress_plan",
     "caching",
     "placement",
+    "sweep",
 )
 
 
