@@ -63,7 +63,8 @@ def by_hand(model: nn.Module, change: ByHand) -> Iterator[None]:
             shown[:] = [output[index]]
 
         def put(module: Any, args: Any, kwargs: Any, shown: list[Tensor] = shown) -> Any:
-            hidden, ids, weights = (*args, *kwargs.values())
+            values: list[Tensor] = [*args, *kwargs.values()]
+            hidden, ids, weights = values
             experts, gates = change(ids, weights, shown[0].reshape(len(ids), -1))
             slots = max(2, *map(len, experts))
             new_ids = torch.tensor([one + [0] * (slots - len(one)) for one in experts])
@@ -215,10 +216,10 @@ def test_each_rule_on_one_token_by_hand() -> None:
         (Bias(torch.tensor([0.0, 0.0, 0.0, 8.0])), {3: _softmaxed(8.0)[3], 0: _softmaxed(8.0)[0]}),
     ]
     layer = find_moe_layers(model)[0]
-    assert layer.router is not None
+    router: Any = layer.router
     with torch.no_grad():
-        layer.router.weight.zero_()
-        layer.router.weight[:, 0] = logits
+        router.weight.zero_()
+        router.weight[:, 0] = logits
     seen: list[dict[int, float]] = []
 
     def look(module: Any, args: Any) -> None:
@@ -226,9 +227,9 @@ def test_each_rule_on_one_token_by_hand() -> None:
         seen.append({expert: weight for expert, weight in found if weight})
 
     # The layer sees one channel of 1, so that its logits are the row above.
-    one = torch.zeros(1, layer.router.weight.shape[1])
+    one = torch.zeros(1, router.weight.shape[1])
     one[0, 0] = 1.0
-    fixed = layer.router.register_forward_pre_hook(lambda module, args: (one.expand(args[0].shape[0], -1),))
+    fixed = router.register_forward_pre_hook(lambda module, args: (one.expand(args[0].shape[0], -1),))
     for rule, wanted in cases:
         with rerouted(model, {(0, 0): rule}):
             handle = layer.experts.register_forward_pre_hook(look)
@@ -240,7 +241,7 @@ def test_each_rule_on_one_token_by_hand() -> None:
 
 def _softmaxed(last: float) -> list[float]:
     values = torch.tensor([0.4, 0.3, 0.2, 0.1]).log() + torch.tensor([0.0, 0.0, 0.0, last])
-    return values.softmax(0).tolist()  # type: ignore[no-any-return]
+    return values.softmax(0).tolist()
 
 
 @pytest.mark.parametrize("family", ["olmoe", "gpt_oss", "deepseek_v3", "afmoe", "gemma4_text", "zaya", "kolibri1"])
@@ -309,9 +310,9 @@ def test_a_router_that_cheats_is_found_out() -> None:
     model = build("mixtral")
     router: Any = find_moe_layers(model)[1].router
     handle = router.register_forward_hook(lambda module, args, out: (out[0], out[1], (out[2] + 1) % 8))
-    with pytest.raises(ModelError, match=r"layer 1 \(MixtralExperts\).*experts from its scores"):
-        with rerouted(model, TopK(3)):
-            run(model)
+    reason = r"layer 1 \(MixtralExperts\).*experts from its scores"
+    with pytest.raises(ModelError, match=reason), rerouted(model, TopK(3)):
+        run(model)
     handle.remove()
 
 
@@ -348,9 +349,9 @@ def test_what_is_recorded_is_what_the_experts_ran(tmp_path: Path) -> None:
     inputs = batch(2, 10)
     real = inputs["attention_mask"].reshape(-1).bool()
     with rerouted(model, TopP(0.6)) as routing:
-        with profiler.watch(model, name="routed", store=tmp_path, level="activations") as session:
-            with torch.no_grad(), recorded_calls(model) as calls:
-                model(**inputs)
+        watch = profiler.watch(model, name="routed", store=tmp_path, level="activations")
+        with watch as session, torch.no_grad(), recorded_calls(model) as calls:
+            model(**inputs)
         taken = routing.take()
     assert session.path is not None
     found = store.open_run(session.path)
