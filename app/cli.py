@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 from app.commands import COMMANDS
 from app.commands.options import apply_config
+from app.terminal import guarded_output
 from moescope import __version__
 from moescope.errors import InputError, MoescopeError
 
@@ -63,7 +64,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser().parse_args(given)
     try:
         options = apply_config(parser(), options, given)
-        return int(options.run(options))
+        with guarded_output():
+            return int(options.run(options))
     except MoescopeError as error:
         return _complain(str(error), error.exit_code)
     except ModuleNotFoundError as error:
@@ -80,7 +82,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _complain(message: str, code: int) -> int:
-    print(f"moescope: {message}", file=sys.stderr)
+    from app.text import shown_in_terminal
+
+    print(f"moescope: {shown_in_terminal(message)}", file=sys.stderr)
     return code
 
 

@@ -40,7 +40,7 @@ def shown_in_terminal(text: str) -> str:
 def progress_line(text: str) -> str:
     """The text cut and padded to the terminal's width, to be printed over the last one."""
     width = max(20, shutil.get_terminal_size((100, 20)).columns - 1)
-    return text[:width].ljust(width)
+    return shown_in_terminal(text)[:width].ljust(width)
 
 
 def duration(seconds: float | None) -> str:

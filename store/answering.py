@@ -118,11 +118,12 @@ def one_line(error: duckdb.Error, sql: str) -> str:
 
 def _require_reading(cursor: duckdb.DuckDBPyConnection, sql: str) -> None:
     statements = cursor.extract_statements(sql)
-    kinds = [statement.type for statement in statements]
+    kinds = [connection.kind_of(statement) for statement in statements]
     if kinds == [duckdb.StatementType.EXPLAIN]:  # EXPLAIN ANALYZE runs what it explains
         explained = _EXPLAIN.match(statements[0].query)
         inner = cursor.extract_statements(statements[0].query[explained.end() :]) if explained else []
-        kinds = [duckdb.StatementType.EXPLAIN if one.type in _READING else one.type for one in inner]
+        inside = [connection.kind_of(one) for one in inner]
+        kinds = [duckdb.StatementType.EXPLAIN if kind in _READING else kind for kind in inside]
     if len(kinds) != 1 or kinds[0] not in _READING:
         raise StoreError(
             "only one statement at a time that reads: SELECT, DESCRIBE, SHOW, SUMMARIZE or EXPLAIN; a run is never "

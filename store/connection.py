@@ -66,6 +66,14 @@ def lock(connection: duckdb.DuckDBPyConnection, directories: Sequence[Path] = ()
     connection.execute("set lock_configuration = true")
 
 
+def kind_of(statement: duckdb.Statement) -> duckdb.StatementType | None:
+    """The kind of a statement; None for kinds that DuckDB's Python package has no name for (UPDATE EXTENSIONS)."""
+    try:
+        return statement.type
+    except ValueError:
+        return None
+
+
 def query(
     connection: duckdb.DuckDBPyConnection, sql: str, parameters: Parameters = None, *, seconds: float | None = None
 ) -> pl.DataFrame:
@@ -84,7 +92,7 @@ def query(
         if timer is not None:
             timer.start()
         statements = cursor.extract_statements(sql)
-        if len(statements) != 1 or statements[0].type not in _READING:
+        if len(statements) != 1 or kind_of(statements[0]) not in _READING:
             raise StoreError("only one SELECT statement at a time: a run is never written through SQL")
         frame: pl.DataFrame = cursor.sql(sql, params=parameters).pl()
         return frame
