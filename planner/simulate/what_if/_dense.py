@@ -93,6 +93,19 @@ def transport(kernel: FloatArray, tolerance: float, rounds: int, column: FloatAr
 
 
 @compiled
+def _insert(item: int, value: float, size: int, wanted: int, worth: FloatArray, chosen: NDArray[np.int16]) -> int:
+    """Put an expert among the ``wanted`` best so far, behind those of equal worth; return how many there are."""
+    at = size if size < wanted else size - 1
+    while at > 0 and worth[at - 1] < value:
+        worth[at] = worth[at - 1]
+        chosen[at] = chosen[at - 1]
+        at -= 1
+    worth[at] = value
+    chosen[at] = item
+    return size + 1 if size < wanted else size
+
+
+@compiled
 def largest(values: NDArray[np.floating[Any]], ids: Ids, own: IntArray, chosen: Ids) -> None:
     """Write the ``own`` experts with the largest values to ``chosen`` (tokens, most), -1 beyond.
 
@@ -100,39 +113,43 @@ def largest(values: NDArray[np.floating[Any]], ids: Ids, own: IntArray, chosen: 
     stand there come last, in order.
     """
     tokens, experts = values.shape
-    most = chosen.shape[1]
-    worth = np.empty(most, np.float64)
-    seen = np.full(experts, -1, np.int64)
+    worth = np.empty(chosen.shape[1], np.float64)
+    candidates = np.empty(experts, np.int64)
     for token in range(tokens):
         wanted = own[token]
         size = 0
         listed = 0
+        chosen[token] = -1
+        if wanted == 0:
+            continue
+        least = -np.inf
         while listed < ids.shape[1] and ids[token, listed] >= 0:
-            seen[ids[token, listed]] = token
+            item = ids[token, listed]
             listed += 1
-        for step in range(listed + experts):
-            if step < listed:
-                item = np.int64(ids[token, step])
-            else:
-                if listed == experts:
-                    break
-                item = np.int64(step - listed)
-                if seen[item] == token:
-                    continue
             value = values[token, item]
-            if size == wanted and (wanted == 0 or value <= worth[size - 1]):
-                continue
-            at = size if size < wanted else size - 1
-            while at > 0 and worth[at - 1] < value:
-                worth[at] = worth[at - 1]
-                chosen[token, at] = chosen[token, at - 1]
-                at -= 1
-            worth[at] = value
-            chosen[token, at] = item
-            if size < wanted:
-                size += 1
-        for rank in range(size, most):
-            chosen[token, rank] = -1
+            if value > least or size < wanted:
+                size = _insert(item, value, size, wanted, worth, chosen[token])
+                if size == wanted:
+                    least = worth[size - 1]
+        if listed == experts:
+            continue
+        above = 0
+        for item in range(experts):  # without a branch, which no processor could foresee
+            candidates[above] = item
+            above += 1 if values[token, item] > least or size < wanted else 0
+        for place in range(above):
+            item = candidates[place]
+            value = values[token, item]
+            if value > least or size < wanted:
+                unlisted = True
+                for other in range(listed):
+                    if ids[token, other] == item:
+                        unlisted = False
+                        break
+                if unlisted:
+                    size = _insert(item, value, size, wanted, worth, chosen[token])
+                    if size == wanted:
+                        least = worth[size - 1]
 
 
 @compiled
@@ -180,11 +197,12 @@ def shared_with_previous(chosen: Ids, own: IntArray, sequence: IntArray, experts
 
 
 @compiled
-def spread(ids: Ids, stored: FloatArray, rest: FloatArray, dense: NDArray[np.floating[Any]]) -> None:
+def spread(
+    ids: Ids, stored: NDArray[np.floating[Any]], rest: NDArray[np.floating[Any]], dense: NDArray[np.floating[Any]]
+) -> None:
     """Write (tokens, E) values from those of the stored experts (tokens, m), and one for all others (tokens,)."""
     for token in range(len(ids)):
-        for expert in range(dense.shape[1]):
-            dense[token, expert] = rest[token]
+        dense[token] = rest[token]
         for place in range(ids.shape[1]):
             if ids[token, place] >= 0:
                 dense[token, ids[token, place]] = stored[token, place]

@@ -82,7 +82,7 @@ METHODS: tuple[Method, ...] = (
     Method(
         "smoothing", "Neighbour smoothing", "Similarity- and attention-aware SMoE, arXiv 2505.00792",
         "router probabilities mixed with those of like tokens before", "lambda: share of the token's own",
-        "router scores", "proxy", False, (1.0, 0.9, 0.7, 0.5, 0.3),
+        "router scores", "proxy", False, (0.9, 0.7, 0.5, 0.3),
     ),
     Method(
         "sinkhorn", "Sinkhorn balance", "Selective Sinkhorn Routing, arXiv 2511.08972",

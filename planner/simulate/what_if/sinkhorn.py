@@ -20,6 +20,9 @@ ROUNDS = 500
 """Most scalings of a batch; fifty are usual."""
 
 
+_LEAST = 1e-280
+
+
 def balance(block: Block, layer: Layer, values: FloatArray) -> Tally:
     """top-k of the plan of each batch of ``values`` tokens, as many experts as before.
 
@@ -30,24 +33,21 @@ def balance(block: Block, layer: Layer, values: FloatArray) -> Tally:
 
     scores, own, experts = stored(block), block.own, layer.info.num_experts
     ids = np.ascontiguousarray(scores.ids)
+    known = probabilities(scores)
     probability = np.empty((len(ids), experts))
-    spread(ids, probabilities(scores), np.zeros(len(ids)), probability)
-    # Of each token the largest logit is 0, so that no exponential overflows; what is rounded to 0 keeps a trace.
-    kernel = np.empty_like(probability)
-    least = np.zeros(len(ids))
-    logits = scores.logits.astype(np.float64)
-    spread(ids, np.exp(np.maximum(logits - logits[:, :1], -600.0)), least, kernel)
+    # A column must have some mass to be scaled, however small.
+    spread(ids, np.maximum(known, _LEAST), np.full(len(ids), _LEAST), probability)
     tally = Tally.empty(len(values), ids.shape[1], experts)
-    tally.add_before(ids, probabilities(scores), own)
+    tally.add_before(ids, known, own)
     tally.agreeing = int(agreement(block).sum())
     chosen, column = np.empty((len(ids), int(own.max(initial=1))), np.int16), np.empty(experts)
     errors = np.zeros(len(values))
     for index, value in enumerate(values):
         for first, last in batches(len(ids), int(value)):
             part = slice(first, last)
-            error = transport(kernel[part], TOLERANCE, ROUNDS, column)
+            error = transport(probability[part], TOLERANCE, ROUNDS, column)
             errors[index] += error * (last - first)
-            largest(kernel[part] * column, ids[part], own[part], chosen[part])
+            largest(probability[part] * column, ids[part], own[part], chosen[part])
         sums = np.zeros(3, np.int64)
         tally.kept[index] = compare_choice(chosen, ids, own, probability, tally.load[index], sums)
         tally.same[index], tally.kept_own[index], tally.added[index] = sums

@@ -31,11 +31,12 @@ def smooth(block: Block, layer: Layer, values: FloatArray) -> Tally:
 
     scores, own, experts = stored(block), block.own, layer.info.num_experts
     ids = np.ascontiguousarray(scores.ids)
-    probability, direction = dense(scores, experts)
+    known = probabilities(scores)
+    probability, direction = dense(scores, known, experts)
     mixed = np.empty_like(probability)
     neighbours(probability, direction, block.sequence, WINDOW, TEMPERATURE, mixed)
     tally = Tally.empty(len(values), ids.shape[1], experts)
-    tally.add_before(ids, probabilities(scores), own)
+    tally.add_before(ids, known, own)
     tally.agreeing = int(agreement(block).sum())
     chosen = np.empty((len(ids), int(own.max(initial=1))), np.int16)
     figures = {name: np.zeros(len(values)) for name in ("entropy", "shared", "neighbours")}
@@ -57,11 +58,14 @@ def smooth(block: Block, layer: Layer, values: FloatArray) -> Tally:
     return tally
 
 
-def dense(scores: Scores, experts: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """(tokens, E) probabilities, what is not stored spread evenly, and centred logits of norm 1."""
+def dense(scores: Scores, known: FloatArray, experts: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """(tokens, E) probabilities, what is not stored spread evenly, and centred logits of norm 1.
+
+    Args:
+        known: (tokens, m) probabilities of the stored experts.
+    """
     from planner.simulate.what_if._dense import spread
 
-    known = probabilities(scores)
     listed = (scores.ids >= 0).sum(1)
     rest = np.maximum(1 - known.sum(1), 0.0) / np.maximum(experts - listed, 1)
     probability = np.empty((len(known), experts), np.float32)
@@ -69,7 +73,7 @@ def dense(scores: Scores, experts: int) -> tuple[NDArray[np.float32], NDArray[np
     spread(ids, known, rest, probability)
     logits = np.empty_like(probability)
     least = np.where(rest > 0, np.log(np.maximum(rest, 1e-30)), 0.0)
-    spread(ids, scores.logits.astype(np.float64) - scores.log_partition[:, None], least, logits)
+    spread(ids, scores.logits - scores.log_partition[:, None], least.astype(np.float32), logits)
     logits -= logits.mean(axis=1, keepdims=True)
     logits /= np.maximum(np.sqrt(np.einsum("ij,ij->i", logits, logits)), np.float32(1e-20))[:, None]
     return probability, logits
