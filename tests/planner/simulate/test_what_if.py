@@ -238,11 +238,8 @@ def test_rules_on_all_scores(run: store.Run) -> None:
 def test_released_top_p_on_known_probabilities(tmp_path: Path) -> None:
     """Probabilities 0.5, 0.25, 0.125, 0.125: a border that is met exactly takes one more."""
     share = np.array([0.5, 0.25, 0.125, 0.125])
-    place: dict[str, Any] = {
-        "sequence": np.zeros(1, int),
-        "position": np.zeros(1, int),
-        "ids": np.array([[2, 0, 1, 3]]),
-    }
+    place: dict[str, Any] = {"sequence": np.zeros(1, int), "position": np.zeros(1, int)}
+    ids = np.array([[2, 0, 1, 3]])
     writer = store.RunWriter.create(tmp_path, "one", store.RunInfo(model="toy"))
     writer.write_shard(
         {
