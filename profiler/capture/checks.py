@@ -170,6 +170,8 @@ class Checks:
             total = torch.zeros_like(output, dtype=torch.float32)
             total.index_add_(0, rows.token, rows.output.float() * rows.gate.float()[:, None])
             state.rebuilt = _larger(state.rebuilt, float((total[chosen] - result).norm()) / scale)
+        if layer.rerouted:  # what ran is not what the router chose, nor what follows from its scores
+            return
         logits = frame.routing[layer.key].logits
         shown = None if logits is None else logits[chosen]
         state.scores.update(shown, call.ids[chosen], call.weights[chosen])

@@ -18,11 +18,12 @@ from compressor.families import (
     find_shared_experts,
     router_traits,
 )
-from compressor.families.routers import ROUTER_NAMES
 from compressor.families.special.packed import packed_width
+from compressor.routing import reroute_of
+from compressor.routing.places import ancestors, declared_routers, find_routers
 from moescope.errors import ModelError
 from profiler.capture.stacks import DECODER, Stack, choose_stack, find_stacks, stack_name
-from profiler.capture.unwatchable import find_unwatchable, holds, left_out, refuse
+from profiler.capture.unwatchable import find_unwatchable, left_out, refuse
 
 _COUNT_FIELDS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 _TOP_K_FIELDS = ("num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_topk", "moe_top_k", "moe_k")
@@ -51,6 +52,7 @@ class MoELayer:
         stack: the stack of layers that they stand in: decoder | encoder | vision | ...
         routers: all routers, where each call of the experts has one of its own; the first is ``router``.
         stride: experts modules in its decoder layer; the steps of one of them are so far apart.
+        rerouted: its experts run what a rule makes of the router's choice, and slots of weight 0 hold nobody.
     """
 
     layer: int
@@ -71,6 +73,7 @@ class MoELayer:
     stack: str = DECODER
     routers: tuple[nn.Module, ...] = field(default=(), repr=False)
     stride: int = 1
+    rerouted: bool = False
 
     def called(self, times: int) -> MoELayer:
         """The layer as it is called for the ``times``-th time in a forward, from 0."""
@@ -148,7 +151,7 @@ def inspect_model(model: nn.Module, stack: str | None = None) -> MoEModel:
     refuse(unwatchable, stack_name(chosen.experts[0]))
     owner = modules[chosen.path.rpartition(".")[0]]
     config = getattr(owner, "config", None) or _text_config(model)
-    layers = _describe_all(modules, adapters, chosen, _declared_routers(owner), config)
+    layers = _describe_all(modules, adapters, chosen, declared_routers(owner), config)
     whole = modules[chosen.path]
     assert isinstance(whole, nn.ModuleList)
     return MoEModel(layers, owner, whole, config, chosen.name, left_out(modules, stacks, chosen, unwatchable))
@@ -189,7 +192,7 @@ def _describe(
             " Load the model in one process"
         )
     layer_name = f"{stack_path}.{index}"
-    router_name, routers = _find_routers(modules, name, layer_name, declared, adapter)
+    router_name, routers = find_routers(modules, name, layer_name, declared, adapter)
     router = routers[0] if routers else None
     layout = adapter.layout(experts)
     num_experts = layout.num_experts if layout else _number(experts, ("num_experts",))
@@ -197,10 +200,11 @@ def _describe(
     own_config = getattr(experts, "config", config)
     top_k = _number(router, ("top_k", "num_experts_per_tok")) or _number(own_config, _TOP_K_FIELDS)
     shared = None
-    for block in _ancestors(name, layer_name):
+    for block in ancestors(name, layer_name):
         shared = shared or find_shared_experts(modules[block], own_config)
     router_class = type(router).__name__ if router is not None else ""
     traits = router_traits(router_class=router_class, experts_class=type(experts).__name__, config=own_config)
+    rerouted = reroute_of(experts) is not None
     return MoELayer(
         layer=index,
         step=step,
@@ -213,8 +217,8 @@ def _describe(
         traits=replace(
             traits,
             score=adapter.score or traits.score,
-            may_skip=adapter.may_skip or adapter.zero_weight_is_none,
-            zero_weight_is_none=adapter.zero_weight_is_none,
+            may_skip=adapter.may_skip or adapter.zero_weight_is_none or rerouted,
+            zero_weight_is_none=adapter.zero_weight_is_none or rerouted,
         ),
         num_experts=num_experts,
         top_k=top_k or 1,
@@ -223,49 +227,8 @@ def _describe(
         block=modules.get(name.rpartition(".")[0]),
         adapter=adapter,
         routers=tuple(routers),
+        rerouted=rerouted,
     )
-
-
-def _find_routers(
-    modules: dict[str, nn.Module], name: str, layer_name: str, declared: dict[type, int], adapter: Adapter
-) -> tuple[str, list[nn.Module]]:
-    """The router nearest to an experts module: one that the model declares, else one that stands under a usual name.
-
-    Several only where they stand in a list of their own, one for each call of the experts.
-    """
-    for block in [name, *_ancestors(name, layer_name)]:
-        inside = {path: module for path, module in modules.items() if path.startswith(f"{block}.")}
-        for path, module in inside.items():
-            if not adapter.routers and isinstance(module, tuple(declared)) and not holds(path, name):
-                return path, [module]
-        for router_name in adapter.routers or ROUTER_NAMES:
-            candidate = modules.get(f"{block}.{router_name}")
-            if isinstance(candidate, nn.ModuleList):
-                return f"{block}.{router_name}", list(candidate)
-            if candidate is not None and (adapter.routers or type(candidate) is not nn.Linear):
-                return f"{block}.{router_name}", [candidate]
-    return "", []
-
-
-def _ancestors(name: str, last: str) -> list[str]:
-    """Paths of the modules around ``name``, from the nearest up to ``last``."""
-    paths = []
-    while name != last and "." in name:
-        name = name.rpartition(".")[0]
-        paths.append(name)
-    return paths
-
-
-def _declared_routers(owner: nn.Module) -> dict[type, int]:
-    """Router classes that the owning model declares to the library's recorders, each with the place of its logits."""
-    declared: dict[type, int] = {}
-    for module in owner.modules():
-        entries = (getattr(module, "_can_record_outputs", None) or {}).get("router_logits", [])
-        for entry in entries if isinstance(entries, (list, tuple)) else [entries]:
-            target = getattr(entry, "target_class", entry)
-            if isinstance(target, type):
-                declared.setdefault(target, int(getattr(entry, "index", 0)))
-    return declared
 
 
 def _index_of(router: nn.Module | None, declared: dict[type, int]) -> int:

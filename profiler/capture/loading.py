@@ -13,6 +13,7 @@ from torch import nn
 
 from compressor.families import EXPERT_MAP
 from compressor.families.per_layer import own_layers
+from compressor.routing import put_before
 from moescope.errors import InputError, ModelError, MoescopeError
 from profiler.capture.placement import Placement, plan_placement, require_fitting
 from profiler.capture.precision import (
@@ -119,6 +120,7 @@ def load_model(
             require_one_scheme(_snapshot(place, revision), width)
         if precision is not None:
             _remember(model, precision, dequantize)
+        put_before(model)
     return model.eval()
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import store
+from compressor.routing import reroute_of
 from profiler.capture.discovery import MoELayer, MoEModel
 
 SAMPLES = 64
@@ -88,9 +89,16 @@ def describe_run(
         transformers_version=transformers.__version__,
         origin=origin,
         levels=",".join(levels),
-        settings={**settings, **_stored_dtype(where, parameter.dtype)},
+        settings={**settings, **_stored_dtype(where, parameter.dtype), **_rerouted(found)},
         text_kept=text_kept,
     )
+
+
+def _rerouted(found: MoEModel) -> dict[str, Any]:
+    """Which rules stand between routers and experts; nothing where none does."""
+    reroutes = [reroute_of(layer.experts) for layer in found.layers if layer.rerouted]
+    rules = {words for one in reroutes if one is not None for words in one.in_words}
+    return {"rerouted": sorted(rules)} if rules else {}
 
 
 def describe_layer(layer: MoELayer, top_k: int) -> store.LayerInfo:

@@ -38,6 +38,8 @@ _GROUP_FIELDS = ("n_group", "n_groups", "num_expert_group", "num_expert_groups")
 
 def steering(layer: MoELayer, model: nn.Module) -> str:
     """What else than the scores decides in this layer of a model; empty where nothing is known that does."""
+    if layer.rerouted:
+        return "a rule after the router"
     if "Hash" in type(layer.router).__name__:
         return "a table of token ids"
     sources: list[Any] = [layer.router, layer.experts, getattr(layer.experts, "config", None)]

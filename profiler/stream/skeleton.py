@@ -9,6 +9,8 @@ import torch
 from torch import nn
 
 from compressor.families.per_layer import own_layers
+from compressor.plan import ROUTE
+from compressor.routing import stated_route
 from moescope.errors import ModelError
 from profiler.capture.loading import as_model_error, auto_class, load_config, weight_dtype
 from profiler.capture.precision import stored_precision
@@ -35,6 +37,11 @@ def build_skeleton(folder: Path, *, dtype: str = "auto", device: torch.device | 
             f"{folder} is no folder: layers are streamed from a checkpoint on disk (hf download ID --local-dir DIR)"
         )
     config = load_config(folder)
+    if stated_route(config) is not None:
+        raise ModelError(
+            f"{folder} runs other experts than its routers choose ({ROUTE}), which is not done layer by layer: leave"
+            " out --layer-stream, or stream the model that it was made from"
+        )
     precision = stored_precision(config)
     if precision is not None:
         raise ModelError(
