@@ -23,6 +23,8 @@ MODULES = (
     "routing",
     "specialization",
     "flow",
+    "architecture",
+    "axes",
     "tokens",
     "expert",
     "super_experts",

@@ -139,5 +139,5 @@ def expert_map(figure: go.Figure, *, title: str, labels: list[str], width: int, 
     named = figure.data[0].x is not None
     figure.update_xaxes(showgrid=False, zeroline=False, ticks="", type="category" if named else "linear", nticks=24)
     if not named:
-        figure.update_xaxes(range=[-0.5, width - 0.5])
+        figure.update_xaxes(range=[-0.5, width - 0.5], **({"dtick": 1} if width <= 24 else {}))
     return pickable(figure, layer="y", expert="x")

@@ -11,7 +11,7 @@ import store
 from app.frames.axes import with_label
 from app.frames.expert_trace import layer_info
 from app.frames.stretches import stretches
-from profiler.headline.axes import Axis, axis_names, axis_of
+from profiler.headline.axes import POSITION, Axis, axis_names, axis_of
 from profiler.metrics import load
 from profiler.metrics._arrays import ratio
 from profiler.metrics.axis_distance import axis_counts
@@ -24,6 +24,9 @@ _VALUES = {
     "axis": pl.String, "value": pl.String, "place": pl.Int64, "sequences": pl.Int64, "tokens": pl.Int64,
     "entropy": pl.Float64, "effective_experts": pl.Float64, "experts_per_token": pl.Float64,
 }  # fmt: skip
+
+
+__all__ = ["POSITION", "distances", "names", "shares", "values"]
 
 
 def names(run: store.Run) -> list[str]:

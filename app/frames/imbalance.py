@@ -25,6 +25,28 @@ _SCHEMA = {
     "probability_cv": pl.Float64, "max_violation": pl.Float64, "loss": pl.Float64, "seen": pl.Float64,
     "unseen_imbalance": pl.Boolean, "tokens": pl.Float64,
 }  # fmt: skip
+_EXPERTS = {**LAYER_COLUMNS, "expert": pl.Int32, "load": pl.Float64, "probability": pl.Float64}
+
+
+def experts(run: store.Run) -> pl.DataFrame:
+    """One row per expert of every layer whose router probabilities were seen.
+
+    Columns: layer, step, label, expert; load = E f / k and probability = E P, both 1 on average.
+    """
+    sums = run_sums(run)
+    parts = [pl.DataFrame(schema=_EXPERTS)]
+    for layer, used, probability in zip(run.layers, sums["tokens"], sums["probability"], strict=True):
+        if not used.sum() or not np.isfinite(probability).all() or not probability.sum():
+            continue
+        place = {"layer": layer.layer, "step": layer.step, "label": layer_label(layer.layer, layer.step)}
+        columns = {
+            "expert": range(layer.num_experts),
+            "load": used / used.mean(),
+            "probability": probability / probability.mean(),
+        }
+        frame = pl.DataFrame(columns).with_columns(**{name: pl.lit(value) for name, value in place.items()})
+        parts.append(frame.select([pl.col(name).cast(kind) for name, kind in _EXPERTS.items()]))
+    return pl.concat(parts)
 
 
 def spreads(run: store.Run) -> pl.DataFrame:

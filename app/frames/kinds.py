@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 import store
 from app.frames.axes import layer_labels, select, with_label
+from app.frames.expert_tokens import shown
 from app.frames.stretches import stretches
 from profiler.metrics import expert_kinds as formulas
 from profiler.metrics.expert_kinds import KINDS
@@ -179,7 +180,7 @@ def _token_frame(
     frame = pl.DataFrame(
         {
             "token_id": part["token_id"],
-            "text": [(piece or b"").decode(errors="replace") for piece in part["bytes"]],
+            "text": [shown(piece) for piece in part["bytes"]],
             "token_class": [CLASSES[place] for place in part["class"]],
             "occurrences": occurrences[kept],
             "computed": computed,

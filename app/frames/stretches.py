@@ -29,12 +29,14 @@ class Stretch:
 
 
 def stretches(
-    run: store.Run, labels: Sequence[str], *, domain: str | None = None, most: int = MAX_STRETCHES
+    run: store.Run, labels: Sequence[str], *, domain: str | None = None, most: int | None = None
 ) -> Iterator[Stretch]:
-    """The selections of some layers in stretches of whole sequences; of a long trace, ``most`` of them evenly apart.
+    """The selections of some layers in stretches of whole sequences; of a long trace, 16 or ``most`` of them, evenly
+    apart.
 
     Stretches without a sequence of the domain are left out.
     """
+    most = most or MAX_STRETCHES
     frame = run.table("sequence").select("sequence", "tokens", "domain").sort("sequence")
     numbers = frame["sequence"].to_numpy().astype(np.int64)
     offsets = np.concatenate([[0], np.cumsum(frame["tokens"].to_numpy().astype(np.int64))])

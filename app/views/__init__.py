@@ -31,6 +31,7 @@ def _file(name: str) -> str:
 PAGES = (
     PageInfo(_file("overview"), "Overview", ":material/dashboard:", "overview"),
     PageInfo(_file("routing"), "Routing", ":material/alt_route:", "routing"),
+    PageInfo(_file("architecture"), "Architecture", ":material/account_tree:", "architecture"),
     PageInfo(_file("tokens"), "Tokens", ":material/text_fields:", "tokens"),
     PageInfo(_file("expert"), "Expert", ":material/person_search:", "expert"),
     PageInfo(_file("super_experts"), "Super experts", ":material/bolt:", "super-experts"),

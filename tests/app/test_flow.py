@@ -19,6 +19,7 @@ import store
 from app.commands.show import view
 from app.figures import flow as figures
 from app.frames import flow as frames
+from app.frames import stretches
 from profiler.headline import compute_and_store
 from profiler.importers.job import import_run
 from profiler.importers.recording import ImportOptions
@@ -126,10 +127,10 @@ def test_transitions_are_those_of_the_trace(flow: store.Run) -> None:
 
 
 def test_of_a_long_trace_some_stretches_are_counted(flow: store.Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(frames, "STRETCH_TOKENS", 2 * TOKENS)
+    monkeypatch.setattr(stretches, "STRETCH_TOKENS", 2 * TOKENS)
     whole = frames.transitions(flow, label="3", source="2")
     np.testing.assert_array_equal(as_matrix(whole, "joint_tokens"), used("2").T @ used("3"))
-    monkeypatch.setattr(frames, "MAX_STRETCHES", 2)
+    monkeypatch.setattr(stretches, "MAX_STRETCHES", 2)
     some = frames.transitions(flow, label="3", source="2")
     assert set(some["tokens"]) == {4 * TOKENS}
     assert some["joint_tokens"].sum() == 4 * TOKENS * TOP_K**2
