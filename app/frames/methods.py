@@ -25,7 +25,7 @@ _SCHEMA = {
     "reason": pl.String,
 }
 
-_SUBJECTS = ("trace", "order", "weights", "logits", "text")
+_SUBJECTS = ("trace", "order", "weights", "logits", "text", "scores")
 
 
 def methods(run: store.Run) -> pl.DataFrame:
@@ -105,6 +105,8 @@ class _Have:
             return run.omissions[need].rstrip(".")
         if need in ("trace", "order") and not run.has_trace:
             return "this run holds no trace"
+        if need == "scores" and not run.has_scores:
+            return "this run keeps no router scores: collect it again with --router-scores"
         return "this run keeps no text" if need == "text" and not run.has_tokens else ""
 
 

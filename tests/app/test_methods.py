@@ -78,7 +78,7 @@ def test_papers_are_written_in_one_way() -> None:
 
 
 def test_needs_are_words_that_are_judged() -> None:
-    subjects = {"trace", "order", "weights", "logits", "text"}
+    subjects = {"trace", "order", "weights", "logits", "text", "scores"}
     for one in every():
         for need in one.needs:
             assert need in HAVE or need in BESIDE or need in subjects or set(need.split("|")) <= set(LEVELS), need
