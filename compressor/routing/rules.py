@@ -256,7 +256,7 @@ class Bias:
         shifted = logits + _of_rows(self.delta, logits.shape[1], gate).to(logits.device)
         new = gate.choose(shifted, choice.k)
         other = compared(choice, new).changed[:, None]
-        moved, own = gate.weigh(shifted, choice.ids), gate.weigh(logits, choice.ids).detach()
+        moved, own = gate.weigh(shifted, choice.ids), gate.weigh(logits, choice.ids)
         scaled = choice.weights.float() * (moved / own.where(own != 0, 1.0)).where(own != 0, 1.0)
         return Choice(new.ids.where(other, choice.ids), new.weights.where(other, scaled), choice.logits)
 

@@ -30,6 +30,10 @@ Key = tuple[int, int]
 Vectors = dict[Key, Tensor]
 """Per layer what is added to the logits, (E,) float32."""
 
+FLOOR = 1e-6
+"""Gradients below it hardly move a vector: Adam would make whole steps of the rounding that experts get which no token
+uses."""
+
 CONDITIONS = ("none", "fitted", "random", "other")
 
 
@@ -162,7 +166,7 @@ def work(batches: Sequence[TokenBatch], options: Rerouting) -> int:
 def _fit(model: nn.Module, ids: Tensor, start: Vectors, options: Rerouting) -> tuple[Vectors, float, float]:
     """Vectors after some steps from ``start`` on the loss of a text (length,), and that loss before and after."""
     vectors = {key: one.clone().requires_grad_() for key, one in start.items()}
-    descent = torch.optim.Adam(vectors.values(), lr=options.rate)
+    descent = torch.optim.Adam(vectors.values(), lr=options.rate, eps=FLOOR)
     losses = []
     for _ in range(options.steps):
         descent.zero_grad()
