@@ -67,7 +67,8 @@ def collect(
         tokenizer: the model's tokenizer.
         store: directory of runs.
         level: comma list of levels, see :data:`profiler.capture.levels.LEVELS`.
-        resume: go on with the interrupted run of that name; the corpus must be the same.
+        resume: go on with the interrupted run of that name; the corpus must be the same. Of a run that lacks nothing
+            but its metrics, they are computed.
         keep_text: False stores no text and no token ids.
         measure_overhead: measure first by how much recording slows this model down; the result stands in the run's
             settings under ``overhead``.
@@ -117,6 +118,10 @@ def collect(
         stack=stack,
     )
     require_fitting(session, corpus, generate)
+    finished = run_store.lacking_metrics(store, name) if resume and headline else None
+    if finished is not None:
+        compute_metrics(finished, session, progress)
+        return finished
     job = Job(session, corpus, progress)
     if generate:
         job.answer(generate, sampling or Sampling())

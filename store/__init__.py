@@ -24,7 +24,8 @@ from store.scores import RouterScores, pack_scores
 from store.tokens import TokenIds
 from store.trace import CHUNK_TOKENS, LayerSelections, Trace, none_value, pack_trace
 from store.union import Union, attach
-from store.writer import RunWriter
+from store.whole import refusal, replacing, write_whole
+from store.writer import RunWriter, lacking_metrics
 
 __all__ = [
     "CHUNK_TOKENS",
@@ -56,6 +57,7 @@ __all__ = [
     "console",
     "describe",
     "evaluation_text",
+    "lacking_metrics",
     "list_evaluations",
     "list_plans",
     "none_value",
@@ -67,9 +69,12 @@ __all__ = [
     "read_evaluation",
     "read_plan",
     "read_plan_document",
+    "refusal",
+    "replacing",
     "tables",
     "version_of",
     "write_evaluation",
     "write_metrics",
     "write_plan",
+    "write_whole",
 ]

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import difflib
-import shutil
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from moescope.errors import StoreError
-from store import derived, live
+from store import derived, live, lock
 from store.run import FILE_SUFFIX
+from store.whole import listing, refusal, remove, sweep, temporary_for
 from store.writer import require_free, require_name
 
 DEFAULT_STORE = Path("runs")
@@ -24,7 +25,16 @@ class Entry:
     name: str
     path: Path
     live: bool
-    size_bytes: int
+
+    @cached_property
+    def size_bytes(self) -> int:
+        """Of the run file, or of the shards so far: asked of the disk when it is wanted; 0 for what has just gone."""
+        try:
+            if self.live:
+                return sum(file.stat().st_size for file in self.path.rglob("*.parquet"))
+            return self.path.stat().st_size
+        except OSError:
+            return 0
 
 
 class Catalog:
@@ -34,18 +44,21 @@ class Catalog:
         self.directory = Path(directory)
 
     def entries(self) -> list[Entry]:
-        """All runs, sorted by name. A finished run hides the folder that it was compacted from.
+        """All runs, sorted by name, from one look at the directory. A finished run hides the folder that it was
+        compacted from.
 
-        What has no printable name is none of ours, and what cannot be looked at may just have been deleted: left out.
+        Raises:
+            StoreError: the directory cannot be read.
         """
-        finished = {_name(path): path for path in self._files() if _name(path).isprintable()}
-        unfinished = {path.name.removesuffix(live.SUFFIX): path for path in self._folders() if path.name.isprintable()}
         found: dict[str, Entry] = {}
-        for name, path in finished.items():
-            with contextlib.suppress(OSError):
-                found[name] = Entry(name, path, False, path.stat().st_size)
-        for name, path in unfinished.items():
-            found.setdefault(name, Entry(name, path, True, _folder_size(path)))
+        for entry in sorted(listing(self.directory), key=lambda entry: entry.name.endswith(live.SUFFIX)):
+            name, path = entry.name, self.directory / entry.name
+            if name.startswith(".") or name.endswith(derived.SUFFIX):
+                continue
+            if name.endswith(FILE_SUFFIX):
+                found[name.removesuffix(FILE_SUFFIX)] = Entry(name.removesuffix(FILE_SUFFIX), path, False)
+            elif name.endswith(live.SUFFIX) and entry.is_dir():
+                found.setdefault(name.removesuffix(live.SUFFIX), Entry(name.removesuffix(live.SUFFIX), path, True))
         return [found[name] for name in sorted(found)]
 
     def resolve(self, run: str | Path) -> Path:
@@ -75,7 +88,8 @@ class Catalog:
         require_free(self.directory, name)
 
     def rename(self, old: str, new: str) -> Path:
-        """Give a run, and what lies beside it, another name.
+        """Give a run, and what lies beside it, another name. The run itself comes last: broken off half-way, the same
+        again ends it.
 
         Raises:
             StoreError: no such run, a name that is taken or cannot be one, or a run that is being collected.
@@ -87,11 +101,18 @@ class Catalog:
         if source.is_dir():
             live.require_idle(source)
         for path, suffix in list(_belongings(source)):
-            path.rename(path.with_name(new + suffix))
+            target = path.with_name(new + suffix)
+            try:
+                if suffix == derived.SUFFIX:
+                    remove(target)  # of a run that had the name before
+                path.rename(target)
+            except OSError as error:
+                raise refusal(target, error) from error
         return self.resolve(new)
 
     def delete(self, name: str) -> None:
-        """Remove a run and what lies beside it (metric results, plans, evaluations).
+        """Remove a run and what lies beside it (metric results, plans, evaluations). The run itself goes last, so that
+        nothing of it is left to another run of the same name.
 
         Raises:
             StoreError: no such run, or one that is being collected.
@@ -99,39 +120,21 @@ class Catalog:
         source = self.resolve(name)
         if source.is_dir():
             live.require_idle(source)
+            lock.release(source)
         for path, _ in list(_belongings(source)):
-            if path.is_dir():
-                shutil.rmtree(path)
-            else:
-                path.unlink()
-
-    def _files(self) -> Iterator[Path]:
-        if self.directory.is_dir():
-            for path in self.directory.glob(f"*{FILE_SUFFIX}"):
-                if not path.name.startswith(".") and not path.name.endswith(derived.SUFFIX):
-                    yield path
-
-    def _folders(self) -> Iterator[Path]:
-        if self.directory.is_dir():
-            yield from (path for path in self.directory.glob(f"*{live.SUFFIX}") if path.is_dir())
-
-
-def _name(path: Path) -> str:
-    return path.name.removesuffix(FILE_SUFFIX)
+            hidden = temporary_for(path)
+            try:
+                os.rename(path, hidden)  # readers see all of a folder or nothing
+            except OSError as error:
+                raise refusal(path, error) from error
+            remove(hidden)
+        sweep(source.parent)
 
 
 def _belongings(source: Path) -> Iterator[tuple[Path, str]]:
-    """The files and folders of a run, each with what follows the run's name in theirs."""
+    """The files and folders of a run, itself last, each with what follows the run's name in theirs."""
     name = source.name.removesuffix(live.SUFFIX).removesuffix(FILE_SUFFIX)
-    for suffix in (FILE_SUFFIX, live.SUFFIX, derived.SUFFIX, ".plans", ".evaluations"):
+    for suffix in (derived.SUFFIX, ".plans", ".evaluations", live.SUFFIX, FILE_SUFFIX):
         path = source.with_name(name + suffix)
         if path.exists():
             yield path, suffix
-
-
-def _folder_size(path: Path) -> int:
-    total = 0
-    for file in path.rglob("*.parquet"):
-        with contextlib.suppress(OSError):  # shards go when they are compacted
-            total += file.stat().st_size
-    return total

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import duckdb
@@ -10,10 +9,12 @@ import polars as pl
 
 from moescope.errors import ShardError
 from store import live
+from store.damage import damage
 from store.info import RunInfo
 from store.schema import Table, literal, merge_query, quoted, tables, views
 from store.trace import none_value
 from store.vectors import holds_vectors, merged_layers
+from store.whole import code_of, refusal, replacing
 
 BLOCK_SIZE = 16384
 """Bytes per block: with DuckDB's default of 256 KiB, forty small tables alone take 10 MiB; with this, 1.3 MiB."""
@@ -33,12 +34,10 @@ def compact(folder: Path, target: Path, info: RunInfo) -> None:
     Tables that the collection did not fill are there too, empty. ``info`` gets its totals (sequences, tokens).
 
     Raises:
-        ShardError: a shard cannot be read; the shards stay.
+        ShardError: a shard is damaged, or the disk refuses; the shards stay.
     """
-    temporary = target.with_name(f".{target.name}.tmp")
-    temporary.unlink(missing_ok=True)
     try:
-        with duckdb.connect() as connection:
+        with replacing(target) as temporary, duckdb.connect() as connection:
             connection.execute(f"set memory_limit = '{MEMORY_LIMIT}'")
             connection.execute(f"set temp_directory = {literal(folder / '.sorting')}")
             sizes = f"block_size {BLOCK_SIZE}, row_group_size {ROW_GROUP_SIZE}"
@@ -46,10 +45,10 @@ def compact(folder: Path, target: Path, info: RunInfo) -> None:
             _fill(connection, folder, info)
             connection.execute("checkpoint data")
             connection.execute("detach data")
-    except duckdb.Error as error:
-        temporary.unlink(missing_ok=True)
-        raise ShardError(f"{folder}: the shards cannot be merged ({str(error).splitlines()[0]})") from error
-    os.replace(temporary, target)
+    except (duckdb.Error, OSError) as error:
+        if code_of(error):
+            raise ShardError(f"{refusal(target, error, ' and go on with --resume')}; the shards stay") from error
+        raise damage(folder, error) from error
 
 
 def _fill(connection: duckdb.DuckDBPyConnection, folder: Path, info: RunInfo) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import duckdb
@@ -11,6 +10,7 @@ import polars as pl
 from moescope.errors import StoreError
 from store.compaction import BLOCK_SIZE
 from store.schema import literal, quoted
+from store.whole import refusal, replacing
 
 SUFFIX = ".derived.duckdb"
 
@@ -65,7 +65,8 @@ def write_metrics(run: str | Path, frame: pl.DataFrame, vectors: pl.DataFrame | 
         vectors: rows of table ``metric_vector``.
 
     Raises:
-        StoreError: there is no such run file, or a frame has a column that its table has not.
+        StoreError: there is no such run file, a frame has a column that its table has not, or the folder is read-only.
+        RunError: the disk is full.
     """
     run = Path(run)
     if not run.is_file():
@@ -76,18 +77,33 @@ def write_metrics(run: str | Path, frame: pl.DataFrame, vectors: pl.DataFrame | 
         if unknown:
             raise StoreError(f"{name} has no column {unknown[0]!r}; it has {', '.join(TABLES[name])}")
     target = path_of(run)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    temporary.unlink(missing_ok=True)
-    with duckdb.connect() as connection:
-        connection.execute(f"attach {literal(temporary)} as fresh (block_size {BLOCK_SIZE})")
-        if target.exists():
-            connection.execute(f"attach {literal(target)} as former (read_only)")
-        for name in TABLES:
-            _write(connection, name, added.get(name), former=target.exists())
-        connection.execute("checkpoint fresh")
-        connection.execute("detach fresh")
-    os.replace(temporary, target)
+    former = is_readable(target)
+    try:
+        with replacing(target) as temporary, duckdb.connect() as connection:
+            connection.execute(f"attach {literal(temporary)} as fresh (block_size {BLOCK_SIZE})")
+            if former:
+                connection.execute(f"attach {literal(target)} as former (read_only)")
+            for name in TABLES:
+                _write(connection, name, added.get(name), former=former)
+            connection.execute("checkpoint fresh")
+            connection.execute("detach fresh")
+    except (duckdb.Error, OSError) as error:
+        raise refusal(target, error, ", then moescope runs compute") from error
     return target
+
+
+def is_readable(path: Path) -> bool:
+    """Whether results can be read; what is damaged counts as not there, since it can be computed again."""
+    if not path.exists():
+        return False
+    try:
+        with duckdb.connect() as connection:
+            connection.execute(f"attach {literal(path)} as tried (read_only)")
+            for name in TABLES:
+                connection.execute(f"create temp table {name} as {query(connection, 'tried', name)}")
+    except duckdb.Error:
+        return False
+    return True
 
 
 def create_views(connection: duckdb.DuckDBPyConnection, *, attached: bool) -> None:

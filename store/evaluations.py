@@ -9,12 +9,13 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 from collections.abc import Mapping
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 from moescope.errors import StoreError
+from store.whole import listing, refusal, write_whole
 
 SUFFIX = ".evaluations"
 VERSION = 1
@@ -53,7 +54,9 @@ def write_evaluation(run: str | Path, document: Mapping[str, Any]) -> Path:
     The name is the kind and a hash of what was done, see :data:`IDENTITY`.
 
     Raises:
-        StoreError: there is no such run, or the document lacks something or holds NaN or infinity.
+        StoreError: there is no such run, the document lacks something or holds NaN or infinity, or the folder is
+            read-only.
+        RunError: the disk is full.
     """
     run = Path(run)
     if not run.exists():
@@ -62,13 +65,11 @@ def write_evaluation(run: str | Path, document: Mapping[str, Any]) -> Path:
     done = json.dumps([document.get(name) for name in IDENTITY[document["kind"]]], sort_keys=True)
     folder = folder_of(run)
     path = folder / f"{document['kind']}-{hashlib.sha256(done.encode()).hexdigest()[:12]}.json"
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         folder.mkdir(exist_ok=True)
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
     except OSError as error:
-        raise StoreError(f"{path} cannot be written: {error.strerror or error}") from error
+        raise refusal(folder, error) from error
+    write_whole(path, text)
     return path
 
 
@@ -87,8 +88,10 @@ def evaluation_text(document: Mapping[str, Any]) -> str:
 
 def list_evaluations(run: str | Path, kind: str | None = None) -> list[Path]:
     """The documents beside a run, the newest first; of one kind, or all."""
-    found = folder_of(run).glob(f"{kind or '*'}-*.json")
-    return sorted((path for path in found if not path.name.startswith(".")), key=_age)
+    folder, begins = folder_of(run), f"{kind}-" if kind else ""
+    names = [entry.name for entry in listing(folder)]
+    found = [folder / name for name in names if name.startswith(begins) and fnmatch(name, "[!.]*-*.json")]
+    return sorted(found, key=_age)
 
 
 def read_evaluation(path: str | Path) -> Document:

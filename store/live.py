@@ -1,36 +1,36 @@
 """The folder of a run that is being collected: ``NAME.live/`` with ``run.json``, ``progress.json`` and shards.
 
 A shard is a folder ``shard-000012/`` with one Parquet file per table. It is written under a temporary name and renamed,
-so that a reader sees all of its tables or none, and a kill loses at most the shard being written.
+so that a reader sees all of its tables or none, and a kill loses at most the shard being written. The verdicts of the
+checks so far lie in ``checks/``, one file per process that has collected the run.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 from dataclasses import asdict
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from moescope.errors import ShardError, StoreError
+from store import lock
 from store.info import Progress, RunInfo
 from store.schema import literal, tables
+from store.whole import is_alive, listing, write_whole
 
 SUFFIX = ".live"
+CHECKS = "checks"
 _INFO, _PROGRESS = "run.json", "progress.json"
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write a JSON file so that a reader never sees half of it."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(content, sort_keys=True, default=str), encoding="utf-8")
-    os.replace(temporary, path)
+_WORKING = ("collecting", "compacting")
 
 
 def write_info(folder: Path, info: RunInfo) -> None:
     """Store the provenance of a run that begins."""
-    write_json(folder / _INFO, info.to_row())
+    write_whole(folder / _INFO, json.dumps(info.to_row(), sort_keys=True, default=str))
 
 
 def read_info(folder: Path) -> RunInfo:
@@ -47,46 +47,95 @@ def read_info(folder: Path) -> RunInfo:
 
 def write_progress(folder: Path, progress: Progress) -> None:
     """Tell readers how far the collection is, and which process does it."""
-    write_json(folder / _PROGRESS, {**asdict(progress), "host": socket.gethostname(), "pid": os.getpid()})
+    content = {**asdict(progress), "host": socket.gethostname(), "pid": os.getpid()}
+    write_whole(folder / _PROGRESS, json.dumps(content, sort_keys=True), lasting=False)
 
 
 def read_progress(folder: Path) -> Progress | None:
     """How far the collection is; None before the first report. A collector that was killed reads as interrupted."""
-    try:
-        content = json.loads((folder / _PROGRESS).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    content = _progress(folder)
+    if content is None:
         return None
     host, pid = content.pop("host", ""), content.pop("pid", 0)
-    working = content.get("state") in ("collecting", "compacting")
-    if working and host == socket.gethostname() and not _alive(pid):
+    if content.get("state") in _WORKING and not _works(folder, host, pid):
         content.update(state="interrupted", seconds_left=None, detail="the collecting process has ended")
-    return Progress(**content)
+    try:
+        return Progress(**content)
+    except TypeError:
+        return None
 
 
 def require_idle(folder: Path) -> None:
     """Refuse to touch a run that another process is collecting right now.
 
     Raises:
-        StoreError: that process is alive on this machine.
+        StoreError: that process works on it.
     """
+    if lock.is_ours(folder):
+        return
+    content = _progress(folder) or {}
+    held, pid = lock.is_held(folder), content.get("pid", 0)
+    if held is None:
+        working = content.get("state") in _WORKING and content.get("host") == socket.gethostname()
+        held, who = working and pid != os.getpid() and is_alive(pid), f"process {pid}"
+    else:
+        who = lock.holder(folder)
+    if held:
+        raise StoreError(f"{folder.name} is being collected by {who}: wait for it or stop it first")
+
+
+def _works(folder: Path, host: str, pid: int) -> bool:
+    """Whether the process that reported last still collects; of another machine it is believed, unless a lock tells."""
+    held = lock.is_held(folder)
+    if held is None or (not held and host != socket.gethostname()):
+        return host != socket.gethostname() or is_alive(pid)
+    return held
+
+
+def _progress(folder: Path) -> dict[str, Any] | None:
     try:
         content = json.loads((folder / _PROGRESS).read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return
-    pid = content.get("pid", 0)
-    same_host = content.get("host") == socket.gethostname()
-    if content.get("state") in ("collecting", "compacting") and same_host and pid != os.getpid() and _alive(pid):
-        raise StoreError(f"{folder.name} is being collected by process {pid}: wait for it or stop it first")
+        return None
+    return content if isinstance(content, dict) else None
 
 
 def shards(folder: Path) -> list[Path]:
-    """The complete shards, in the order in which they were written."""
-    return sorted(path for path in folder.glob("shard-*") if path.is_dir())
+    """The complete shards, in the order in which they were written: that of their numbers, whatever the clock said."""
+    return [folder / entry.name for entry in _shards(folder)]
+
+
+def newest(folder: Path) -> tuple[int, str, int]:
+    """How many shards there are, and the last one's name and inode: another whenever one came, without asking each."""
+    found = _shards(folder)
+    return (len(found), found[-1].name, found[-1].inode()) if found else (0, "", 0)
 
 
 def files(folder: Path, table: str) -> list[Path]:
     """The Parquet files of one table, in the order of the shards."""
-    return [file for path in shards(folder) if (file := path / f"{table}.parquet").exists()]
+    name = f"{table}.parquet"
+    found = [folder / shard.name / name for shard in _shards(folder) if name in _content(shard.path, shard.inode())]
+    return found + ([folder / CHECKS / one.name for one in _verdicts(folder)] if table == "check" else [])
+
+
+def next_verdicts(folder: Path) -> Path:
+    """Where a process that begins to collect writes the verdicts of its checks."""
+    taken = [int(one.name.split(".")[0]) for one in _verdicts(folder)]
+    return folder / CHECKS / f"{max(taken, default=-1) + 1:06d}.parquet"
+
+
+def _shards(folder: Path) -> list[os.DirEntry[str]]:
+    return [entry for entry in listing(folder) if entry.name.startswith("shard-") and entry.is_dir()]
+
+
+def _verdicts(folder: Path) -> list[os.DirEntry[str]]:
+    return [entry for entry in listing(folder / CHECKS) if re.fullmatch(r"\d{6}\.parquet", entry.name)]
+
+
+@lru_cache(maxsize=1 << 14)
+def _content(shard: str, inode: int) -> frozenset[str]:
+    """Names of the files of a shard, which never change."""
+    return frozenset(entry.name for entry in listing(Path(shard)))
 
 
 def source(folder: Path, table: str) -> str:
@@ -96,13 +145,3 @@ def source(folder: Path, table: str) -> str:
         return f"read_parquet([{present}], union_by_name = true)"
     columns = ", ".join(f"null::{column.type} as {column.name}" for column in tables()[table].columns)
     return f"(select {columns} where false)"
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(int(pid), 0)
-    except (ProcessLookupError, ValueError, OverflowError):
-        return False
-    except PermissionError:
-        return True
-    return pid > 0

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 from moescope.errors import StoreError
+from store.whole import listing, refusal, write_whole
 
 SUFFIX = ".plans"
 
@@ -55,26 +56,27 @@ def write_plan(run: str | Path, text: str, *, kind: str = "plan", name: str = ""
             that the same plan takes the same name.
 
     Raises:
-        StoreError: there is no such run, the text is no JSON object, or it cannot be written.
+        StoreError: there is no such run, the text is no JSON object, or the folder is read-only.
+        RunError: the disk is full.
     """
     run = Path(run)
     if not run.exists():
         raise StoreError(f"no run at {run}: plans are written beside a run")
     _parse(text, f"the {kind}")
     path = plan_path(run, kind, name or hashlib.sha256(text.encode()).hexdigest()[:12])
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(exist_ok=True)
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
     except OSError as error:
-        raise StoreError(f"{path} cannot be written: {error.strerror or error}") from error
+        raise refusal(path.parent, error) from error
+    write_whole(path, text)
     return path
 
 
 def list_plans(run: str | Path, kind: str = "plan") -> list[Path]:
     """The documents of a kind beside a run, the newest first."""
-    return sorted(plans_folder(run).glob(f"{kind}-*.json"), key=_age)
+    folder = plans_folder(run)
+    names = [entry.name for entry in listing(folder)]
+    return sorted((folder / name for name in names if fnmatch(name, f"{kind}-*.json")), key=_age)
 
 
 def read_plan(path: str | Path) -> str:

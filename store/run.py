@@ -14,12 +14,14 @@ from numpy.typing import NDArray
 
 from moescope.errors import StoreError
 from store import connection, derived, evaluations, live, stretch, text_search
+from store.damage import damage
 from store.info import Badge, LayerInfo, Progress, RunInfo, badge, require_version
 from store.schema import merge_query, quoted, tables, views
 from store.scores import LayerScores, RouterScores, unpack_layer_scores, unpack_scores
 from store.text_search import TextSearch
 from store.tokens import TokenIds, unpack_tokens
 from store.trace import CHUNK_TOKENS, LayerSelections, Trace, none_value, unpack_layer, unpack_trace
+from store.whole import listing
 
 FILE_SUFFIX = ".duckdb"
 
@@ -39,6 +41,9 @@ class SequenceText:
     special: NDArray[np.bool_]
 
 
+_BROKEN = (duckdb.IOException, duckdb.FatalException, duckdb.InternalException, duckdb.SerializationException)
+"""What DuckDB raises where a file is not what it was."""
+
 TEXT_TABLES = ("sequence_token", "vocabulary")
 """What a run opened without its text reads as empty."""
 
@@ -56,18 +61,22 @@ def open_run(path: str | Path, *, text: bool = True) -> Run:
     if path.is_dir() and path.name.endswith(live.SUFFIX):
         return Run(path, live_folder=True, text=text)
     if not path.is_file():
-        near = sorted(entry.name for entry in path.parent.glob(f"*{FILE_SUFFIX}") if ".derived" not in entry.name)
+        names = [entry.name for entry in listing(path.parent) if entry.name.endswith(FILE_SUFFIX)]
+        near = [name for name in names if not name.startswith(".") and not name.endswith(derived.SUFFIX)]
         hint = f"; {path.parent} has {', '.join(near[:5])}" if near else ""
         raise StoreError(f"no run at {path}{hint}")
     return Run(path, live_folder=False, text=text)
 
 
 def version_of(path: Path) -> tuple[object, ...]:
-    """What changes whenever the content of a run changes, or a measurement beside it: a key for caches."""
-    measured = sorted(evaluations.folder_of(path).glob("*.json"))
-    if path.is_dir():
-        shards = live.shards(path)  # the last one tells a collection from another that had the name before
-        return (str(path), len(shards), *_stamps([*shards[-1:], *measured]))
+    """What changes whenever the content of a run changes, or a measurement beside it: a key for caches.
+
+    However many shards there are, it asks about none of them: a new one is known by its name and its inode. Nothing in
+    it depends on what the clock said.
+    """
+    measured = [Path(entry.path) for entry in listing(evaluations.folder_of(path)) if entry.name.endswith(".json")]
+    if path.name.endswith(live.SUFFIX):
+        return (str(path), *live.newest(path), *_stamps(measured))
     return (str(path), *_stamps([path, derived.path_of(path), *measured]))
 
 
@@ -82,7 +91,15 @@ def _stamps(files: Iterable[Path]) -> Iterator[object]:
 
 
 class Run:
-    """One profiling of one model on one corpus, opened for reading. Made by :func:`open_run`."""
+    """One profiling of one model on one corpus, opened for reading. Made by :func:`open_run`.
+
+    Attributes:
+        path: the file, or the folder of a live run.
+        live: it is being collected.
+        name: of the run.
+        version: see :func:`version_of`.
+        unreadable: one sentence per file beside the run that is damaged and counts as not there.
+    """
 
     def __init__(self, path: Path, *, live_folder: bool, text: bool = True) -> None:
         self.path = path
@@ -90,7 +107,11 @@ class Run:
         self.live = live_folder
         self.name = path.name.removesuffix(live.SUFFIX if live_folder else FILE_SUFFIX)
         self.version = version_of(path)
-        self._connection = (_open_folder if live_folder else _open_file)(path, self._hidden)
+        self.unreadable: tuple[str, ...] = ()
+        if live_folder:
+            self._connection = _open_folder(path, self._hidden)
+        else:
+            self._connection, self.unreadable = _open_file(path, self._hidden)
 
     def close(self) -> None:
         """Let go of the file."""
@@ -167,7 +188,20 @@ class Run:
         Raises:
             StoreError: another statement, SQL that DuckDB refuses, or one that takes longer than ``seconds``.
         """
-        return connection.query(self._connection, sql, parameters, seconds=seconds)
+        try:
+            return connection.query(self._connection, sql, parameters, seconds=seconds)
+        except StoreError as error:
+            if isinstance(error.__cause__, _BROKEN):
+                raise self._broken(error) from error.__cause__
+            raise
+
+    def _broken(self, error: StoreError) -> StoreError:
+        """What to say where files could not be read that could be when the run was opened."""
+        if self.live and not self.path.is_dir():
+            return StoreError(f"{self.path} was finished, renamed or deleted while it was read: open the run again")
+        if self.live:
+            return StoreError(str(damage(self.path, error)))
+        return StoreError(f"{self.path} or what lies beside it is damaged: put a copy in its place ({error})")
 
     def metrics(self, metric: str | None = None) -> pl.DataFrame:
         """Rows of the derived table ``metric_value``: one metric's, or all."""
@@ -499,32 +533,48 @@ def _among(sequences: Sequence[int] | None) -> tuple[str, dict[str, list[int]]]:
     return " and sequence in (select unnest($sequences::uinteger[]))", {"sequences": [int(one) for one in sequences]}
 
 
-def _open_file(path: Path, hidden: Sequence[str]) -> duckdb.DuckDBPyConnection:
+def _open_file(path: Path, hidden: Sequence[str]) -> tuple[duckdb.DuckDBPyConnection, tuple[str, ...]]:
     beside = derived.path_of(path)
+    unreadable: tuple[str, ...] = ()
     databases = {"data": path} | ({"derived": beside} if beside.exists() else {})
-    opened = connection.connect(databases)
+    try:
+        opened = connection.connect(databases)
+    except StoreError:
+        opened, unreadable = connection.connect({"data": path}), (_spoilt(beside),)
+    attached = "derived" in databases and not unreadable
     try:
         version = opened.sql("select schema_version from data.run").fetchall()
     except duckdb.Error as error:
         raise StoreError(f"{path} is a DuckDB file but not a run of moescope") from error
     require_version(version[0][0] if version else 0, path.name)
-    experts = opened.sql("select coalesce(max(num_experts), 0) from data.layer").fetchall()[0][0]
-    for table in tables().values():
-        rows = connection.table_query(opened, "data", table)
-        opened.execute(f"create view {quoted(table.name)} as {_unless(table.name in hidden, rows)}")
-    _create_views(opened, experts)
-    derived.create_views(opened, attached=beside.exists())
+    try:
+        experts = opened.sql("select coalesce(max(num_experts), 0) from data.layer").fetchall()[0][0]
+        for table in tables().values():
+            rows = connection.table_query(opened, "data", table)
+            opened.execute(f"create view {quoted(table.name)} as {_unless(table.name in hidden, rows)}")
+        _create_views(opened, experts)
+        derived.create_views(opened, attached=attached)
+    except duckdb.Error as error:
+        raise StoreError(f"{path} is damaged: put a copy in its place ({str(error).splitlines()[0]})") from error
     connection.lock(opened)
-    return opened
+    return opened, unreadable
+
+
+def _spoilt(beside: Path) -> str:
+    name = beside.name.removesuffix(derived.SUFFIX)
+    return f"{beside.name} cannot be read, so the metrics are missing: moescope runs compute {name} makes them again"
 
 
 def _open_folder(path: Path, hidden: Sequence[str]) -> duckdb.DuckDBPyConnection:
     require_version(live.read_info(path).schema_version, path.name)
     opened = connection.connect({})
-    for name, table in tables().items():
-        rows = merge_query(table, live.source(path, name))
-        opened.execute(f"create view {quoted(name)} as {_unless(name in hidden, rows)}")
-    experts = opened.sql("select coalesce(max(num_experts), 0) from layer").fetchall()[0][0]
+    try:
+        for name, table in tables().items():
+            rows = merge_query(table, live.source(path, name))
+            opened.execute(f"create view {quoted(name)} as {_unless(name in hidden, rows)}")
+        experts = opened.sql("select coalesce(max(num_experts), 0) from layer").fetchall()[0][0]
+    except duckdb.Error as error:
+        raise damage(path, error) from error
     _create_views(opened, experts)
     derived.create_views(opened, attached=False)
     connection.lock(opened, [path])

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
-import shutil
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import duckdb
 import polars as pl
 
-from moescope.errors import ShardError, StoreError
-from store import live
+from moescope.errors import MoescopeError, ShardError, StoreError
+from store import derived, live, lock
 from store.compaction import compact
+from store.damage import damage
 from store.info import Progress, RunInfo
-from store.schema import Table, tables
+from store.schema import Table, literal, tables
 from store.vectors import VECTOR_ROWS, holds_vectors
+from store.whole import code_of, refusal, remove, replacing, sweep, sync, temporary_for
 
 _NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._+-]{0,127}$")
 _POLARS: dict[str, pl.DataType] = {
@@ -75,40 +77,56 @@ class RunWriter:
         self.info = info
         existing = live.shards(folder)
         self._next = int(existing[-1].name.removeprefix("shard-")) + 1 if existing else 0
+        self._verdicts = live.next_verdicts(folder)
 
     @classmethod
     def create(cls, directory: str | Path, name: str, info: RunInfo) -> RunWriter:
-        """Begin a run.
+        """Begin a run, which other processes cannot collect while this one does.
 
         Raises:
             StoreError: the name cannot be one, or is taken by a run or by an interrupted collection.
+            RunError: the disk is full.
         """
         directory = Path(directory)
         require_free(directory, name)
         folder = directory / f"{name}{live.SUFFIX}"
+        temporary = temporary_for(folder)
         try:
-            folder.mkdir(parents=True)
+            temporary.mkdir(parents=True)
+            sweep(directory)
+            lock.take(temporary)
+            live.write_info(temporary, info)
+            os.rename(temporary, folder)  # a folder that holds something is never replaced
         except OSError as error:
-            raise StoreError(f"{folder} cannot be made: {error.strerror}") from error
-        live.write_info(folder, info)
+            lock.release(temporary)
+            remove(temporary)
+            require_free(directory, name)  # who was quicker has the name
+            raise refusal(folder, error) from error
+        except MoescopeError:
+            lock.release(temporary)
+            remove(temporary)
+            raise
         return cls(folder, info)
 
     @classmethod
     def resume(cls, directory: str | Path, name: str) -> RunWriter:
-        """Continue an interrupted run.
+        """Continue an interrupted run, which other processes cannot collect meanwhile.
 
         Raises:
             StoreError: there is none of that name, it is finished, or another process is collecting it.
+            ShardError: a shard is damaged; the message says which, and what to do.
         """
         directory = Path(directory)
         folder = directory / f"{require_name(name)}{live.SUFFIX}"
+        settle(directory, name)
+        sweep(directory)
         if not folder.is_dir():
             finished = (directory / f"{name}.duckdb").exists()
             state = "is finished already" if finished else "does not exist"
             raise StoreError(f"run {name!r} in {directory} {state}: nothing to resume")
-        live.require_idle(folder)
+        _lock(folder)
         for leftover in folder.glob(".shard-*.tmp"):
-            shutil.rmtree(leftover)
+            remove(leftover)
         return cls(folder, live.read_info(folder))
 
     @property
@@ -118,10 +136,17 @@ class RunWriter:
 
     @property
     def sequences_done(self) -> set[int]:
-        """Numbers of the sequences that the shards hold; a resumed collection leaves them out."""
+        """Numbers of the sequences that the shards hold; a resumed collection leaves them out.
+
+        Raises:
+            ShardError: a shard is damaged.
+        """
         query = f"select distinct sequence from {live.source(self.folder, 'sequence')}"
-        with duckdb.connect() as connection:
-            return {int(row[0]) for row in connection.sql(query).fetchall()}
+        try:
+            with duckdb.connect() as connection:
+                return {int(row[0]) for row in connection.sql(query).fetchall()}
+        except duckdb.Error as error:
+            raise damage(self.folder, error) from error
 
     @property
     def shard_names(self) -> list[str]:
@@ -132,7 +157,7 @@ class RunWriter:
         """Remove all other shards: what they hold will be recorded again."""
         for path in live.shards(self.folder):
             if path.name not in names:
-                shutil.rmtree(path)
+                _discard(path)
 
     def write_info(self) -> None:
         """Publish changes of :attr:`info` made since the run began."""
@@ -142,18 +167,36 @@ class RunWriter:
         """Tell readers how far the collection is."""
         live.write_progress(self.folder, progress)
 
+    def write_checks(self, frame: pl.DataFrame) -> None:
+        """Publish the verdicts of the checks so far, in place of those that this process published before.
+
+        Raises:
+            ShardError: a disk that refuses.
+        """
+        try:
+            self._verdicts.parent.mkdir(exist_ok=True)
+            with replacing(self._verdicts) as temporary:
+                _typed(tables(), "check", frame).write_parquet(temporary)
+        except (OSError, pl.exceptions.PolarsError) as error:
+            raise _kept(self._verdicts, error) from error
+
+    @property
+    def has_checks(self) -> bool:
+        """Whether verdicts of checks have been published, by whatever process."""
+        return bool(live.files(self.folder, "check"))
+
     def write_shard(self, frames: Mapping[str, pl.DataFrame | Mapping[str, object]]) -> Path | None:
         """Publish one shard: per table the rows since the last shard. Empty frames are left out.
 
         Raises:
-            ShardError: an unknown table or column, or a disk that refuses.
+            ShardError: an unknown table or column, a disk that refuses, or another process that writes the run too.
         """
         filled = {name: _typed(tables(), name, frame) for name, frame in frames.items()}
         filled = {name: frame for name, frame in filled.items() if len(frame)}
         if not filled:
             return None
         final = self.folder / f"shard-{self._next:06d}"
-        temporary = self.folder / f".{final.name}.tmp"
+        temporary = temporary_for(final)
         try:
             temporary.mkdir()
             for name, frame in filled.items():
@@ -161,10 +204,17 @@ class RunWriter:
                 rows = VECTOR_ROWS if holds_vectors(tables()[name]) else None
                 path = temporary / f"{name}.parquet"
                 frame.write_parquet(path, compression="zstd", compression_level=1, row_group_size=rows)
-            os.rename(temporary, final)
-        except OSError as error:
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise ShardError(f"{final} cannot be written: {error}") from error
+                sync(path)
+            sync(temporary)
+            os.rename(temporary, final)  # a shard that is there is never replaced
+            sync(self.folder)
+        except (OSError, pl.exceptions.PolarsError) as error:
+            remove(temporary)
+            if code_of(error) in (errno.ENOTEMPTY, errno.EEXIST):
+                raise ShardError(
+                    f"{final} is there already: another process collects this run too; stop one"
+                ) from error
+            raise _kept(final, error) from error
         self._next += 1
         return final
 
@@ -184,9 +234,76 @@ class RunWriter:
             self.info.seconds = seconds
         self.info.complete = complete
         target = self.folder.with_name(f"{self.name}.duckdb")
+        remove(derived.path_of(target))  # of a run that had the name before
         compact(self.folder, target, self.info)
-        shutil.rmtree(self.folder, ignore_errors=True)
+        self.close()
+        _discard(self.folder)
+        sweep(self.folder.parent)
         return target
+
+    def close(self) -> None:
+        """Let another process go on with the run."""
+        lock.release(self.folder)
+
+
+def settle(directory: Path, name: str) -> None:
+    """Remove the shards of a run whose file is whole, where a kill came between the two.
+
+    Raises:
+        StoreError: the file of that name is another run's, or another process works on the shards.
+    """
+    target, folder = directory / f"{name}.duckdb", directory / f"{name}{live.SUFFIX}"
+    if not (target.exists() and folder.is_dir()):
+        return
+    _lock(folder)
+    if not _is_compacted(target, live.read_info(folder)):
+        lock.release(folder)
+        raise StoreError(f"{folder} is not what {target} was made from: rename one of the two, and resume again")
+    lock.release(folder)
+    _discard(folder)
+
+
+def lacking_metrics(directory: str | Path, name: str) -> Path | None:
+    """The run file that a collection had finished when it was killed before its metrics were written; None otherwise.
+
+    Raises:
+        StoreError: as :func:`settle`.
+    """
+    directory = Path(directory)
+    settle(directory, name)
+    path = directory / f"{name}.duckdb"
+    return path if path.is_file() and not derived.is_readable(derived.path_of(path)) else None
+
+
+def _is_compacted(target: Path, info: RunInfo) -> bool:
+    """Whether a run file says the same of its beginning as the folder of shards."""
+    query = "select created_at, model, tool_version from found.run"
+    try:
+        with duckdb.connect() as connection:
+            connection.execute(f"attach {literal(target)} as found (read_only)")
+            rows = connection.sql(query).fetchall()
+    except duckdb.Error as error:
+        raise StoreError(f"{target} cannot be read as a run: {str(error).splitlines()[0]}") from error
+    return rows == [(info.created_at, info.model, info.tool_version)]
+
+
+def _lock(folder: Path) -> None:
+    live.require_idle(folder)
+    try:
+        lock.take(folder)
+    except OSError as error:
+        raise refusal(folder, error) from error
+
+
+def _discard(folder: Path) -> None:
+    """Remove a folder so that nobody ever sees a part of it."""
+    hidden = temporary_for(folder)
+    os.rename(folder, hidden)
+    remove(hidden)
+
+
+def _kept(path: Path, error: Exception) -> ShardError:
+    return ShardError(f"{refusal(path, error, ' and go on with --resume')}; what was written before is kept")
 
 
 def _typed(known: Mapping[str, Table], name: str, frame: pl.DataFrame | Mapping[str, object]) -> pl.DataFrame:

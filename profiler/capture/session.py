@@ -43,6 +43,10 @@ from profiler.recorders.predictions import PredictionRecorder
 WRITING_SHARE = 0.1
 """Largest part of the time that shards may take: the vectors of a large model are hundreds of megabytes each time."""
 
+LOSS_SHARE = 0.01
+"""Largest part of the time spent that a kill may cost once it exceeds ``flush_seconds``: shards come ever more rarely,
+so that weeks make hundreds of them, not tens of thousands."""
+
 PROGRESS_SECONDS = 1.0
 """Readers of a live run learn so often how far it is."""
 
@@ -264,7 +268,11 @@ class WatchSession:
         self._flush_when_due()
 
     def flush(self, *, final: bool = False) -> None:
-        """Write what was recorded since the last shard; ``final`` adds the verdict of the checks."""
+        """Write what was recorded since the last shard, and the verdicts of the checks so far.
+
+        Args:
+            final: nothing more comes.
+        """
         began = time.monotonic()
         self._observer.whole = False
         frames = self._recording.drain()
@@ -274,14 +282,26 @@ class WatchSession:
             frames["sequence"] = [pl.DataFrame(sequences)]
         if labels:
             frames["sequence_label"] = [pl.DataFrame(labels)]
-        if final:
-            self.checks.findings = self._tracker.findings
-            frames["check"] = [self._check_table()]
+        self.checks.findings = self._tracker.findings
+        self._add_checks(frames, final)
         self.writer.write_shard({table: pl.concat(parts, how="diagonal_relaxed") for table, parts in frames.items()})
         self._observer.whole = True
-        self._flushed, self._tokens_written = time.monotonic(), self.tokens
-        self._pause = max(self._flush_seconds, (self._flushed - began) / WRITING_SHARE)
+        self._tokens_written = self.tokens
+        self._publish_checks()
+        self.writer.info.seconds = self._seconds
+        self.writer.write_info()
+        self._flushed = time.monotonic()
+        spent = self._flushed - began
+        self._pause = max(self._flush_seconds, spent / WRITING_SHARE, self._seconds * LOSS_SHARE)
         self._write_progress("collecting")
+
+    def _add_checks(self, frames: dict[str, list[pl.DataFrame]], final: bool) -> None:
+        """Verdicts that belong into the shard itself: none, where they are about the whole of what has been seen."""
+
+    def _publish_checks(self) -> None:
+        """Verdicts about all that this process has seen; what a killed one found out before stays beside them."""
+        if self.checks.forwards or not self.writer.has_checks:
+            self.writer.write_checks(self._check_table())
 
     def _check_table(self) -> pl.DataFrame:
         levels = self._info.levels.split(",")
@@ -354,6 +374,8 @@ class WatchSession:
             self._write_progress("interrupted", f"{type(error).__name__}: {error}".splitlines()[0][:200].rstrip(": "))
         except MoescopeError as second:
             error.add_note(f"moescope could not write the last shard either: {second}")
+        finally:
+            self.writer.close()
 
     def _write_progress(self, state: Any, detail: str = "") -> None:
         self.writer.write_progress(self.state(state, detail))
@@ -361,5 +383,6 @@ class WatchSession:
 
     def _forget(self) -> None:
         """Leave no folder of a run that recorded nothing: it would only keep the name."""
+        self.writer.close()
         if not self.resuming:
             shutil.rmtree(self.writer.folder, ignore_errors=True)

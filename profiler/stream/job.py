@@ -123,6 +123,10 @@ def collect_streamed(
         expected_bytes=peak,
     )
     require_fitting(session, corpus, 0)
+    finished = run_store.lacking_metrics(store, name) if resume and headline else None
+    if finished is not None:
+        compute_metrics(finished, session, progress)
+        return finished
     job = StreamJob(session, corpus, progress)
     job.prepare(checkpoint, parts, expected, on_disk=on_disk, scratch=None if scratch is None else Path(scratch))
     run = job.run()

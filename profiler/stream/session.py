@@ -20,7 +20,6 @@ from profiler.capture.check_rows import measured
 from profiler.capture.memory import peak_bytes, reset_peaks
 from profiler.capture.provenance import fingerprint
 from profiler.capture.session import WatchSession
-from store import live
 
 GIB = 1 << 30
 STATE, SAMPLES = "layers.json", "samples.pt"
@@ -88,10 +87,12 @@ class StreamSession(WatchSession):
             yield
         self.flush(final=True)
         self.layers_done = index + 1
-        torch.save(self.samples, self.folder / SAMPLES)
+        with run_store.replacing(self.folder / SAMPLES) as temporary:
+            torch.save(self.samples, temporary)
         self.writer.info.seconds = self._seconds
         self.writer.write_info()
-        live.write_json(self.folder / STATE, {"layers": self.layers_done, "shards": self.writer.shard_names})
+        state = {"layers": self.layers_done, "shards": self.writer.shard_names}
+        run_store.write_whole(self.folder / STATE, json.dumps(state, sort_keys=True))
         self._running = None
 
     def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
@@ -116,6 +117,14 @@ class StreamSession(WatchSession):
             detail=detail or where,
         )
 
+    def _add_checks(self, frames: dict[str, list[pl.DataFrame]], final: bool) -> None:
+        """With the layer that they are about: a layer that is run again has others."""
+        if final:
+            frames["check"] = [self._check_table()]
+
+    def _publish_checks(self) -> None:
+        """Nothing beside the shards."""
+
     def _check_table(self) -> pl.DataFrame:
         table, layer = super()._check_table(), pl.col("layer")
         if self._running is not None:
@@ -132,6 +141,8 @@ class StreamSession(WatchSession):
             self._write_progress("interrupted", f"{type(error).__name__}: {error}".splitlines()[0][:200].rstrip(": "))
         except MoescopeError as second:
             error.add_note(f"moescope could not say that the run was interrupted either: {second}")
+        finally:
+            self.writer.close()
 
 
 def _read_state(file: Path) -> dict[str, Any]:

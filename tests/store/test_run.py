@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 import threading
@@ -16,7 +15,7 @@ import pytest
 
 import store
 from moescope.errors import ShardError, StoreError
-from store import Catalog, Progress, RunInfo, RunWriter
+from store import Catalog, RunInfo, RunWriter
 from store.schema import tables
 
 KEY = {"step": 0, "kind": "routed", "phase": "prompt"}
@@ -259,28 +258,6 @@ def test_files_that_are_no_runs(tmp_path: Path) -> None:
     (tmp_path / "bare.live").mkdir()
     with pytest.raises(ShardError, match="run.json cannot be read"):
         store.open_run(tmp_path / "bare.live")
-
-
-def test_a_collector_that_was_killed_reads_as_interrupted(tmp_path: Path) -> None:
-    writer = _write_two_shards(tmp_path)
-    writer.write_progress(Progress(tokens=16, token_budget=100, tokens_per_second=8.0, seconds_left=10.5))
-    progress = store.open_run(writer.folder).progress
-    assert progress is not None and progress.state == "collecting" and progress.seconds_left == 10.5
-    file = writer.folder / "progress.json"
-    content = json.loads(file.read_text())
-    ended = subprocess.Popen([sys.executable, "-c", "pass"])
-    ended.wait()
-    file.write_text(json.dumps(content | {"pid": ended.pid}))
-    progress = store.open_run(writer.folder).progress
-    assert progress is not None and progress.state == "interrupted"
-    other = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
-    try:
-        file.write_text(json.dumps(content | {"pid": other.pid}))
-        with pytest.raises(StoreError, match=f"process {other.pid}"):
-            RunWriter.resume(tmp_path, "two")
-    finally:
-        other.kill()
-        other.wait()
 
 
 def test_catalog(tmp_path: Path) -> None:

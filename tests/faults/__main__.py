@@ -1,0 +1,138 @@
+"""``python -m tests.faults --kills 200``: kill the work that writes files at random moments, and see what is left.
+
+Half of the kills fall at a moment drawn evenly from the time that the work takes undisturbed, the other half right
+before one of the changes that it makes to files, so that short windows are hit too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import shutil
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "POLARS_MAX_THREADS"):
+    os.environ.setdefault(variable, "1")
+os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
+sys.path.insert(0, str(Path(__file__).parents[1] / "app"))
+
+from tests.faults.applying import Applying  # noqa: E402
+from tests.faults.collecting import Collecting  # noqa: E402
+from tests.faults.compacting import Compacting  # noqa: E402
+from tests.faults.killing import Harm, run_child  # noqa: E402
+from tests.faults.reporting import Reporting  # noqa: E402
+from tests.faults.subject import Subject  # noqa: E402
+
+SUBJECTS: dict[str, Callable[[Path], Subject]] = {
+    kind.name: kind for kind in (Collecting, Compacting, Applying, Reporting)
+}
+SHOWN = 5
+"""Harms told in full per subject."""
+
+
+def main() -> int:
+    """Kill as asked; 1 where anything was lost, damaged or unequal."""
+    parser = argparse.ArgumentParser(prog="python -m tests.faults", description=__doc__)
+    parser.add_argument("--kills", type=int, default=200, metavar="N", help="of each kind of work (default 200)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", choices=list(SUBJECTS), action="append", help="this kind of work alone")
+    options = parser.parse_args()
+    _preload()
+    with tempfile.TemporaryDirectory(prefix="moescope-faults-") as directory:
+        harms = [
+            _try_out(SUBJECTS[name], Path(directory) / name, options.kills, random.Random(f"{name} {options.seed}"))
+            for name in options.only or SUBJECTS
+        ]
+    print("nothing lost, nothing damaged, nothing unequal" if not sum(harms) else f"{sum(harms)} KILLS DID HARM")
+    return 1 if sum(harms) else 0
+
+
+def _preload() -> None:
+    """Import what children would spend their time on; nothing of it may start a thread."""
+    import numba  # noqa: F401
+    import scipy.stats  # noqa: F401
+    import sklearn  # noqa: F401
+
+    import app.report.document
+    import app.report.html  # noqa: F401
+    import profiler.headline  # noqa: F401
+
+
+def _try_out(make: Callable[[Path], Subject], folder: Path, kills: int, chance: random.Random) -> int:
+    """Kill one kind of work so often; the number of kills that did harm."""
+    began = time.monotonic()
+    subject = make(folder / "shared")
+    _must(lambda say: subject.prepare(folder), folder)
+    trial = folder / "trial"
+    _must(lambda say: subject.begin(trial), folder)
+    whole = _must(lambda say: subject.work(trial, say), trial)
+    shutil.rmtree(trial)
+    stages: Counter[str] = Counter()
+    harms: list[str] = []
+    harmed = missed = 0
+    while stages.total() < kills:
+        moment = chance.random() * whole.seconds
+        harm = Harm(seconds=moment) if chance.random() < 0.5 else Harm(change=chance.randint(1, whole.changes))
+        _must(lambda say: subject.begin(trial), folder)
+        outcome = run_child(lambda say: subject.work(trial, say), trial, harm)
+        if outcome.error:
+            raise RuntimeError(f"{subject.name} failed by itself:\n{outcome.error}")
+        if not outcome.killed:  # it was quicker this time
+            missed += 1
+            shutil.rmtree(trial)
+            if missed > 10 * kills:
+                raise RuntimeError(f"{subject.name} always ends before it can be killed")
+            continue
+        told = _judge(subject, trial, outcome.said, stages)
+        harmed += bool(told)
+        harms += [f"{harm}: {line}" for line in told]
+        shutil.rmtree(trial, ignore_errors=True)
+    print(
+        f"{subject.name:<11}{kills:>5} kills, {harmed} did harm; {time.monotonic() - began:.0f} s; "
+        f"undisturbed {whole.seconds:.2f} s, {whole.changes} changes of files"
+    )
+    for stage, count in sorted(stages.items()):
+        print(f"{'':<11}{count:>5} {stage}")
+    for line in harms[:SHOWN]:
+        print(f"    ! {line}")
+    sys.stdout.flush()
+    return harmed
+
+
+def _judge(subject: Subject, trial: Path, said: list[Any], stages: Counter[str]) -> list[str]:
+    """What came to harm by one kill."""
+
+    def see(say: Callable[[Any], None]) -> None:
+        say({"stage": subject.stage(trial)})
+        say({"told": [*subject.look(trial, said), *subject.again(trial)]})
+
+    outcome = run_child(see, trial)
+    stage = next((one["stage"] for one in outcome.said if "stage" in one), "not looked at")
+    stages[stage] += 1
+    told = next((one["told"] for one in outcome.said if "told" in one), [])
+    if outcome.error:
+        told.append(f"({stage}) failed afterwards: {outcome.error.strip().splitlines()[-1]}")
+    return [f"({stage}) {line}" if not line.startswith("(") else line for line in told]
+
+
+def _must(work: Callable[[Callable[[Any], None]], None], folder: Path) -> Any:
+    """Work that nobody disturbs, in a child.
+
+    Raises:
+        RuntimeError: it failed.
+    """
+    outcome = run_child(work, folder)
+    if outcome.error:
+        raise RuntimeError(f"work that nobody disturbed failed:\n{outcome.error}")
+    return outcome
+
+
+if __name__ == "__main__":
+    sys.exit(main())
