@@ -12,7 +12,7 @@ from moescope.errors import InputError
 
 FIRST_PORT = 8501
 READABLE = (
-    "everyone who reaches that address can read the runs, texts included, and start jobs that read and write files as you"
+    "everyone who reaches that address can read the runs, texts included, and start jobs that read and write your files"
 )
 _NAME = re.compile(r"(\*\.)?[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*")
 _PATH = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*(/[A-Za-z0-9_-][A-Za-z0-9._-]*)*")
@@ -82,7 +82,7 @@ def checked(
     for name in names:
         if not _NAME.fullmatch(name):
             raise InputError(
-                f"--allowed-hosts {name!r} is no name of a host: give names without port or path, such as moe.example.org"
+                f"--allowed-hosts {name!r} is no name of a host: give names without port or path, as moe.example.org"
             )
     path = base_path.strip("/")
     if path and (not _PATH.fullmatch(path) or path.split("/")[0] in _TAKEN):

@@ -21,7 +21,7 @@ HOSTS_VARIABLE, OPEN_VARIABLE = "MOESCOPE_HOSTS", "MOESCOPE_OPEN"
 
 @asynccontextmanager
 async def opened(_: st.App) -> AsyncIterator[None]:
-    """Open a browser window, where one is asked for. The port is bound before: the browser waits for the first answer."""
+    """Open a browser window, where one is asked for. The port is bound before: the browser waits for the answer."""
     keep_collections_short()
     url = os.environ.get(OPEN_VARIABLE)
     if url:

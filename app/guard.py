@@ -45,8 +45,8 @@ HEADERS = {
 class Guard:
     """ASGI middleware that refuses foreign names and origins, and adds :data:`HEADERS`.
 
-    A Host header must be an IP address, which no foreign page can be bound to, or one of ``hosts``. A request that has an
-    Origin must come from the very host and port that it asks.
+    A Host header must be an IP address, which no foreign page can be bound to, or one of ``hosts``. A request that has
+    an Origin must come from the very host and port that it asks.
 
     Args:
         app: what is guarded.

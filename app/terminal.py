@@ -24,7 +24,7 @@ class Terminal:
         if text.isprintable() or text == "\n":
             return self._stream.write(text)
         inner = text.strip("\r")
-        start, end = (text[: len(text) - len(text.lstrip("\r"))], text[len(text.rstrip("\r")) :]) if inner else (text, "")
+        start, _, end = text.partition(inner) if inner else (text, "", "")
         lines = ("\t".join(shown_in_terminal(part) for part in line.split("\t")) for line in inner.split("\n"))
         return self._stream.write(start + "\n".join(lines) + end)
 

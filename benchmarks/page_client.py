@@ -1,8 +1,8 @@
 """One visitor of the dashboard without a browser: Streamlit's own protocol over a websocket.
 
-It answers as the browser does: values of widgets go back with every rerun, the address holds those that are bound to it,
-messages that it holds already come as references, and what looks at the store every few seconds is asked for in time.
-Drawing is left out, so that many visitors fit on the machine of the server.
+It answers as the browser does: values of widgets go back with every rerun, the address holds those that are bound to
+it, messages that it holds already come as references, and what looks at the store every few seconds is asked for in
+time. Drawing is left out, so that many visitors fit on the machine of the server.
 """
 
 from __future__ import annotations

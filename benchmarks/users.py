@@ -2,8 +2,8 @@
 
     python -m benchmarks.users [--users 5] [--minutes 30] [--every 2] [--store DIR] [--url URL --pid PID]
 
-Users are sessions that speak Streamlit's protocol (``page_client``), so that no browser takes the server's cores away. A
-click is another page, section, layer or expert, drawn from a seed. Baseline, in the same run: one user alone with the
+Users are sessions that speak Streamlit's protocol (``page_client``), so that no browser takes the server's cores away.
+A click is another page, section, layer or expert, drawn from a seed. Baseline, in the same run: one user alone with the
 same kinds of clicks, before and after the crowd. Without --store a run is generated.
 """
 
@@ -143,8 +143,8 @@ def said_of_memory(samples: list[tuple[float, float]]) -> bool:
     grown = slope * (seconds[-1] - seconds[late][0]) / level
     peak = float(held[late].max()) / float(held[late][: max(1, late.sum() // 10)].mean())
     print(
-        f"memory: {held[0]:.0f} MiB at first, {level:.0f} MiB level, slope {slope * 3600:+.1f} MiB/h ({grown:+.1%} of the "
-        f"level over the time); highest over the first tenth {peak:.3f}"
+        f"memory: {held[0]:.0f} MiB at first, {level:.0f} MiB level, slope {slope * 3600:+.1f} MiB/h ({grown:+.1%} of "
+        f"the level over the time); highest over the first tenth {peak:.3f}"
     )
     return peak <= MEMORY_LIMIT and grown <= MEMORY_LIMIT - 1
 
@@ -174,6 +174,8 @@ async def soak(url: str, pid: int, query: str, options: argparse.Namespace) -> b
                 f"{percentile(theirs, 95) * 1e3:5.0f} ms of {len(theirs):3d}"
             )
     level = said_of_memory(samples)
+    for error in wrong:
+        print(f"    while warming up: {error[:200]}")
     errors = wrong + first_errors + many_errors + last_errors
     quick = percentile(many, 95) <= RATIO_LIMIT * percentile(one, 95)
     missed = [name for name, held in (("errors", not errors), ("p95", quick), ("memory", level)) if not held]

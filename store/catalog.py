@@ -20,11 +20,13 @@ DEFAULT_STORE = Path("runs")
 
 @dataclass(frozen=True)
 class Entry:
-    """One run in a store."""
+    """One run in a store: its name, where it lies, whether it is being collected, and the number by which the file
+    system tells its file or folder from another of the same name."""
 
     name: str
     path: Path
     live: bool
+    inode: int
 
     @cached_property
     def size_bytes(self) -> int:
@@ -53,12 +55,15 @@ class Catalog:
         found: dict[str, Entry] = {}
         for entry in sorted(listing(self.directory), key=lambda entry: entry.name.endswith(live.SUFFIX)):
             name, path = entry.name, self.directory / entry.name
-            if name.startswith(".") or name.endswith(derived.SUFFIX):
-                continue
+            if name.startswith(".") or name.endswith(derived.SUFFIX) or not name.isprintable():
+                continue  # what has no printable name is none of ours
             if name.endswith(FILE_SUFFIX):
-                found[name.removesuffix(FILE_SUFFIX)] = Entry(name.removesuffix(FILE_SUFFIX), path, False)
+                stem, unfinished = name.removesuffix(FILE_SUFFIX), False
             elif name.endswith(live.SUFFIX) and entry.is_dir():
-                found.setdefault(name.removesuffix(live.SUFFIX), Entry(name.removesuffix(live.SUFFIX), path, True))
+                stem, unfinished = name.removesuffix(live.SUFFIX), True
+            else:
+                continue
+            found.setdefault(stem, Entry(stem, path, unfinished, entry.inode()))
         return [found[name] for name in sorted(found)]
 
     def resolve(self, run: str | Path) -> Path:

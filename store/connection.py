@@ -16,6 +16,7 @@ from store.schema import Table, literal, quoted
 Parameters = Sequence[Any] | Mapping[str, Any] | None
 
 _settings: dict[str, str] = {}
+_NO_EXTENSIONS = {"autoinstall_known_extensions": "false", "autoload_known_extensions": "false"}
 _READING = {duckdb.StatementType.SELECT, duckdb.StatementType.EXPLAIN}
 
 
@@ -28,13 +29,16 @@ def connect(databases: Mapping[str, Path]) -> duckdb.DuckDBPyConnection:
     Raises:
         StoreError: a file is no DuckDB file, or another program holds it open for writing.
     """
-    connection = duckdb.connect(":memory:", config=dict(_settings))
+    connection = duckdb.connect(":memory:", config={**_NO_EXTENSIONS, **_settings})
     for alias, path in databases.items():
         try:
             connection.execute(f"attach {literal(path)} as {alias} (read_only)")
         except duckdb.Error as error:
             connection.close()
             raise StoreError(f"{path} cannot be read as a run: {str(error).splitlines()[0]}") from error
+    if databases:
+        # Before anything of the files is asked: a table in one may be a view that reads other files or the network.
+        connection.execute("set enable_external_access = false")
     return connection
 
 

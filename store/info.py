@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from datetime import UTC, datetime
+from numbers import Integral
 from typing import Any, Literal
 
 from moescope import __version__
@@ -15,6 +16,9 @@ from store.schema import OLDEST_VERSION, SCHEMA_VERSION
 BadgeStatus = Literal["valid", "warning", "invalid", "unchecked"]
 ProgressState = Literal["collecting", "compacting", "interrupted", "failed"]
 
+
+MOST = 65_536
+"""Of what a model has: layers, experts of one layer."""
 
 IMPORTED = "imported"
 """The check that every imported run carries as skipped: what the model did was not seen here."""
@@ -62,13 +66,22 @@ class RunInfo:
 
     @classmethod
     def from_row(cls, row: Mapping[str, Any]) -> RunInfo:
-        """The reverse of :meth:`to_row`; columns of a newer version are left aside."""
+        """The reverse of :meth:`to_row`; columns of a newer version, and those without a value, are left aside.
+
+        Raises:
+            StoreError: a text that is not what its column holds.
+        """
         known = {name.name for name in fields(cls)}
-        values = {name: value for name, value in row.items() if name in known}
-        for name in ("model_config", "settings"):
-            values[name] = json.loads(values.get(name) or "{}")
-        if isinstance(values.get("created_at"), str):
-            values["created_at"] = datetime.fromisoformat(values["created_at"])
+        values = {"model": "unknown"} | {
+            name: value for name, value in row.items() if name in known and value is not None
+        }
+        try:
+            for name in ("model_config", "settings"):
+                values[name] = json.loads(values.get(name) or "{}")
+            if isinstance(values.get("created_at"), str):
+                values["created_at"] = datetime.fromisoformat(values["created_at"])
+        except (ValueError, RecursionError) as error:
+            raise StoreError(f"table run is damaged: {error}") from error
         return cls(**values)
 
 
@@ -87,6 +100,13 @@ class LayerInfo:
     expert_width: int = 0
     stack: str = "decoder"
     granularity: str = "token"
+
+    def __post_init__(self) -> None:
+        for name in ("layer", "step", "num_experts", "top_k", "num_shared"):
+            value = getattr(self, name)
+            if not isinstance(value, Integral) or not 0 <= int(value) <= MOST:
+                # Everything per expert is made for this many: a number out of a damaged file must not take the memory.
+                raise StoreError(f"a layer with {name} {value!r} cannot be: 0 to {MOST:,}; the run is damaged")
 
 
 @dataclass(frozen=True)

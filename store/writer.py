@@ -42,7 +42,7 @@ def require_name(name: str) -> str:
     Raises:
         StoreError: the name has other characters than letters, digits, ``.``, ``_``, ``+``, ``-``.
     """
-    if not _NAME.match(name) or name.endswith((live.SUFFIX, ".derived", ".duckdb")):
+    if not _NAME.fullmatch(name) or name.endswith((live.SUFFIX, ".derived", ".duckdb")):
         raise StoreError(f"{name!r} cannot name a run: use letters, digits, '.', '_', '+' or '-', at most 128 of them")
     return name
 

@@ -23,7 +23,7 @@ def add_server(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine only)")
     parser.add_argument("--expose", action="store_true", help="allow an address that other machines reach")
     parser.add_argument(
-        "--allowed-hosts", nargs="+", default=[], metavar="NAME", help="further names that it answers under, as of a proxy"
+        "--allowed-hosts", nargs="+", default=[], metavar="NAME", help="further names to answer under, as of a proxy"
     )
     parser.add_argument("--base-path", default="", metavar="PATH", help="first part of all paths, such as /moescope")
     parser.add_argument("--no-browser", action="store_true", help="do not open a browser window")

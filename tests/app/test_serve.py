@@ -82,8 +82,14 @@ def test_impossible_addresses_are_input_errors(host: str, port: int | None) -> N
 def test_the_command_is_closed_to_other_hosts() -> None:
     command = serve.command_line(Address(port=8501, names=("moe.example.org",)))
     assert command[1] == "-P"
-    for flag in ("server.address=127.0.0.1", "browser.gatherUsageStats=false", "server.enableXsrfProtection=true",
-                 "server.allowedHosts=127.0.0.1", "server.allowedHosts=moe.example.org", "server.headless=true"):  # fmt: skip
+    for flag in (
+        "server.address=127.0.0.1",
+        "browser.gatherUsageStats=false",
+        "server.enableXsrfProtection=true",
+        "server.allowedHosts=127.0.0.1",
+        "server.allowedHosts=moe.example.org",
+        "server.headless=true",
+    ):
         assert f"--{flag}" in command
     assert not [flag for flag in serve.command_line(Address("0.0.0.0", 1)) if "allowedHosts" in flag]
 

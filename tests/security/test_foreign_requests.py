@@ -143,7 +143,7 @@ def test_two_users_never_see_each_other(served: Served) -> None:
 
 
 def test_the_server_talks_to_nobody(served: Served) -> None:
-    """After all of the above, foreign origins included: for those, Streamlit alone would ask a server on the internet."""
+    """After all of the above, foreign origins included: for those, Streamlit alone would ask the internet."""
     asyncio.run(_visit_all(served.url))
     noted = served.notes.read_text(encoding="utf-8").splitlines()
     foreign = {line for line in noted if not any(own in line for own in ("'127.0.0.1'", "'localhost'", "'::1'"))}

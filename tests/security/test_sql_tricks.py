@@ -33,51 +33,115 @@ def run(folder: Path) -> Iterator[store.Run]:
 
 
 READS = (
-    "from '{0}/secret.csv'", 'from "{0}/secret.csv"', "from read_csv_auto('{0}/secret.csv')", "from sniff_csv('{0}/secret.csv')",
-    "from read_json('{0}/secret.json')", "from read_json_objects('{0}/secret.json')", "from read_ndjson('{0}/secret.json')",
-    "from read_text('{0}/*')", "from glob('{0}/*')", "from read_blob('{0}/secret.csv')",
-    "from parquet_metadata('{0}/secret.csv')", "from parquet_schema('{0}/a.parquet')", "from 'file://{0}/secret.csv'",
-    "from query('from read_text(''{0}/secret.csv'')')", "from query_table('{0}/secret.csv')",
-    "select (select content from read_text('{0}/secret.csv'))", "select getenv('HOME')", "select getvariable('a')",
+    "from '{0}/secret.csv'",
+    'from "{0}/secret.csv"',
+    "from read_csv_auto('{0}/secret.csv')",
+    "from sniff_csv('{0}/secret.csv')",
+    "from read_json('{0}/secret.json')",
+    "from read_json_objects('{0}/secret.json')",
+    "from read_ndjson('{0}/secret.json')",
+    "from read_text('{0}/*')",
+    "from glob('{0}/*')",
+    "from read_blob('{0}/secret.csv')",
+    "from parquet_metadata('{0}/secret.csv')",
+    "from parquet_schema('{0}/a.parquet')",
+    "from 'file://{0}/secret.csv'",
+    "from query('from read_text(''{0}/secret.csv'')')",
+    "from query_table('{0}/secret.csv')",
+    "select (select content from read_text('{0}/secret.csv'))",
+    "select getenv('HOME')",
+    "select getvariable('a')",
     "from (values (1)) a, lateral (from read_text('{0}/secret.csv')) b",
-    "with a as (from read_text('{0}/secret.csv')) from a", "with a as materialized (from glob('{0}/*')) from a",
-    "select * exclude (filename) from read_text('{0}/secret.csv')", "select columns(*) from read_csv('{0}/secret.csv')",
-    "from duckdb_logs", "from which_secret('s3://a', 's3')", "from read_duckdb('{0}/one.duckdb')",
-    "from sqlite_scan('{0}/a', 'b')", "from postgres_scan('host=localhost', 'a', 'b')", "from 's3://a/b.parquet'",
-    "from read_csv('/dev/stdin')", "from '/proc/self/environ'", "from read_text('/proc/self/environ')",
-    "from read_text('{0}/../{0}/secret.csv')", "from read_text(['{0}/secret.csv', '{0}/secret.json'])",
-    "/**/from/**/read_text/**/('{0}/secret.csv')", "FROM\u00a0READ_TEXT('{0}/secret.csv')", "from \"read_text\"('{0}/secret.csv')",
-    "from main.read_text('{0}/secret.csv')", "from system.main.read_text('{0}/secret.csv')",
-    "from read_text('{0}/secret' || '.csv')", "from read_text(e'{0}/\\x73ecret.csv')", "from read_text($${0}/secret.csv$$)",
-)  # fmt: skip
+    "with a as (from read_text('{0}/secret.csv')) from a",
+    "with a as materialized (from glob('{0}/*')) from a",
+    "select * exclude (filename) from read_text('{0}/secret.csv')",
+    "select columns(*) from read_csv('{0}/secret.csv')",
+    "from duckdb_logs",
+    "from which_secret('s3://a', 's3')",
+    "from read_duckdb('{0}/one.duckdb')",
+    "from sqlite_scan('{0}/a', 'b')",
+    "from postgres_scan('host=localhost', 'a', 'b')",
+    "from 's3://a/b.parquet'",
+    "from read_csv('/dev/stdin')",
+    "from '/proc/self/environ'",
+    "from read_text('/proc/self/environ')",
+    "from read_text('{0}/../{0}/secret.csv')",
+    "from read_text(['{0}/secret.csv', '{0}/secret.json'])",
+    "/**/from/**/read_text/**/('{0}/secret.csv')",
+    "FROM\u00a0READ_TEXT('{0}/secret.csv')",
+    "from \"read_text\"('{0}/secret.csv')",
+    "from main.read_text('{0}/secret.csv')",
+    "from system.main.read_text('{0}/secret.csv')",
+    "from read_text('{0}/secret' || '.csv')",
+    "from read_text(e'{0}/\\x73ecret.csv')",
+    "from read_text($${0}/secret.csv$$)",
+)
+HARMLESS = ("from duckdb_logs", "select getvariable('a')")
+"""These are answered: a log that is empty, a variable that nobody could set."""
+
 WRITES = (
-    "select 1;; drop table layer", "select 1; -- ; drop table layer\n; drop table layer", "/* ; */ drop table data.layer",
-    "copy (select 1) to '{0}/out.csv'", "copy (select 1) to '/dev/stdout'", "COPY data TO '{0}/out.parquet' (format parquet)",
-    "export database '{0}/out'", "create temp table a as select 1", "create or replace temp macro a() as 1",
-    "create secret a (type s3)", "create type a as enum ('b')", "create sequence a", "alter table layer rename to a",
-    "comment on table layer is 'a'", "attach ':memory:' as a", "attach '{0}/out.duckdb' as a", "set memory_limit = '99GB'",
-    "set global threads = 99", "set enable_external_access = true", "set lock_configuration = false",
-    "pragma memory_limit = '9GB'", "set variable a = 1", "reset all", "execute a", "deallocate a", "load 'a.so'",
-    "force install httpfs", "install a from community", "update extensions", "use memory", "begin; select 1; commit",
-    "insert into layer by name select 1 as layer", "merge into layer using layer on true when matched then delete",
-    "truncate layer", "explain analyze insert into layer values (1)", "explain (analyze) copy layer to '{0}/out.csv'",
-    "explain explain copy layer to '{0}/out.csv'", "with a as (insert into layer values (1) returning *) from a",
-    "from query('drop table data.layer')", "from query('set threads = 1')", "call pragma_version(); drop table layer",
-    "\ufeffdrop table layer", "\u200bdrop table layer", "drop\u2028table layer", "select 1\0; drop table layer",
-    "kill 1", "checkpoint data", "force checkpoint", "summarize 'secret.csv'", "describe '{0}/secret.csv'",
-)  # fmt: skip
+    "select 1;; drop table layer",
+    "select 1; -- ; drop table layer\n; drop table layer",
+    "/* ; */ drop table data.layer",
+    "copy (select 1) to '{0}/out.csv'",
+    "copy (select 1) to '/dev/stdout'",
+    "COPY data TO '{0}/out.parquet' (format parquet)",
+    "export database '{0}/out'",
+    "create temp table a as select 1",
+    "create or replace temp macro a() as 1",
+    "create secret a (type s3)",
+    "create type a as enum ('b')",
+    "create sequence a",
+    "alter table layer rename to a",
+    "comment on table layer is 'a'",
+    "attach ':memory:' as a",
+    "attach '{0}/out.duckdb' as a",
+    "set memory_limit = '99GB'",
+    "set global threads = 99",
+    "set enable_external_access = true",
+    "set lock_configuration = false",
+    "pragma memory_limit = '9GB'",
+    "set variable a = 1",
+    "reset all",
+    "execute a",
+    "deallocate a",
+    "load 'a.so'",
+    "force install httpfs",
+    "install a from community",
+    "update extensions",
+    "use memory",
+    "begin; select 1; commit",
+    "insert into layer by name select 1 as layer",
+    "merge into layer using layer on true when matched then delete",
+    "truncate layer",
+    "explain analyze insert into layer values (1)",
+    "explain (analyze) copy layer to '{0}/out.csv'",
+    "explain explain copy layer to '{0}/out.csv'",
+    "with a as (insert into layer values (1) returning *) from a",
+    "from query('drop table data.layer')",
+    "from query('set threads = 1')",
+    "call pragma_version(); drop table layer",
+    "\ufeffdrop table layer",
+    "\u200bdrop table layer",
+    "drop\u2028table layer",
+    "select 1\0; drop table layer",
+    "kill 1",
+    "checkpoint data",
+    "force checkpoint",
+    "summarize 'secret.csv'",
+    "describe '{0}/secret.csv'",
+)
 
 
 @pytest.mark.parametrize("sql", [*READS, *WRITES])
 def test_no_spelling_reads_a_file_or_writes_anything(run: store.Run, folder: Path, sql: str) -> None:
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
-    try:
-        found = answer(run._connection, sql.format(folder), rows=100, seconds=20.0)
-    except StoreError as refused:
-        assert "\n" not in str(refused) and SECRET not in str(refused)
-    else:  # such as a log that is empty
-        assert SECRET not in str(found.frame.to_dicts()) and "secret.csv" not in str(found.frame.to_dicts())
-        assert sql in ("from duckdb_logs", "select getvariable('a')"), found.frame
+    if sql in HARMLESS:
+        assert SECRET not in str(answer(run._connection, sql, rows=100, seconds=20.0).frame.to_dicts())
+    else:
+        with pytest.raises(StoreError) as refused:
+            answer(run._connection, sql.format(folder), rows=100, seconds=20.0)
+        assert "\n" not in str(refused.value) and SECRET not in str(refused.value)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
