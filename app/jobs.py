@@ -31,7 +31,9 @@ State = Literal["running", "done", "failed", "stopped", "lost", "elsewhere"]
 
 _LOG_BYTES = 4096
 _STARTUP = 20.0
-"""Seconds that a process may take before it says its first word."""
+"""Seconds that a process may take before it says its first word, from when this one first asked for it: by a clock
+that nobody sets."""
+_ASKED: dict[tuple[str, float], float] = {}
 _GUARD = threading.Lock()
 _STARTED: list[subprocess.Popen[bytes]] = []
 """Jobs of this process, so that they are reaped when they end."""
@@ -134,7 +136,7 @@ def start(run: Path, *, plan: Path, digest: str, source: Path, destination: Path
                 commands=tuple(map(tuple, commands)),
                 host=socket.gethostname(),
                 pid=0,
-                started=time.time(),
+                started=_now(run),
                 run=str(run.resolve()),
             )
         )
@@ -162,25 +164,29 @@ def recommend(
     """
     command = ["recommend", str(run.resolve()), *([str(source.resolve())] if source else []), "--memory", str(memory)]
     command += [*options, *(["--curve"] if curve else []), *(["--data", *texts] if texts else [])]
-    name = hashlib.sha256("\n".join(command).encode()).hexdigest()[:12]
-    with _GUARD:
-        if any(other.name == name and status(other).state == "running" for other in jobs(run)):
-            raise InputError("the same is being worked out already: wait for it, or stop it")
-        return _launch(
-            Job(
-                name=name,
-                plan="",
-                digest="",
-                source=str(source or ""),
-                destination="",
-                commands=(tuple(command),),
-                host=socket.gethostname(),
-                pid=0,
-                started=time.time(),
-                run=str(run.resolve()),
-                title=title,
-            )
-        )
+    return _once(run, command, title=title, source=str(source or ""))
+
+
+def sweep(run: Path, *, plan: Path, digest: str, source: Path, texts: Sequence[str], title: str) -> Job:
+    """Try a plan that changes routing on the model itself; what it costs in loss comes to lie beside the run.
+
+    Args:
+        run: the run.
+        plan: the plan's file beside it.
+        digest: of the plan.
+        source: folder of the checkpoint.
+        texts: files or folders of held-out text, by their absolute paths.
+        title: what the job is called.
+
+    Raises:
+        InputError: no text, or the same is being measured already.
+        StoreError: the job's file cannot be written.
+    """
+    if not texts:
+        raise InputError("on which text? Name files or folders of held-out text")
+    command = ["sweep", str(source.resolve()), "--plan", str(plan.resolve()), "--against", str(run.resolve())]
+    command += ["--data", *texts]
+    return _once(run, command, title=title, source=str(source.resolve()), plan=plan.name, digest=digest)
 
 
 def again(job: Job) -> Job:
@@ -193,7 +199,26 @@ def again(job: Job) -> Job:
         if job.destination:
             _require_free(Path(job.run), Path(job.destination))
         left = job.commands[status(job).step - 1 :]
-        return _launch(replace(job, commands=left, pid=0, started=time.time(), host=socket.gethostname()))
+        return _launch(replace(job, commands=left, pid=0, started=_now(Path(job.run)), host=socket.gethostname()))
+
+
+def _once(run: Path, command: Sequence[str], *, title: str, source: str, plan: str = "", digest: str = "") -> Job:
+    """Start one command, unless the same runs already."""
+    name = hashlib.sha256("\n".join(command).encode()).hexdigest()[:12]
+    with _GUARD:
+        if any(other.name == name and status(other).state == "running" for other in jobs(run)):
+            raise InputError("the same is being worked out already: wait for it, or stop it")
+        return _launch(
+            Job(
+                name=name, plan=plan, digest=digest, source=source, destination="", commands=(tuple(command),),
+                host=socket.gethostname(), pid=0, started=_now(run), run=str(run.resolve()), title=title,
+            )
+        )  # fmt: skip
+
+
+def _now(run: Path) -> float:
+    """Seconds since the epoch; always later than the jobs before, also where the clock was set back meanwhile."""
+    return max([time.time(), *(job.started + 1e-3 for job in jobs(run))])
 
 
 def _require_free(run: Path, destination: Path) -> None:
@@ -313,7 +338,8 @@ def _document(job: Job, name: str) -> dict[str, Any]:
 
 def _just_started(job: Job, said: dict[str, Any]) -> bool:
     """Before its first word: it may not have its number yet, and a process that has just begun has no command line."""
-    if said or time.time() - job.started > _STARTUP:
+    now = time.monotonic()
+    if said or now - _ASKED.setdefault((str(job.path), job.started), now) > _STARTUP:
         return False
     if job.pid:
         try:

@@ -43,7 +43,7 @@ _OPTIONS = (
     "engine",
     "allow_invalid",
 )
-_DOES = {"apply": "applying", "evaluate": "measuring", "recommend": "pricing and measuring"}
+_DOES = {"apply": "applying", "evaluate": "measuring", "recommend": "pricing and measuring", "sweep": "measuring"}
 
 
 def section(run: Run, plan: Plan, asked: dict[str, Any]) -> None:
@@ -166,7 +166,7 @@ def _job(job: jobs.Job, status: jobs.Status) -> None:
         with st.container(horizontal=True, vertical_alignment="center", gap="small"):
             st.badge(label, color=colour, icon=icon)  # type: ignore[arg-type]
             what = _DOES.get(status.command, "working")
-            ran = f", {what} since {duration(time.time() - job.started)}" if status.state == "running" else ""
+            ran = f", {what} since {duration(max(0.0, time.time() - job.started))}" if status.state == "running" else ""
             named = state.plain(job.title) or f"{state.code(Path(job.plan).stem)} → {state.code(job.destination)}"
             st.markdown(f"{named}{ran}")
             if status.state == "running" and st.button("Stop", icon=":material/stop:", key=f"stop-{job.name}"):

@@ -37,7 +37,10 @@ MODULES = (
     "compress_plan",
     "caching",
     "placement",
+    "what_if",
     "sweep",
+    "sweep_studies",
+    "what_if_more",
 )
 
 

@@ -41,5 +41,6 @@ PAGES = (
     PageInfo(_file("compress"), "Compress", ":material/compress:", "compress"),
     PageInfo(_file("cache"), "Cache", ":material/memory:", "cache"),
     PageInfo(_file("placement"), "Placement", ":material/grid_view:", "placement"),
+    PageInfo(_file("what_if"), "What-if routing", ":material/tune:", "what-if"),
     PageInfo(_file("data"), "Data", ":material/database:", "data"),
 )

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 import store
 from compressor.plan import LayerKey
 from moescope.errors import PlanError
-from planner.route.shift import Ids, Logits, load
+from planner.route.shift import Ids, Logits, load, variation
 
 ROUNDS = 120
 """Sign updates. The step halves about every fourteen of them."""
@@ -104,12 +104,6 @@ def fit(
             best, least = bias, found
         step *= _DECAY
     return best, least
-
-
-def variation(load: NDArray[np.int64]) -> float:
-    """Coefficient of variation; 0 of no load."""
-    mean = float(load.mean())
-    return float(load.std() / mean) if mean else 0.0
 
 
 def halves(run: store.Run) -> tuple[list[int], list[int]]:

@@ -54,6 +54,12 @@ def load(ids: Ids, logits: Logits, bias: NDArray[np.float64], *, top_k: int) -> 
     return np.bincount(chosen[chosen >= 0], minlength=len(bias)).astype(np.int64)
 
 
+def variation(load: NDArray[np.int64]) -> float:
+    """Coefficient of variation; 0 of no load."""
+    mean = float(load.mean())
+    return float(load.std() / mean) if mean else 0.0
+
+
 def _largest(ids: Ids, logits: Logits, bias: NDArray[np.float64], k: int) -> tuple[Ids, Logits]:
     """(tokens, k) experts with the largest sums, and (tokens,) the least of these sums."""
     shifted = np.where(ids >= 0, logits + bias[np.maximum(ids, 0)], -np.inf)

@@ -28,6 +28,7 @@ PAGES = {
     "similarity": "",
     "compress": "section=Plan",
     "placement": "",
+    "what-if": "",
 }
 """Pages that draw something on every run, with the section that does; Compare needs a second run, Data a question."""
 

@@ -1,0 +1,126 @@
+"""What the page What-if routing is asked: whose text, how much of it, which rule, at which value."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import polars as pl
+import streamlit as st
+
+from app import data, state
+from app.exhibits import what_if as exhibits
+from app.exhibits.exhibit import Absent
+from app.frames import what_if as frames
+from planner.simulate.what_if import WhatIf, method_named
+from store import Run
+
+_COLOURS = {"exact": "green", "proxy": "orange", "needs a live run": "red"}
+_ICONS = {"exact": ":material/verified:", "proxy": ":material/approval:", "needs a live run": ":material/play_circle:"}
+_WEIGHTS = {"renormalized": "scaled up", "kept": "as they were"}
+
+
+@dataclass(frozen=True)
+class Text:
+    """Whose text counts, and whether all of it is read."""
+
+    domain: str | None
+    whole: bool
+
+    @property
+    def choices(self) -> dict[str, Any]:
+        """As exhibits take them."""
+        return {"domain": self.domain, "whole": self.whole}
+
+
+def text(run: Run) -> Text:
+    """Whose text counts; the switch for all of it only where a first look leaves some out."""
+    domain, whole = None, False
+    with st.container(horizontal=True, gap="medium", vertical_alignment="bottom"):
+        if len(run.domains) > 1:
+            with st.container(width=200):
+                domain = state.choose_domain(run.domains)
+        limit = frames.limit_of(run, False)
+        if limit is not None and run.info.tokens > limit:
+            whole = state.choose_flag(
+                f"All {run.info.tokens:,} tokens instead of about {limit:,}", key="whole", default=False,
+                help="A first look reads sequences that are spread evenly over the text.",
+            )  # fmt: skip
+    return Text(domain, whole)
+
+
+def rule(run: Run, asked: Text) -> tuple[dict[str, Any], WhatIf]:
+    """Draw method, weights and value, with how far the answer can be trusted.
+
+    Returns:
+        choices of the exhibits, and the result at all values.
+
+    Raises:
+        Absent: no rule can be tried on this run.
+    """
+    table = data.frame(frames.methods, run).filter(pl.col("name").is_in(frames.CURVES))
+    first = exhibits.first_method(run, data.frame)
+    here = table.filter("here")["name"].to_list()
+    with st.container(horizontal=True, gap="small", vertical_alignment="bottom"):
+        with st.container(width=270):
+            method = state.choose("Rule", here, key="rule", default=first, words=lambda name: method_named(name).title)
+        with st.container(width=190):
+            weights = state.choose(
+                "Gate weights that stay", list(_WEIGHTS), key="weights", words=_WEIGHTS.__getitem__,
+                help="It changes no figure here: only what a plan does, and what a live run measures.",
+            )  # fmt: skip
+        chosen: dict[str, Any] = {"method": method, "weights": weights, **asked.choices}
+        with st.spinner("Trying the rule on the trace"):
+            result = exhibits.looked(run, data.frame, **chosen)
+        with st.container(width=380):
+            value = _value(result, method_named(method).value)
+    certainty(result, value)
+    return chosen | {"value": value}, result
+
+
+def certainty(result: WhatIf, value: float | None = None) -> None:
+    """How far a result can be trusted, in a word and a sentence."""
+    word = result.certainty if value is None else exhibits.certainty_at(result, value)
+    with st.container(horizontal=True, gap="small", vertical_alignment="center"):
+        st.badge(word, color=_COLOURS[word], icon=_ICONS[word])  # type: ignore[arg-type]
+        notes = " ".join(state.plain(note, 300) for note in result.notes)
+        st.caption(
+            f"{state.plain(result.why, 500)} {notes} What it does to the loss needs a live run.", width="stretch"
+        )
+
+
+def trusted(run: Run, method: str, asked: Text) -> None:
+    """How far a method without values to choose can be trusted."""
+    try:
+        certainty(exhibits.looked(run, data.frame, method=method, **asked.choices))
+    except Absent:
+        return
+
+
+def hidden(run: Run) -> None:
+    """The methods that cannot be tried, and why, in one line."""
+    lacking = data.frame(frames.methods, run).filter(~pl.col("here") & (pl.col("name") != "bias"))
+    if lacking.is_empty():
+        return
+    reasons: dict[str, list[str]] = {}
+    for row in lacking.iter_rows(named=True):
+        reason = str(row["missing"]).removeprefix(f"{row['title']} ")
+        reasons.setdefault(reason, []).append(row["title"])
+    words = "; ".join(f"{', '.join(titles)}: {state.plain(reason, 260)}" for reason, titles in reasons.items())
+    st.caption(f"Not shown: {words}")
+
+
+def _value(result: WhatIf, axis: str) -> float:
+    """The slider over the values that were tried; in the address by its text."""
+    words = [f"{value:.4g}" for value in sorted(result.values.tolist())]
+    first = f"{exhibits.value_in(result, None):.4g}"
+    key = "value"
+    if st.session_state.get(key, first) not in words:
+        del st.session_state[key]
+    if len(words) == 1:
+        return float(words[0])
+    held = st.select_slider(
+        axis if len(axis) == 1 else axis[0].upper() + axis[1:], words, value=first, key=key, bind="query-params",
+        help="Where it begins: the fewest experts that keep 95 % of the mass.",
+    )  # fmt: skip
+    return float(held) if held in words else float(first)
