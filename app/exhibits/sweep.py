@@ -10,14 +10,12 @@ import polars as pl
 import store
 from app.exhibits.exhibit import Absent, Entry, Exhibit, Frames, fresh
 from app.figures import sweep as figures
-from app.figures import sweep_studies as study_figures
 from app.figures.style import Theme, safe
 from app.frames import sweep as frames_of
-from app.frames import sweep_studies as frames_of_studies
 from moescope.errors import InputError
 
 _UNTRAINED = "The router was not trained for these rules."
-_PAIRED = "95 % intervals of pairs of sequences."
+PAIRED = "95 % intervals of pairs of sequences."
 
 
 def costs(
@@ -35,7 +33,7 @@ def costs(
         frame=frame,
         read="Each mark is one value of a rule, measured on the model itself. Left is cheaper, down is better; at 0 a "
         f"rule costs nothing. {_UNTRAINED}",
-        rests_on=f"{_tokens(frame)} predicted tokens; {_PAIRED}",
+        rests_on=f"{tokens_of(frame)} predicted tokens; {PAIRED}",
         alt="Change of the loss against the share of the experts' FLOPs, one curve per rule",
     )
 
@@ -51,7 +49,7 @@ def domains(run: store.Run, *, frames: Frames = fresh, theme: Theme = "light", s
         frame=frame,
         read="Orange: the rule costs most there; blue: the domain is predicted better than by the router's own choice. "
         "Hover for the interval; the colours end where a fifth of the cells lies beyond.",
-        rests_on=f"{document['base']['tokens']:,} predicted tokens; {_PAIRED}",
+        rests_on=f"{document['base']['tokens']:,} predicted tokens; {PAIRED}",
         alt="Map of rules and domains: change of the loss",
     )
 
@@ -133,7 +131,7 @@ def loss_over_k(run: store.Run, *, frames: Frames = fresh, theme: Theme = "light
         frame=frame,
         read="A model is slimmable where the curve falls evenly up to its own number: then k can be chosen when it is "
         "served. A curve with its least point at the own number fits that number only.",
-        rests_on=f"{document['base']['tokens']:,} predicted tokens; {_PAIRED}",
+        rests_on=f"{document['base']['tokens']:,} predicted tokens; {PAIRED}",
         alt="Curves over the number of experts per token: change of the loss, all text and each domain",
     )
 
@@ -149,80 +147,8 @@ def redundancy(run: store.Run, *, frames: Frames = fresh, theme: Theme = "light"
         frame=frame,
         read="The more the loss rises without the experts that a token likes best, the less others can stand in for "
         "them: little redundancy. A flat curve means that experts are interchangeable.",
-        rests_on=f"{document['base']['tokens']:,} predicted tokens; {_PAIRED}",
+        rests_on=f"{document['base']['tokens']:,} predicted tokens; {PAIRED}",
         alt="Curves over the share of masked experts: change of the loss, all text and each domain",
-    )
-
-
-def contrast_kl(run: store.Run, *, frames: Frames = fresh, theme: Theme = "light", sweep: str | None = None) -> Exhibit:
-    """KL of the model's own routing from the weak one, per domain and rank."""
-    frame = _study(chosen(run, sweep), run, "contrast")
-    return Exhibit(
-        figure=study_figures.contrast_kl(frame, theme=theme),
-        frame=frame,
-        read="Strong is the model as it is; weak is the model with the expert of one rank alone. Contrast has "
-        "something to work with where they differ, and the weak one still predicts.",
-        rests_on=f"{_tokens(frame)} predicted tokens; 95 % intervals over sequences.",
-        alt="Bars per domain and rank: KL divergence of strong from weak routing",
-    )
-
-
-def contrast_accuracy(
-    run: store.Run,
-    *,
-    frames: Frames = fresh,
-    theme: Theme = "light",
-    sweep: str | None = None,
-    domain: str | None = None,
-) -> Exhibit:
-    """Accuracy of the contrasted next token less the model's own."""
-    every = _study(chosen(run, sweep), run, "contrast")
-    frame = every.filter(pl.col("domain") == (domain or "all"))
-    if frame.is_empty():
-        raise Absent(f"This sweep has no text of domain {domain}.")
-    return Exhibit(
-        figure=study_figures.contrast_accuracy(frame, theme=theme),
-        frame=frame,
-        read="Above 0, contrast finds the next token of the text more often than the model alone. It is judged on "
-        "given text; gains in reasoning over the model's own words may differ.",
-        rests_on=f"{_tokens(frame)} predicted tokens; {_PAIRED}",
-        alt="Curves over the strength of the contrast: change of the accuracy, one per rank",
-    )
-
-
-def rerouting(run: store.Run, *, frames: Frames = fresh, theme: Theme = "light", sweep: str | None = None) -> Exhibit:
-    """Loss of what follows, with fitted vectors and both controls."""
-    frame = _study(chosen(run, sweep), run, "rerouting")
-    return Exhibit(
-        figure=study_figures.rerouting(frame, theme=theme),
-        frame=frame,
-        read="Left of 0, the vectors help. Fitted ones are worth their cost only where they lie left of both controls: "
-        "random ones as long, and those fitted on another sequence.",
-        rests_on=f"{_tokens(frame)} tokens behind the fits; {_PAIRED}",
-        alt="Marks per domain: change of the loss with fitted, foreign and random vectors",
-    )
-
-
-def search(
-    run: store.Run,
-    *,
-    frames: Frames = fresh,
-    theme: Theme = "light",
-    sweep: str | None = None,
-    domain: str | None = None,
-) -> Exhibit:
-    """Items solved by each number of experts, by any, and by samples at equal FLOPs."""
-    every = _study(chosen(run, sweep), run, "search")
-    frame = every.filter(pl.col("domain") == (domain or "all"))
-    if frame.is_empty():
-        raise Absent(f"This sweep has no items of domain {domain}.")
-    return Exhibit(
-        figure=study_figures.search(frame, where=safe(domain or "all items"), theme=theme),
-        frame=frame,
-        read="Trying several k pays where their union solves more than samples at the model's own k that cost as many "
-        "FLOPs. Samples are counted exactly, by the probability that one of them is the answer.",
-        rests_on=f"{frame['items'][0]:,} items; 95 % intervals over items; both sides know the right answer.",
-        alt="Bars: share of items solved by each number of experts, their union, and samples",
     )
 
 
@@ -289,32 +215,19 @@ def _rules(document: dict[str, Any], run: store.Run, domain: str | None) -> pl.D
     return frame
 
 
-def _study(document: dict[str, Any], run: store.Run, name: str) -> pl.DataFrame:
-    if document[name] is None:
-        words = {"contrast": "Self-contrast was", "rerouting": "Rerouting was", "search": "Items were"}[name]
-        option = {"contrast": "--contrast", "rerouting": "--rerouting", "search": "--items text"}[name]
-        raise Absent(f"{words} not tried on this model.", remedy=command(run, option))
-    frame: pl.DataFrame = getattr(frames_of_studies, name)(document)
-    return frame
-
-
-def _tokens(frame: pl.DataFrame) -> str:
-    """Of all text, where the frame has it."""
+def tokens_of(frame: pl.DataFrame) -> str:
+    """Tokens of all text, where the frame has it."""
     return f"{int(frame['tokens'].max() or 0):,}"  # type: ignore[arg-type]
 
 
-_PAGE = "what-if"
+PAGE = "what-if"
 
 EXHIBITS = (
-    Entry("sweep", costs, "What rules cost on the model itself", page=_PAGE),
-    Entry("sweep-domains", domains, "What rules cost in each domain", page=_PAGE),
-    Entry("sweep-k", loss_over_k, "Loss over the number of experts per token", page=_PAGE),
-    Entry("sweep-active", active, "Experts per token under a rule", page=_PAGE),
-    Entry("sweep-difficulty", difficulty, "Do harder tokens use more experts?", page=_PAGE),
-    Entry("sweep-correlations", correlations, "Token loss and experts, by layer and domain", page=_PAGE),
-    Entry("sweep-redundancy", redundancy, "Loss without the best experts", page=_PAGE),
-    Entry("sweep-contrast-kl", contrast_kl, "Strong against weak routing", page=_PAGE),
-    Entry("sweep-contrast", contrast_accuracy, "The contrasted next token", page=_PAGE),
-    Entry("sweep-rerouting", rerouting, "Rerouting fitted on the text so far", page=_PAGE),
-    Entry("sweep-items", search, "Items solved over several k", page=_PAGE),
+    Entry("sweep", costs, "What rules cost on the model itself", page=PAGE),
+    Entry("sweep-domains", domains, "What rules cost in each domain", page=PAGE),
+    Entry("sweep-k", loss_over_k, "Loss over the number of experts per token", page=PAGE),
+    Entry("sweep-active", active, "Experts per token under a rule", page=PAGE),
+    Entry("sweep-difficulty", difficulty, "Do harder tokens use more experts?", page=PAGE),
+    Entry("sweep-correlations", correlations, "Token loss and experts, by layer and domain", page=PAGE),
+    Entry("sweep-redundancy", redundancy, "Loss without the best experts", page=PAGE),
 )

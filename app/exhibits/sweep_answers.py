@@ -82,7 +82,7 @@ def redundancy(run: store.Run, *, sweep: str | None = None) -> str:
     if len(masked):
         row = masked.row(0, named=True)
         words.append(
-            f"Without the best **{row['number']:.3%}** of its experts each token costs {row['change']:+.3g} nats more"
+            f"Without the best **{row['number']:.2%}** of its experts each token costs {row['change']:+.3g} nats more"
             f"{_ends(row, 'change')}, though as many others run in their place"
         )
     for row in frame.filter(pl.col("rule") == "shared").iter_rows(named=True):

@@ -15,6 +15,7 @@ from app import exhibits
 from app.cli import main
 from app.exhibits import sweep as shown
 from app.exhibits import sweep_answers as answers
+from app.exhibits import sweep_studies as shown_studies
 from app.frames import sweep as frames
 from app.frames import sweep_studies as studies
 from moescope.errors import InputError, StoreError
@@ -129,7 +130,7 @@ def test_what_is_shown(place: Path, done: dict[str, Any], capsys: pytest.Capture
     assert set(whole["domain"]) == {"all", "low <b>", "high"}
     assert set(frames.active(done)["label"]) == {"0", "1"}
     with store.open_run(place / "runs" / "mine.duckdb") as run:
-        for entry in shown.EXHIBITS:
+        for entry in (*shown.EXHIBITS, *shown_studies.EXHIBITS):
             for theme in ("light", "dark"):
                 made = entry.make(run, theme=theme)
                 assert made.frame.height and made.read and made.alt and made.rests_on
@@ -154,7 +155,7 @@ def test_no_sweep_yet_names_the_command(place: Path, tmp_path: Path) -> None:
     (tmp_path / "bare.duckdb").write_bytes((place / "runs" / "mine.duckdb").read_bytes())
     with store.open_run(tmp_path / "bare.duckdb") as run:
         assert frames.sweeps(run).is_empty()
-        for entry in shown.EXHIBITS:
+        for entry in (*shown.EXHIBITS, *shown_studies.EXHIBITS):
             with pytest.raises(exhibits.Absent) as absent:
                 entry.make(run)
             assert absent.value.remedy.startswith("moescope sweep MODEL")
