@@ -12,6 +12,7 @@ from app import state
 from app.components import chart, compress_apply
 from app.exhibits import sweep as exhibits
 from app.exhibits import sweep_answers as answers
+from app.exhibits import sweep_studies as studies
 from app.exhibits.exhibit import Absent, Exhibit
 from app.frames import sweep as frames
 from moescope.errors import MoescopeError
@@ -22,9 +23,9 @@ _PARTS: dict[str, tuple[Callable[..., str], tuple[Callable[..., Exhibit], ...]]]
     "Harder tokens": (answers.difficulty, (exhibits.difficulty, exhibits.correlations, exhibits.active)),
     "Number of experts": (answers.slimmability, (exhibits.loss_over_k,)),
     "Redundancy": (answers.redundancy, (exhibits.redundancy,)),
-    "Contrast": (answers.contrast, (exhibits.contrast_kl, exhibits.contrast_accuracy)),
-    "Rerouting": (answers.rerouting, (exhibits.rerouting,)),
-    "Items": (answers.search, (exhibits.search,)),
+    "Contrast": (answers.contrast, (studies.contrast_kl, studies.contrast_accuracy)),
+    "Rerouting": (answers.rerouting, (studies.rerouting,)),
+    "Items": (answers.search, (studies.search,)),
 }
 """What a sweep can hold: its answer, and its charts."""
 _STUDIES = {"Contrast": "contrast", "Rerouting": "rerouting", "Items": "search", "Number of experts": "slimmability"}
