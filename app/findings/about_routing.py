@@ -13,7 +13,7 @@ from app.exhibits.exhibit import Frames
 from app.findings.finding import Evidence, Finding, Form, Tone, beyond, listed
 from app.frames import confidence as frames_of_confidence
 from app.frames import consistency as frames_of_consistency
-from app.frames import flow, load, specialization
+from app.frames import flow, imbalance, load, specialization
 from app.frames.alerts import COLLAPSE, MAX_VIOLATION
 
 EVEN = 0.8
@@ -58,6 +58,24 @@ def balance(run: store.Run, frames: Frames) -> list[Finding]:
                  control=float(fewest["num_experts"]), control_is="all of them, used evenly",
                  source="effective_experts", exhibit="balance"),
     ), tone, page="Routing", layer=worst["label"], expert=busiest)]  # fmt: skip
+
+
+def unseen(run: store.Run, frames: Frames) -> list[Finding]:
+    """Whether layers are unbalanced in a way that the balance loss does not see; nothing where none is."""
+    hidden = frames(imbalance.spreads, run).filter(pl.col("unseen_imbalance")).sort("load_cv", descending=True)
+    if hidden.is_empty():
+        return []
+    worst, names = hidden.row(0, named=True), hidden["label"].to_list()
+    answer = f"The balance loss is satisfied and the load is not balanced in layer{'s' if len(names) > 1 else ''} "
+    more = "Probabilities are flat while tokens go to few experts: the loss has nothing to lower."
+    return [Finding("Balance loss", answer + listed(names), more, (
+        Evidence(f"variation of the load (CV), layer {worst['label']}", worst["load_cv"], control=worst["noise_cv"],
+                 control_is="a balanced router on as few tokens", source="cv", exhibit="load-spread"),
+        Evidence(f"variation of router probability (CV), layer {worst['label']}", worst["probability_cv"],
+                 source="probability_cv", exhibit="load-spread"),
+        Evidence("part of the imbalance that the loss sees", worst["seen"], form="share", source="seen_imbalance",
+                 exhibit="load-probability"),
+    ), "attention", page="Architecture", layer=worst["label"])]  # fmt: skip
 
 
 def dead(run: store.Run, frames: Frames) -> list[Finding]:

@@ -37,6 +37,7 @@ SUBJECTS = (
     Subject("Capture", about_text.capture),
     Subject("Super experts", about_experts.super_experts, headline=True),
     Subject("Balance", about_routing.balance, headline=True),
+    Subject("Balance loss", about_routing.unseen),
     Subject("Dead experts", about_routing.dead),
     Subject("Domains", about_routing.domains, headline=True),
     Subject("Tokens", about_routing.tokens, headline=True),

@@ -17,6 +17,7 @@ import store
 from app import exhibits
 from app.exhibits import Absent
 from app.exhibits import architecture_answers as answers
+from app.findings.findings import findings
 from app.frames import axis, imbalance, kinds, neighbours, shared_output, steps
 from app.frames.architecture import subjects
 from compressor.families import ADAPTERS
@@ -227,5 +228,8 @@ def test_a_loss_that_is_satisfied_is_told_of_only_where_it_hides_something(
     assert row["unseen_imbalance"] is hidden
     assert row["loss"] == pytest.approx(4 * sum(f * p for f, p in zip(load, probability, strict=True)))
     assert ("**The loss is satisfied, and the load is not balanced**" in answers.probability(run)) is hidden
+    found = [one for one in findings(run) if one.subject == "Balance loss"]
+    assert bool(found) is hidden
+    assert all(one.answer.endswith("not balanced in layer 0") for one in found)
     names = [trace.name for trace in exhibits.make("load-spread", run).figure.data]
     assert ("loss satisfied but unbalanced" in names) is hidden

@@ -21,6 +21,7 @@ FLAGS = [
 PAGES = {
     "": "section=Text",
     "routing": "",
+    "architecture": "",
     "tokens": "",
     "expert": "",
     "super-experts": "",
