@@ -15,6 +15,9 @@ from app.frames import sweep as frames_of
 from moescope.errors import InputError
 
 _UNTRAINED = "The router was not trained for these rules."
+_MASKED = ("mask_top", "shared")
+"""Rules of the test of redundancy, which has a figure of its own: they break a model, and save nothing."""
+
 PAIRED = "95 % intervals of pairs of sequences."
 
 
@@ -41,7 +44,7 @@ def costs(
 def domains(run: store.Run, *, frames: Frames = fresh, theme: Theme = "light", sweep: str | None = None) -> Exhibit:
     """Change of the loss, rules x domains."""
     document = chosen(run, sweep)
-    frame = frames_of.rules(document).filter((pl.col("domain") != "all") & (pl.col("rule") != "none"))
+    frame = frames_of.rules(document).filter((pl.col("domain") != "all") & ~pl.col("rule").is_in(["none", *_MASKED]))
     if frame.is_empty():
         raise Absent("This sweep tried no rule.", remedy=command(run))
     return Exhibit(
@@ -139,7 +142,7 @@ def loss_over_k(run: store.Run, *, frames: Frames = fresh, theme: Theme = "light
 def redundancy(run: store.Run, *, frames: Frames = fresh, theme: Theme = "light", sweep: str | None = None) -> Exhibit:
     """Loss without the best experts of each token, and without the shared ones."""
     document = chosen(run, sweep)
-    frame = frames_of.rules(document).filter(pl.col("rule").is_in(["mask_top", "shared"]))
+    frame = frames_of.rules(document).filter(pl.col("rule").is_in(_MASKED))
     if frame.is_empty():
         raise Absent("The test of redundancy was not run on this model.", remedy=command(run, "--redundancy"))
     return Exhibit(
@@ -206,7 +209,7 @@ def trial_of(document: dict[str, Any], trial: str | None, *, varied: bool = Fals
 
 
 def _rules(document: dict[str, Any], run: store.Run, domain: str | None) -> pl.DataFrame:
-    every = frames_of.rules(document)
+    every = frames_of.rules(document).filter(~pl.col("rule").is_in(_MASKED))
     if every.filter(pl.col("rule") != "none").is_empty():
         raise Absent("This sweep tried no rule.", remedy=command(run))
     frame = every.filter(pl.col("domain") == (domain or "all"))

@@ -69,11 +69,9 @@ def by_domain(frame: pl.DataFrame, *, theme: Theme = "light") -> go.Figure:
             hovertemplate="%{y}, %{x}<br>%{z:+.4f} nats per token%{customdata}<extra></extra>",
         )
     )  # fmt: skip
-    layout(
-        figure, title=title, x="domain", y="", theme=theme, height=rows_height(len(rows), each=22), legend=False,
-        xaxis={"type": "category"}, yaxis={"type": "category", "autorange": "reversed"},
-    )  # fmt: skip
-    return figure
+    layout(figure, title=title, x="domain", y="", theme=theme, height=rows_height(len(rows), each=22), legend=False)
+    figure.update_xaxes(type="category")
+    return figure.update_yaxes(type="category", autorange="reversed")
 
 
 def active(frame: pl.DataFrame, *, trial: str, theme: Theme = "light") -> go.Figure:
@@ -111,21 +109,22 @@ def difficulty(frame: pl.DataFrame, *, trial: str, theme: Theme = "light") -> go
     for index, label in enumerate(name for name in frame["label"].unique(maintain_order=True) if name != "all"):
         part = frame.filter(pl.col("label") == label)
         figure.add_scatter(
-            x=part["loss"], y=part["active"], mode="lines", name="one layer", legendgroup="layer", opacity=0.45,
+            x=part["bin"] + 1, y=part["active"], mode="lines", name="one layer", legendgroup="layer",
+            customdata=part["loss"], opacity=0.45,
             showlegend=index == 0, line={"color": colours.muted, "width": 1.2},
-            hovertemplate=f"layer {safe(label)}<br>loss %{{x:.2f}} nats: %{{y:.2f}} experts<extra></extra>",
+            hovertemplate=f"layer {safe(label)}<br>loss %{{customdata:.2f}} nats: %{{y:.2f}} experts<extra></extra>",
         )  # fmt: skip
     mean = frame.filter(pl.col("label") == "all")
-    band(figure, x=mean["loss"], low=mean["active_low"], high=mean["active_high"], colour=colours.accent)
+    band(figure, x=mean["bin"] + 1, low=mean["active_low"], high=mean["active_high"], colour=colours.accent)
     figure.add_scatter(
-        x=mean["loss"], y=mean["active"], mode="lines+markers", name="mean over the layers", marker={"size": 6},
+        x=mean["bin"] + 1, y=mean["active"], mode="lines+markers", name="mean over the layers", marker={"size": 6},
         line={"color": colours.accent, "width": 2.5}, customdata=mean.select("from", "to", "tokens").to_numpy(),
         hovertemplate="loss %{customdata[0]:.2f} to %{customdata[1]:.2f} nats, %{customdata[2]:,.0f} tokens<br>"
         "%{y:.3f} experts<extra></extra>",
     )  # fmt: skip
-    x = "loss of the next token under the model as it is, nats (means of equally many tokens)"
+    x = "mean loss of the next token under the model as it is, nats, in bins of equally many tokens"
     layout(figure, title=title, x=x, y="experts per token", theme=theme, height=400)
-    return figure
+    return figure.update_xaxes(tickvals=mean["bin"] + 1, ticktext=[f"{loss:.2g}" for loss in mean["loss"]])
 
 
 def correlations(frame: pl.DataFrame, *, trial: str, theme: Theme = "light") -> go.Figure:

@@ -23,7 +23,9 @@ def contrast_kl(frame: pl.DataFrame, *, theme: Theme = "light") -> go.Figure:
         part = shown.filter(pl.col("rank") == int(name.split()[1]))
         figure.add_bar(
             x=["all text" if domain == "all" else safe(domain, 24) for domain in part["domain"]], y=part["kl"],
-            name=name, marker={"color": colour}, error_y=whiskers(part["kl"], part["kl_low"], part["kl_high"]),
+            name=name, marker={"color": colour}, error_y=whiskers(
+                part["kl"], part["kl_low"], part["kl_high"], colour=palette(theme).text
+            ),
             customdata=part["agreement"],
             hovertemplate="%{x}<br>KL %{y:.3f} nats per token<br>likeliest token the same for %{customdata:.1%}"
             f"<extra>{name} alone</extra>",
@@ -70,7 +72,7 @@ def rerouting(frame: pl.DataFrame, *, theme: Theme = "light") -> go.Figure:
         part = shown.filter(pl.col("vectors") == name)
         figure.add_scatter(
             x=part["change"], y=["all text" if domain == "all" else safe(domain, 24) for domain in part["domain"]],
-            name=VECTORS[name], mode="markers", marker={"size": 9, "color": colour},
+            name=VECTORS[name], mode="markers", orientation="h", marker={"size": 9, "color": colour},
             error_x=whiskers(part["change"], part["change_low"], part["change_high"], colour=colour),
             customdata=part.select("loss", "tokens").to_numpy(),
             hovertemplate="%{y}<br>%{x:+.4f} nats per token, loss %{customdata[0]:.3f}, %{customdata[1]:,.0f} tokens"
@@ -96,7 +98,7 @@ def search(frame: pl.DataFrame, *, where: str = "all items", theme: Theme = "lig
     figure = go.Figure(
         go.Bar(
             x=shown["solved"], y=shown["branches"], orientation="h", marker={"color": wheel},
-            error_x=whiskers(shown["solved"], shown["solved_low"], shown["solved_high"]),
+            error_x=whiskers(shown["solved"], shown["solved_low"], shown["solved_high"], colour=colours.text),
             hovertemplate="%{y}<br>%{x:.1%} of the items<extra></extra>",
         )
     )  # fmt: skip
