@@ -17,7 +17,7 @@ VIEWS = [Path(page.file).stem for page in PAGES]
 SHAPES = {
     "one layer": Shape(layers=1, experts=8, top_k=2, tokens=2_000, traced=4),
     "top-1": Shape(layers=3, experts=8, top_k=1, tokens=2_000, traced=4),
-    "94 x 384": Shape(layers=94, experts=384, top_k=8, tokens=10_000, traced=1),
+    "48 x 384": Shape(layers=48, experts=384, top_k=8, tokens=10_000, traced=1),
     "counts only": Shape(layers=4, experts=16, top_k=2, tokens=10_000, traced=0, outputs=False),
 }
 
@@ -58,16 +58,24 @@ def test_every_section_of_every_page(
         assert any(len(kind) for kind in kinds)
 
 
+@pytest.fixture(scope="module")
+def damaged(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A store for each kind of damage, with a run that has it and one that has not."""
+    folders = {name: tmp_path_factory.mktemp("damaged") for name in ("cut", "foreign")}
+    for name, folder in folders.items():
+        synthetic.finished(folder, "good", metrics=False)
+        path = synthetic.finished(folder, "bad", metrics=False)
+        whole = path.read_bytes()
+        path.write_bytes(whole[: len(whole) // 3] if name == "cut" else b"This is no DuckDB file." * 1000)
+    return folders
+
+
 @pytest.mark.parametrize("view", VIEWS)
 @pytest.mark.parametrize("damage", ["cut", "foreign"])
 def test_a_damaged_file_is_named_and_the_other_runs_still_open(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, view: str, damage: str
+    damaged: dict[str, Path], monkeypatch: pytest.MonkeyPatch, view: str, damage: str
 ) -> None:
-    synthetic.finished(tmp_path, "good", metrics=False)
-    path = synthetic.finished(tmp_path, "bad", metrics=False)
-    whole = path.read_bytes()
-    path.write_bytes(whole[: len(whole) // 3] if damage == "cut" else b"This is no DuckDB file." * 1000)
-    app = visited(monkeypatch, tmp_path, view, run="bad")
+    app = visited(monkeypatch, damaged[damage], view, run="bad")
     assert app.error or app.warning
     said = " ".join(str(one.value) for one in (*app.error, *app.warning))
     assert "bad" in said

@@ -6,10 +6,12 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import synthetic
 from streamlit.testing.v1 import AppTest
+from visiting import visited
 
 import store
 from app.views import PAGES
@@ -32,27 +34,40 @@ CHARTS = {
     "data": 0,  # the answer of a question is first a table
 }
 Opener = Callable[..., AppTest]
+OTHER_RUNS: dict[str, dict[str, Any]] = {
+    "without text": {"text": False},
+    "routing alone": {"activations": False},
+    "without metrics": {"metrics": False},
+    "hostile": {"hostile": True},
+}
 
 
 @pytest.fixture
 def open_app(monkeypatch: pytest.MonkeyPatch) -> Opener:
-    """Opens the dashboard on a store, with query parameters."""
+    """Opens the dashboard on a store, with query parameters, or one page of it by its file; it must not raise."""
 
-    def opener(directory: Path, **parameters: str) -> AppTest:
-        monkeypatch.setenv("MOESCOPE_STORE", str(directory))
-        app = AppTest.from_file(str(ROOT / "main.py"), default_timeout=60)
-        for name, value in parameters.items():
-            app.query_params[name] = value
-        return app.run()
+    def opener(directory: Path, file: str = "", **parameters: str) -> AppTest:
+        return visited(monkeypatch, directory, Path(file).stem, **parameters)
 
     return opener
 
 
-def visit(app: AppTest, file: str) -> AppTest:
-    """Switch to a page; it must not raise."""
-    app.switch_page(file).run()
-    assert not app.exception, app.exception[0].message
-    return app
+@pytest.fixture(scope="module")
+def others(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A store for each kind of run, so that pages share what is made of it. Do not change them."""
+    stores = {name: tmp_path_factory.mktemp("store") for name in OTHER_RUNS}
+    for name, directory in stores.items():
+        synthetic.finished(directory, **OTHER_RUNS[name])
+    return stores
+
+
+@pytest.fixture(scope="module")
+def growing(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
+    """A store for each number of shards that a run has which is being collected. Do not change them."""
+    stores = {shards: tmp_path_factory.mktemp("live") for shards in (0, 1, 3)}
+    for shards, directory in stores.items():
+        synthetic.live(directory, shards=shards)
+    return stores
 
 
 def texts(app: AppTest) -> str:
@@ -74,7 +89,7 @@ def assert_charts(app: AppTest, file: str) -> None:
 
 @pytest.mark.parametrize("file", FILES)
 def test_every_page_opens_on_a_finished_run(open_app: Opener, finished_path: Path, file: str) -> None:
-    app = visit(open_app(finished_path.parent), file)
+    app = open_app(finished_path.parent, file)
     assert_charts(app, file)
     assert not app.error
     assert all(chart.proto.alt for chart in app.get("plotly_chart"))
@@ -85,8 +100,7 @@ def test_every_page_opens_on_a_finished_run(open_app: Opener, finished_path: Pat
 
 @pytest.mark.parametrize("file", FILES)
 def test_every_page_of_an_empty_store_says_what_to_do(open_app: Opener, tmp_path: Path, file: str) -> None:
-    app = open_app(tmp_path / "nothing here")
-    assert not app.exception
+    app = open_app(tmp_path / "nothing here", file)
     commands = [code.value for code in app.code]
     assert "moescope demo" in commands
     assert "moescope collect MODEL --data PATH" in commands
@@ -94,9 +108,8 @@ def test_every_page_of_an_empty_store_says_what_to_do(open_app: Opener, tmp_path
 
 @pytest.mark.parametrize("file", FILES)
 @pytest.mark.parametrize("shards", [0, 1, 3])
-def test_every_page_of_a_live_run(open_app: Opener, tmp_path: Path, file: str, shards: int) -> None:
-    synthetic.live(tmp_path, shards=shards)
-    app = visit(open_app(tmp_path), file)
+def test_every_page_of_a_live_run(open_app: Opener, growing: dict[int, Path], file: str, shards: int) -> None:
+    app = open_app(growing[shards], file)
     progress = app.get("progress")[0].proto
     assert f"{240 * shards:,} of 10,000 tokens" in progress.text
     assert "120 tokens/s" in progress.text
@@ -106,7 +119,7 @@ def test_every_page_of_a_live_run(open_app: Opener, tmp_path: Path, file: str, s
 
 def test_a_live_run_that_becomes_finished_is_shown_as_finished(open_app: Opener, tmp_path: Path) -> None:
     writer = synthetic.live(tmp_path, shards=2)
-    app = visit(open_app(tmp_path), FILES[1])
+    app = open_app(tmp_path, FILES[1])
     assert app.get("progress")
     writer.finish(seconds=1.0)
     app.run()
@@ -129,40 +142,36 @@ def test_a_run_that_is_being_collected_is_offered_beside_a_finished_one(open_app
 def test_an_interrupted_collection_says_how_to_go_on(open_app: Opener, tmp_path: Path) -> None:
     writer = synthetic.live(tmp_path)
     writer.write_progress(store.Progress(tokens=240, token_budget=10_000, state="interrupted", detail="Ctrl-C"))
-    app = visit(open_app(tmp_path), FILES[0])
+    app = open_app(tmp_path, FILES[0])
     assert "--resume" in texts(app)
 
 
 @pytest.mark.parametrize("file", FILES)
-def test_every_page_of_a_run_without_text(open_app: Opener, tmp_path: Path, file: str) -> None:
-    synthetic.finished(tmp_path, text=False)
-    app = visit(open_app(tmp_path), file)
+def test_every_page_of_a_run_without_text(open_app: Opener, others: dict[str, Path], file: str) -> None:
+    app = open_app(others["without text"], file)
     if file.endswith("tokens.py"):
         assert "keeps no text" in texts(app)
         assert len(charts(app)) == 1
 
 
 @pytest.mark.parametrize("file", FILES)
-def test_every_page_of_a_routing_run(open_app: Opener, tmp_path: Path, file: str) -> None:
-    synthetic.finished(tmp_path, activations=False)
-    app = visit(open_app(tmp_path), file)
+def test_every_page_of_a_routing_run(open_app: Opener, others: dict[str, Path], file: str) -> None:
+    app = open_app(others["routing alone"], file)
     if file.endswith("super_experts.py"):
         assert "--level routing,activations" in texts(app)
         assert not charts(app)
 
 
 @pytest.mark.parametrize("file", FILES)
-def test_every_page_without_derived_metrics(open_app: Opener, tmp_path: Path, file: str) -> None:
-    synthetic.finished(tmp_path, metrics=False)
-    app = visit(open_app(tmp_path), file)
+def test_every_page_without_derived_metrics(open_app: Opener, others: dict[str, Path], file: str) -> None:
+    app = open_app(others["without metrics"], file)
     if file.endswith("local_consistency.py"):
         assert "moescope runs compute" in texts(app)
 
 
 @pytest.mark.parametrize("file", FILES)
-def test_hostile_text_never_becomes_markup(open_app: Opener, tmp_path: Path, file: str) -> None:
-    synthetic.finished(tmp_path, hostile=True)
-    app = visit(open_app(tmp_path), file)
+def test_hostile_text_never_becomes_markup(open_app: Opener, others: dict[str, Path], file: str) -> None:
+    app = open_app(others["hostile"], file)
     for element in (*app.markdown, *app.caption, *app.info, *app.warning):
         # A backslash before "<" makes it text in Markdown.
         assert not re.search(r"(?<!\\)<", element.value), element.value
@@ -181,7 +190,7 @@ def test_bad_values_in_the_url_fall_back(open_app: Opener, finished_path: Path, 
         "devices": "-3", "nodes": "7", "redundant": "1e9", "method": "magic", "requests": "0",
         "section": "nothing", "expert": "<script>", "sql": "drop table run",
     }  # fmt: skip
-    app = visit(open_app(finished_path.parent, **bad), file)
+    app = open_app(finished_path.parent, file, **bad)
     assert app.session_state["run"] == "synthetic"
     assert_charts(app, file)
 
@@ -189,8 +198,7 @@ def test_bad_values_in_the_url_fall_back(open_app: Opener, finished_path: Path, 
 def test_a_link_restores_the_view(open_app: Opener, tmp_path: Path) -> None:
     synthetic.finished(tmp_path, "first")
     synthetic.finished(tmp_path, "second")
-    app = open_app(tmp_path, run="first", domain="deutsch", sequence="4", layer="3", token="7")
-    visit(app, "views/tokens.py")
+    app = open_app(tmp_path, "views/tokens.py", run="first", domain="deutsch", sequence="4", layer="3", token="7")
     assert app.session_state["run"] == "first"
     assert app.session_state["sequence"] == 4
     assert app.session_state["layer"] == "3"
@@ -209,7 +217,7 @@ def test_choosing_another_run_changes_the_page(open_app: Opener, tmp_path: Path)
 
 
 def test_a_domain_changes_the_figures(open_app: Opener, finished_path: Path) -> None:
-    app = visit(open_app(finished_path.parent), "views/routing.py")
+    app = open_app(finished_path.parent, "views/routing.py")
     before = charts(app)[0]["data"][0]["z"]
     app.selectbox(key="domain").select("code").run()
     assert not app.exception
@@ -235,8 +243,10 @@ def test_a_run_that_vanishes_or_is_renamed_is_explained(open_app: Opener, tmp_pa
 
 def test_a_damaged_or_locked_run_is_a_sentence(open_app: Opener, tmp_path: Path) -> None:
     (tmp_path / "damaged.duckdb").write_bytes(b"this is no database at all")
+    app = open_app(tmp_path)
     for file in FILES:
-        app = visit(open_app(tmp_path), file)
+        app.switch_page(file).run()
+        assert not app.exception
         assert "cannot be read" in texts(app)
 
 
