@@ -43,7 +43,12 @@ sample-model: install  ## train the sample model again (Debian 12; hours); its t
 	rm -f sample_data/runs/sample*.duckdb
 	$(BIN)/moescope collect sample_data/model --data sample_data/texts/*.jsonl --tokens 108k --dtype float32 \
 	    --level routing,activations,attention,similarity,errors,lookahead,predictions \
+	    --router-scores 16 --scores-every 16 \
 	    --store sample_data/runs --name sample
+	rm -rf sample_data/runs/sample.evaluations
+	$(BIN)/moescope sweep sample_data/model --data sample_data/texts/*.jsonl --dtype float32 --tokens 20k --all \
+	    --contrast-rank 1,2,3,4 --contrast-beta 0.25,0.5,1 --rerouting-sequences 14 \
+	    --store sample_data/runs --against sample
 
 screenshots: install  ## shoot every page, light and dark, into docs/screenshots (needs Chromium)
 	$(BIN)/python -P -m app.cli demo --no-dashboard --store build/screenshots

@@ -73,6 +73,8 @@ def profile_sample(store: Path, *, tokens: int, name: str = "") -> Path:
         store=store,
         name=name or datetime.now().strftime("demo-%Y%m%d-%H%M%S"),
         level="routing,activations",
+        router_scores=16,
+        scores_every=8,
         tokenizer=tokenizer,
         progress=show_progress,
         flush_seconds=3.0,  # a demo is watched while it grows
@@ -83,15 +85,17 @@ def profile_sample(store: Path, *, tokens: int, name: str = "") -> Path:
 
 
 def _lay_out_bundled_run(store: Path) -> None:
-    """Copy the finished run that comes with moescope into the store, unless it is there already."""
+    """Copy the bundled run, and what was measured of its model, into the store, unless it is there already."""
     from sample_data import RUN
-    from store import Catalog
+    from store import Catalog, list_evaluations, read_evaluation, write_evaluation
 
     if any(entry.name == BUNDLED for entry in Catalog(store).entries()):
         return
     store.mkdir(parents=True, exist_ok=True)
     for source in sorted(RUN.parent.glob(f"{RUN.stem}*.duckdb")):
         shutil.copyfile(source, store / source.name.replace(RUN.stem, BUNDLED, 1))
+    for source in list_evaluations(RUN):
+        write_evaluation(store / f"{BUNDLED}{RUN.suffix}", read_evaluation(source))
 
 
 def _open_dashboard(store: Path, address: Address, browser: bool) -> subprocess.Popen[bytes]:
