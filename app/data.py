@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 import os
 from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -34,12 +35,16 @@ def store_directories() -> list[Path]:
 
 
 def entries() -> dict[str, Entry]:
-    """All runs of all stores by name, the newest first; of two runs with one name, the first store's counts."""
+    """All runs of all stores by name, the newest first; of two runs with one name, the first store's counts.
+
+    Raises:
+        StoreError: a store cannot be read.
+    """
     found: dict[str, Entry] = {}
     for directory in store_directories():
         for entry in Catalog(directory).entries():
             found.setdefault(entry.name, entry)
-    return dict(sorted(found.items(), key=lambda item: _age(item[1].path)))
+    return dict(sorted(found.items(), key=lambda item: _age(item[1].path, item[1].inode)))
 
 
 def open_run(path: Path) -> Run:
@@ -248,8 +253,11 @@ def _named(maker: Callable[..., Any]) -> str:
     return f"{module}.{maker.__qualname__}"
 
 
-def _age(path: Path) -> float:
-    """Seconds before the epoch of the last change, so that the newest sorts first; 0 for what just vanished."""
+@lru_cache(maxsize=1 << 14)
+def _age(path: Path, inode: int) -> float:
+    """Seconds before the epoch of the last change, so that the newest sorts first; 0 for what just vanished. A run file
+    is never written again, so each is asked once; of a folder that grows, the first answer holds.
+    """
     try:
         return -path.stat().st_mtime
     except OSError:

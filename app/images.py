@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import re
-import tempfile
 from pathlib import Path
 from typing import Literal
 
 import plotly.graph_objects as go
 
+import store
 from app.figures.style import Theme, palette
 from moescope.errors import InputError, RunError
 
@@ -79,20 +78,9 @@ def write_whole(path: Path, content: bytes) -> None:
 
     Raises:
         InputError: it cannot be written there.
+        RunError: the disk is full.
     """
-    temporary: str | None = None
-    try:
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(temporary, 0o666 & ~mask)
-        os.replace(temporary, path)
-    except OSError as error:
-        if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)
-        raise InputError(f"{path} cannot be written: {error.strerror or error}") from error
+    store.write_whole(path, content)
 
 
 def _on_background(figure: go.Figure, theme: Theme) -> go.Figure:

@@ -15,7 +15,7 @@ from app.components.theme_watch import theme_watch
 from app.sample import remarks
 from app.views import PAGES
 from moescope import __version__
-from moescope.errors import MoescopeError
+from moescope.errors import MoescopeError, StoreError
 from store import Entry
 
 LOOK_EVERY = 3.0
@@ -31,7 +31,11 @@ def main() -> None:
         for index, page in enumerate(PAGES)
     ]
     chosen_page = st.navigation(pages, expanded=True)
-    entries = data.entries()
+    try:
+        entries = data.entries()
+    except StoreError as error:
+        header.closed_store(str(error))
+        return
     with st.sidebar:
         chosen = state.choose_run(entries)
         if chosen is not None:
@@ -53,7 +57,7 @@ def main() -> None:
 def _focus(entry: Entry) -> None:
     try:
         focus_bar(data.open_run(entry.path))
-    except MoescopeError:
+    except (MoescopeError, OSError):
         return  # the page says what is wrong with the run
 
 
@@ -65,7 +69,7 @@ def _about(entry: Entry) -> None:
         st.caption(state.plain(run.info.model) + size)
         for remark in remarks(run):
             st.caption(remark)
-    except MoescopeError:
+    except (MoescopeError, OSError):
         st.badge("cannot be read", color="red")
 
 
@@ -85,7 +89,11 @@ def _offer_live(entries: dict[str, Entry], chosen: state.Chosen) -> None:
 @st.fragment(run_every=LOOK_EVERY)
 def _look_for_runs(known: tuple[tuple[str, bool], ...]) -> None:
     """Draw everything again when a run appears, is finished, or goes."""
-    if _names(data.entries()) != known:
+    try:
+        now = _names(data.entries())
+    except StoreError:
+        now = ()
+    if now != known:
         st.rerun(scope="app")
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import sys
 import threading
@@ -12,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 
+import store
 from moescope.errors import InputError
 
 EVERY = 0.5
@@ -102,9 +102,8 @@ class ByteProgress:
     def _write(self, done: int, total: int, speed: float, left: float | None) -> None:
         assert self._file is not None
         document = {"done_bytes": done, "total_bytes": total, "bytes_per_second": round(speed), "seconds_left": left}
-        temporary = self._file.with_name(f".{self._file.name}.{os.getpid()}.tmp")
         try:
-            temporary.write_text(json.dumps(document) + "\n", encoding="utf-8")
-            os.replace(temporary, self._file)
+            with store.replacing(self._file, lasting=False) as temporary:
+                temporary.write_text(json.dumps(document) + "\n", encoding="utf-8")
         except OSError as error:
             raise InputError(f"--progress-file {self._file}: {error.strerror or error}") from error

@@ -52,13 +52,14 @@ def compact(folder: Path, target: Path, info: RunInfo) -> None:
 
 
 def _fill(connection: duckdb.DuckDBPyConnection, folder: Path, info: RunInfo) -> None:
+    content = live.contents(folder)
     for name, table in tables().items():
         if name in ("run", _TRACE):
             continue
         if holds_vectors(table):
-            _fill_vectors(connection, folder, table)
+            _fill_vectors(connection, table, content.get(name, []))
             continue
-        query = merge_query(table, live.source(folder, name))
+        query = merge_query(table, live.source(folder, name, content))
         order = f" order by {', '.join(quoted(key) for key in table.keys)}" if table.keys else ""
         connection.execute(f"create table data.{quoted(name)} ({table.definition()})")
         connection.execute(f"insert into data.{quoted(name)} {query}{order}")
@@ -77,9 +78,9 @@ def _fill(connection: duckdb.DuckDBPyConnection, folder: Path, info: RunInfo) ->
     _insert_run(connection, info)
 
 
-def _fill_vectors(connection: duckdb.DuckDBPyConnection, folder: Path, table: Table) -> None:
+def _fill_vectors(connection: duckdb.DuckDBPyConnection, table: Table, files: list[Path]) -> None:
     connection.execute(f"create table data.{quoted(table.name)} ({table.definition()})")
-    for part in merged_layers(table, live.files(folder, table.name)):  # noqa: B007  DuckDB reads it by its name
+    for part in merged_layers(table, files):  # noqa: B007  DuckDB reads it by its name
         connection.execute(f"insert into data.{quoted(table.name)} select * from part")
 
 

@@ -8,7 +8,7 @@ import duckdb
 
 from moescope.errors import ShardError
 from store import live
-from store.schema import literal, tables
+from store.schema import literal
 
 
 def damage(folder: Path, error: Exception) -> ShardError:
@@ -30,7 +30,8 @@ def damage(folder: Path, error: Exception) -> ShardError:
 
 def _damaged(folder: Path) -> list[Path]:
     with duckdb.connect() as connection:
-        return [file for name in tables() for file in live.files(folder, name) if not _is_readable(connection, file)]
+        files = [file for found in live.contents(folder).values() for file in found]
+        return [file for file in files if not _is_readable(connection, file)]
 
 
 def _is_readable(connection: duckdb.DuckDBPyConnection, file: Path) -> bool:

@@ -11,8 +11,9 @@ import json
 import os
 import re
 import socket
+from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import asdict
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -102,20 +103,22 @@ def _progress(folder: Path) -> dict[str, Any] | None:
 
 def shards(folder: Path) -> list[Path]:
     """The complete shards, in the order in which they were written: that of their numbers, whatever the clock said."""
-    return [folder / entry.name for entry in _shards(folder)]
+    return [folder / one.name for one in listing(folder) if one.name.startswith("shard-") and one.is_dir()]
 
 
-def newest(folder: Path) -> tuple[int, str, int]:
-    """How many shards there are, and the last one's name and inode: another whenever one came, without asking each."""
-    found = _shards(folder)
-    return (len(found), found[-1].name, found[-1].inode()) if found else (0, "", 0)
+def contents(folder: Path) -> dict[str, list[Path]]:
+    """The Parquet files of each table that a shard holds, in the order of the shards; one look at each shard."""
+    found: dict[str, list[Path]] = defaultdict(list)
+    for shard in shards(folder):
+        for entry in listing(shard):
+            found[entry.name.removesuffix(".parquet")].append(shard / entry.name)
+    verdicts = [folder / CHECKS / one.name for one in _verdicts(folder)]
+    return {**found, "check": [*found["check"], *verdicts]}
 
 
 def files(folder: Path, table: str) -> list[Path]:
     """The Parquet files of one table, in the order of the shards."""
-    name = f"{table}.parquet"
-    found = [folder / shard.name / name for shard in _shards(folder) if name in _content(shard.path, shard.inode())]
-    return found + ([folder / CHECKS / one.name for one in _verdicts(folder)] if table == "check" else [])
+    return contents(folder).get(table, [])
 
 
 def next_verdicts(folder: Path) -> Path:
@@ -124,23 +127,18 @@ def next_verdicts(folder: Path) -> Path:
     return folder / CHECKS / f"{max(taken, default=-1) + 1:06d}.parquet"
 
 
-def _shards(folder: Path) -> list[os.DirEntry[str]]:
-    return [entry for entry in listing(folder) if entry.name.startswith("shard-") and entry.is_dir()]
-
-
 def _verdicts(folder: Path) -> list[os.DirEntry[str]]:
     return [entry for entry in listing(folder / CHECKS) if re.fullmatch(r"\d{6}\.parquet", entry.name)]
 
 
-@lru_cache(maxsize=1 << 14)
-def _content(shard: str, inode: int) -> frozenset[str]:
-    """Names of the files of a shard, which never change."""
-    return frozenset(entry.name for entry in listing(Path(shard)))
+def source(folder: Path, table: str, content: Mapping[str, list[Path]] | None = None) -> str:
+    """A table function over the shards of one table, or an empty table where no shard holds it.
 
-
-def source(folder: Path, table: str) -> str:
-    """A table function over the shards of one table, or an empty table where no shard holds it."""
-    present = ", ".join(literal(file) for file in files(folder, table))
+    Args:
+        content: :func:`contents` of the folder, by who asks for many tables.
+    """
+    found = (contents(folder) if content is None else content).get(table, [])
+    present = ", ".join(literal(file) for file in found)
     if present:
         return f"read_parquet([{present}], union_by_name = true)"
     columns = ", ".join(f"null::{column.type} as {column.name}" for column in tables()[table].columns)

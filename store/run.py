@@ -71,12 +71,13 @@ def open_run(path: str | Path, *, text: bool = True) -> Run:
 def version_of(path: Path) -> tuple[object, ...]:
     """What changes whenever the content of a run changes, or a measurement beside it: a key for caches.
 
-    However many shards there are, it asks about none of them: a new one is known by its name and its inode. Nothing in
-    it depends on what the clock said.
+    However many shards there are, it asks about the last one only. A clock that was set back changes nothing: what
+    replaces a file has another inode, or another time.
     """
     measured = [Path(entry.path) for entry in listing(evaluations.folder_of(path)) if entry.name.endswith(".json")]
     if path.name.endswith(live.SUFFIX):
-        return (str(path), *live.newest(path), *_stamps(measured))
+        shards = live.shards(path)  # the last one tells a collection from another that had the name before
+        return (str(path), len(shards), *_stamps([*shards[-1:], *measured]))
     return (str(path), *_stamps([path, derived.path_of(path), *measured]))
 
 
@@ -569,8 +570,9 @@ def _open_folder(path: Path, hidden: Sequence[str]) -> duckdb.DuckDBPyConnection
     require_version(live.read_info(path).schema_version, path.name)
     opened = connection.connect({})
     try:
+        content = live.contents(path)
         for name, table in tables().items():
-            rows = merge_query(table, live.source(path, name))
+            rows = merge_query(table, live.source(path, name, content))
             opened.execute(f"create view {quoted(name)} as {_unless(name in hidden, rows)}")
         experts = opened.sql("select coalesce(max(num_experts), 0) from layer").fetchall()[0][0]
     except duckdb.Error as error:

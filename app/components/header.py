@@ -27,6 +27,8 @@ def title(name: str, run: Run, *, what: str) -> None:
     if run.badge.status in ("invalid", "warning"):
         show = st.error if run.badge.status == "invalid" else st.warning
         show(plain(run.badge.reason, 300))
+    for sentence in run.unreadable:
+        st.warning(plain(sentence, 300))
     if run.live:
         progress(run)
 
@@ -59,6 +61,14 @@ def progress(run: Run) -> None:
         f"{done.tokens:,}{budget} tokens · {done.tokens_per_second:,.0f} tokens/s · {duration(done.seconds_left)} left"
     )
     st.progress(share, text="compacting the shards into one file" if done.state == "compacting" else text)
+
+
+def closed_store(reason: str) -> None:
+    """The page of a store whose folder cannot be read."""
+    st.title("The store cannot be read", anchor=False)
+    st.error(plain(reason, 300))
+    if st.button("Look again", icon=":material/refresh:"):
+        st.rerun()
 
 
 def empty_store(directories: list[str]) -> None:

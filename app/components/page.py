@@ -8,17 +8,16 @@ import streamlit as st
 
 from app import data, focus, state
 from app.components import header
-from moescope.errors import MoescopeError
-from store import Run
+from moescope.errors import MoescopeError, StoreError
+from store import Entry, Run
 
 REFRESH_SECONDS = 2.0
 
 
 def render(body: Callable[[Run], None]) -> None:
     """Draw a page for the chosen run; while it is collected, draw again every two seconds."""
-    entries = data.entries()
     name = st.session_state.get("run")
-    entry = entries.get(name) if name is not None else None
+    entry = _found(name)
     if entry is None:
         _gone(name)
         return
@@ -29,7 +28,7 @@ def _guarded(body: Callable[[Run], None], name: str, was_live: bool) -> None:
     """One drawing of the page; what can go wrong with a file becomes a sentence."""
     if focus.moved():
         st.rerun(scope="app")
-    entry = data.entries().get(name)
+    entry = _found(name)
     if entry is None:
         _gone(name)
         return
@@ -37,12 +36,23 @@ def _guarded(body: Callable[[Run], None], name: str, was_live: bool) -> None:
         st.rerun(scope="app")
     try:
         body(data.open_run(entry.path))
-    except MoescopeError as error:
-        if name not in data.entries():
+    except (MoescopeError, OSError) as error:  # a file may go at any moment
+        after = _found(name)
+        if after is None:
             _gone(name)
             return
+        if after.path != entry.path:  # finished while it was read
+            st.rerun(scope="app")
         st.error(f"The run cannot be read: {state.plain(str(error), 300)}")
         st.button("Try again", icon=":material/refresh:", key="try-again")
+
+
+def _found(name: str | None) -> Entry | None:
+    """The run of that name, if it is there, in a store that can be read."""
+    try:
+        return data.entries().get(name) if name is not None else None
+    except StoreError:
+        return None
 
 
 def _gone(name: str | None) -> None:

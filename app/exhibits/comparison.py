@@ -57,11 +57,18 @@ def second(run: store.Run, frames: Frames, other: str | None) -> Second:
     if not other:
         raise Absent("A comparison takes a second run, and none was named.", remedy=f"moescope compare {run.name} RUN")
     path = store.Catalog(run.path.parent).resolve(other)
-    folders = (store.plan_path(one, "plan", "x").parent for one in (run.path, path))
-    stamps = tuple(folder.stat().st_mtime_ns if folder.is_dir() else 0 for folder in folders)
+    stamps = tuple(_stamp(store.plan_path(one, "plan", "x").parent) for one in (run.path, path))
     version = (*store.version_of(path), *stamps)
     found = frames(_link, run, other=str(path), version=version)
     return Second(path, version, path.name.partition(".")[0] if path.is_dir() else path.stem, found)
+
+
+def _stamp(folder: Path) -> int:
+    """What changes when a document is put into a folder or taken out of it."""
+    try:
+        return folder.stat().st_mtime_ns
+    except OSError:
+        return 0
 
 
 def compared(run: store.Run, frames: Frames, there: Second, *, by_position: bool) -> tables.Tables:

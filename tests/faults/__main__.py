@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import os
 import random
+import resource
 import shutil
 import sys
 import tempfile
@@ -56,22 +57,25 @@ def main() -> int:
 
 def _preload() -> None:
     """Import what children would spend their time on; nothing of it may start a thread."""
-    import numba  # noqa: F401
     import scipy.stats  # noqa: F401
     import sklearn  # noqa: F401
+    from numba.core.registry import cpu_target
 
-    import app.report.document
+    import app.commands.report
     import app.report.html  # noqa: F401
     import profiler.headline  # noqa: F401
+
+    cpu_target.typing_context.refresh()
+    cpu_target.target_context.refresh()
 
 
 def _try_out(make: Callable[[Path], Subject], folder: Path, kills: int, chance: random.Random) -> int:
     """Kill one kind of work so often; the number of kills that did harm."""
-    began = time.monotonic()
+    began, spent = time.monotonic(), _spent()
     subject = make(folder / "shared")
     _must(lambda say: subject.prepare(folder), folder)
     trial = folder / "trial"
-    _must(lambda say: subject.begin(trial), folder)
+    subject.begin(trial)
     whole = _must(lambda say: subject.work(trial, say), trial)
     shutil.rmtree(trial)
     stages: Counter[str] = Counter()
@@ -80,7 +84,7 @@ def _try_out(make: Callable[[Path], Subject], folder: Path, kills: int, chance: 
     while stages.total() < kills:
         moment = chance.random() * whole.seconds
         harm = Harm(seconds=moment) if chance.random() < 0.5 else Harm(change=chance.randint(1, whole.changes))
-        _must(lambda say: subject.begin(trial), folder)
+        subject.begin(trial)
         outcome = run_child(lambda say: subject.work(trial, say), trial, harm)
         if outcome.error:
             raise RuntimeError(f"{subject.name} failed by itself:\n{outcome.error}")
@@ -95,8 +99,8 @@ def _try_out(make: Callable[[Path], Subject], folder: Path, kills: int, chance: 
         harms += [f"{harm}: {line}" for line in told]
         shutil.rmtree(trial, ignore_errors=True)
     print(
-        f"{subject.name:<11}{kills:>5} kills, {harmed} did harm; {time.monotonic() - began:.0f} s; "
-        f"undisturbed {whole.seconds:.2f} s, {whole.changes} changes of files"
+        f"{subject.name:<11}{kills:>5} kills, {harmed} did harm; {time.monotonic() - began:.0f} s, "
+        f"{_spent() - spent:.0f} s of processors; undisturbed {whole.seconds:.2f} s, {whole.changes} changes of files"
     )
     for stage, count in sorted(stages.items()):
         print(f"{'':<11}{count:>5} {stage}")
@@ -120,6 +124,11 @@ def _judge(subject: Subject, trial: Path, said: list[Any], stages: Counter[str])
     if outcome.error:
         told.append(f"({stage}) failed afterwards: {outcome.error.strip().splitlines()[-1]}")
     return [f"({stage}) {line}" if not line.startswith("(") else line for line in told]
+
+
+def _spent() -> float:
+    """Seconds of processors that this process and its children have taken."""
+    return sum(sum(resource.getrusage(who)[:2]) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
 
 
 def _must(work: Callable[[Callable[[Any], None]], None], folder: Path) -> Any:

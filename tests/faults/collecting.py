@@ -30,7 +30,7 @@ class Collecting:
         shared.mkdir(parents=True, exist_ok=True)
         # A shard after every forward, always: forwards that share one are added up in 32 bits before they meet others.
         session.WRITING_SHARE, session.LOSS_SHARE = float("inf"), 0.0
-        self._text.write_text("It was a bright cold day in April.\n\ndef f(x):\n    return x + 1\n\n" * 12)
+        self._text.write_text("It was a bright cold day in April.\n\ndef f(x):\n    return x + 1\n\n" * 8)
         self._model = build("olmoe", num_hidden_layers=2)
         self._tokenizer = tokenizer()
 

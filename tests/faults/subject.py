@@ -11,7 +11,7 @@ from tests.faults.killing import Say
 
 
 class Subject(Protocol):
-    """One kind of work. Everything but ``name`` and ``prepare`` runs in children."""
+    """One kind of work. Everything but ``begin`` runs in children."""
 
     name: str
 
@@ -19,7 +19,7 @@ class Subject(Protocol):
         """Make what all trials share; runs once, in a child."""
 
     def begin(self, folder: Path) -> None:
-        """Make what one trial needs in its own folder; runs in a child."""
+        """Make what one trial needs in its own folder; runs in the process that forks, so it only copies files."""
 
     def work(self, folder: Path, say: Say) -> None:
         """The work, which may be killed; ``say`` reports what is committed."""
