@@ -26,12 +26,13 @@ from store.whole import is_alive, listing, write_whole
 SUFFIX = ".live"
 CHECKS = "checks"
 _INFO, _PROGRESS = "run.json", "progress.json"
+_THEN = " and go on with --resume"
 _WORKING = ("collecting", "compacting")
 
 
 def write_info(folder: Path, info: RunInfo) -> None:
     """Store the provenance of a run that begins."""
-    write_whole(folder / _INFO, json.dumps(info.to_row(), sort_keys=True, default=str))
+    write_whole(folder / _INFO, json.dumps(info.to_row(), sort_keys=True, default=str), then=_THEN)
 
 
 def read_info(folder: Path) -> RunInfo:
@@ -49,7 +50,7 @@ def read_info(folder: Path) -> RunInfo:
 def write_progress(folder: Path, progress: Progress) -> None:
     """Tell readers how far the collection is, and which process does it."""
     content = {**asdict(progress), "host": socket.gethostname(), "pid": os.getpid()}
-    write_whole(folder / _PROGRESS, json.dumps(content, sort_keys=True), lasting=False)
+    write_whole(folder / _PROGRESS, json.dumps(content, sort_keys=True), lasting=False, then=_THEN)
 
 
 def read_progress(folder: Path) -> Progress | None:

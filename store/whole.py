@@ -51,8 +51,12 @@ def replacing(path: Path, *, lasting: bool = True) -> Iterator[Path]:
         sweep(path.parent)
 
 
-def write_whole(path: Path, content: str | bytes, *, lasting: bool = True) -> None:
+def write_whole(path: Path, content: str | bytes, *, lasting: bool = True, then: str = "") -> None:
     """Write a file that readers see whole: the old one or the new one.
+
+    Args:
+        lasting: see :func:`replacing`.
+        then: see :func:`refusal`.
 
     Raises:
         RunError: the disk is full.
@@ -62,7 +66,7 @@ def write_whole(path: Path, content: str | bytes, *, lasting: bool = True) -> No
         with replacing(path, lasting=lasting) as temporary:
             temporary.write_bytes(content.encode() if isinstance(content, str) else content)
     except OSError as error:
-        raise refusal(path, error) from error
+        raise refusal(path, error, then) from error
 
 
 def sync(path: Path) -> None:

@@ -40,7 +40,9 @@ def write_file(folder: Path, file: OutputFile, reader: Reader, progress: Progres
         sync_folder(folder)
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        raise RunError(f"{target} cannot be written: {error.strerror or error}") from error
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        then = f": make room on the disk of {folder} and do the same again, it goes on where it was" if full else ""
+        raise RunError(f"{target} cannot be written: {error.strerror or error}{then}") from error
 
 
 def _write_pieces(target: int, file: OutputFile, reader: Reader, progress: Progress) -> None:

@@ -7,10 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import synthetic
-
 import store
 from moescope.errors import StoreError
+from tests.app import synthetic
 from tests.faults.equality import differences
 from tests.faults.killing import Say
 from tests.faults.subject import fingerprint, names

@@ -6,9 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import synthetic
-
 from app.cli import main
+from tests.app import synthetic
 from tests.faults.killing import Say
 from tests.faults.subject import names
 
