@@ -175,7 +175,8 @@ def lowest(values: Array, shape: LayerShape, count: int, protected: Collection[i
 
     Of equal values the higher number goes first.
     """
-    return _first(_by_value(values, shape, protected), count // shape.groups)
+    each = count // shape.groups
+    return sorted(expert for order in _by_value(values, shape, protected) for expert in order[:each])
 
 
 def _by_value(values: Array, shape: LayerShape, protected: Collection[int]) -> list[list[int]]:
@@ -188,10 +189,6 @@ def _by_value(values: Array, shape: LayerShape, protected: Collection[int]) -> l
     return orders
 
 
-def _first(orders: Sequence[Sequence[int]], each: int) -> list[int]:
-    return sorted(expert for order in orders for expert in order[:each])
-
-
 def lost_by_count(values: Array, shape: LayerShape, protected: Collection[int]) -> Array:
     """(at most removed + 1,) part of the layer's score that goes with the 0, 1, ... lowest experts.
 
@@ -200,9 +197,9 @@ def lost_by_count(values: Array, shape: LayerShape, protected: Collection[int]) 
     most = most_removed(shape, protected)
     costs = np.full(most + 1, np.inf)
     total = np.abs(values).sum() or 1.0
-    orders = _by_value(values, shape, protected)
-    for count in range(0, most + 1, shape.groups):
-        costs[count] = values[_first(orders, count // shape.groups)].sum() / total
+    each = most // shape.groups
+    step = sum(values[order[:each]] for order in _by_value(values, shape, protected))  # one more from every group
+    costs[:: shape.groups] = np.append(0.0, np.cumsum(step)) / total
     return costs
 
 

@@ -12,7 +12,7 @@ import planner.importance as importance
 from compressor.plan import LayerKey
 from moescope.errors import PlanError
 from planner.importance.statistics import layers_of
-from planner.task import Array, Task, rounded
+from planner.task import Array, Task, once, rounded
 
 Mix = Literal["union", "tokens"]
 """``union``: each domain's scores are divided by their sum over the layer, then added. ``tokens``: one score over all
@@ -41,15 +41,13 @@ def expert_scores(task: Task, name: str, mix: Mix, parameters: dict[str, Any]) -
         frame = frame.filter(pl.col("kind") == "routed").sort("layer", "step", "expert")
         return {key: rows["value"].to_numpy().astype(np.float64) for key, rows in layers_of(frame)}
 
-    place = (name, mix, tuple(sorted(parameters.items())))
-    if place not in task.kept:
+    def mixed() -> tuple[Scores, dict[str, Scores]]:
         if mix == "tokens" or len(task.domains) == 1:
             single = None if mix == "tokens" and task.every_domain else task.domains[0]
-            task.kept[place] = (_rounded(of(single)), {})
-        else:
-            task.kept[place] = _united({domain: of(domain) for domain in task.domains})
-    found: tuple[Scores, dict[str, Scores]] = task.kept[place]
-    return found
+            return _rounded(of(single)), {}
+        return _united({domain: of(domain) for domain in task.domains})
+
+    return once(task.kept, (name, mix, tuple(sorted(parameters.items()))), mixed)
 
 
 def pooled(task: Task, table: str) -> bool:

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 import store
 from compressor.plan import LayerKey, LayerShape, Source, Step
+from moescope.errors import PlanError
 from planner.guard import Guard
 
 Array = NDArray[np.float64]
@@ -90,10 +91,15 @@ class Draft:
 
 
 def once(kept: dict[Any, Any], name: Any, work: Callable[[], Value]) -> Value:
-    """What was worked out before under a name, else what ``work`` gives, remembered."""
+    """What was worked out before under a name, else what ``work`` gives, remembered; that it cannot be, too."""
     if name not in kept:
-        kept[name] = work()
-    found: Value = kept[name]
+        try:
+            kept[name] = work()
+        except PlanError as error:
+            kept[name] = error
+    found: Value | PlanError = kept[name]
+    if isinstance(found, PlanError):
+        raise found.with_traceback(None)
     return found
 
 

@@ -20,6 +20,7 @@ from planner.candidates import Request
 from planner.curve import QUICK_SIZES, curve, quick
 from planner.estimate.prediction import Calibration
 from planner.estimate.storage import expert_bytes
+from planner.estimate.stream import stream_seen
 from planner.finalists import Measurement
 from planner.recommendation import Candidate, Recommendation, mix_of
 from planner.source import value_bytes
@@ -62,6 +63,8 @@ def first_look(run: store.Run, *, calibration: str = "", **asked: Any) -> list[C
         PlanError: no plan can be made of the run.
     """
     request = quick(Request(run=run, memory=0, **asked))
+    if not stream_seen(request.task()):
+        return []
     found = curve(request, sizes=QUICK_SIZES, calibration=_calibration(calibration))
     return [one for one in found if one.prediction is not None]
 

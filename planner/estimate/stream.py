@@ -34,7 +34,7 @@ from moescope.errors import PlanError
 from planner.importance.statistics import Statistics
 from planner.probes import depth_probe
 from planner.quantize.errors import LayerErrors, layer_errors
-from planner.task import Array, Task
+from planner.task import Array, Task, once
 
 
 @dataclass(frozen=True)
@@ -117,30 +117,39 @@ def streams(task: Task) -> dict[LayerKey, Streams]:
     Raises:
         PlanError: the run has no such sums.
     """
-    if "streams" not in task.kept:
-        names = ("tokens", "norm_square_sum", "gated_norm_square_sum", "stream_square_sum", "stream_gate_sum")
-        table = task.run.table("expert_output")
-        if "stream_square_sum" not in table.columns or table["stream_square_sum"].null_count():
-            raise PlanError(f"run {task.run.name!r} has no expert_output.stream_square_sum: collect it again")
-        rows = table.filter((pl.col("kind") == "routed") & pl.col("domain").is_in(task.domains))
-        summed = rows.group_by("layer", "step", "expert").agg(pl.col(names).sum())
-        tokens = _tokens(task)
-        by_layer = summed.partition_by("layer", "step", as_dict=True)
-        found = {}
-        for shape in task.source.layers:
-            part = by_layer.get(shape.key, summed.head(0)).filter(pl.col("expert") < shape.num_experts)
-            values = np.zeros((len(names), shape.num_experts))
-            values[:, part["expert"].to_numpy()] = part.select(names).to_numpy().T
-            count = tokens.get(shape.key, 0)
-            if not count or not values[3].sum():
-                raise PlanError(f"run {task.run.name!r} did not see the stream before layer {shape.layer}")
-            found[shape.key] = Streams(
-                part=values[3] / count, gate=values[4] / count, gated=values[2] / count,
-                norm=values[1] / np.maximum(values[0], 1),
-            )  # fmt: skip
-        task.kept["streams"] = found
-    known: dict[LayerKey, Streams] = task.kept["streams"]
-    return known
+    return once(task.kept, "streams", lambda: _streams(task))
+
+
+def stream_seen(task: Task) -> bool:
+    """Whether the run saw what plans are priced by."""
+    try:
+        return bool(streams(task))
+    except PlanError:
+        return False
+
+
+def _streams(task: Task) -> dict[LayerKey, Streams]:
+    names = ("tokens", "norm_square_sum", "gated_norm_square_sum", "stream_square_sum", "stream_gate_sum")
+    table = task.run.table("expert_output")
+    if "stream_square_sum" not in table.columns or table["stream_square_sum"].null_count():
+        raise PlanError(f"run {task.run.name!r} has no expert_output.stream_square_sum: collect it again")
+    rows = table.filter((pl.col("kind") == "routed") & pl.col("domain").is_in(task.domains))
+    summed = rows.group_by("layer", "step", "expert").agg(pl.col(names).sum())
+    tokens = _tokens(task)
+    by_layer = summed.partition_by("layer", "step", as_dict=True)
+    found = {}
+    for shape in task.source.layers:
+        part = by_layer.get(shape.key, summed.head(0)).filter(pl.col("expert") < shape.num_experts)
+        values = np.zeros((len(names), shape.num_experts))
+        values[:, part["expert"].to_numpy()] = part.select(names).to_numpy().T
+        count = tokens.get(shape.key, 0)
+        if not count or not values[3].sum():
+            raise PlanError(f"run {task.run.name!r} did not see the stream before layer {shape.layer}")
+        found[shape.key] = Streams(
+            part=values[3] / count, gate=values[4] / count, gated=values[2] / count,
+            norm=values[1] / np.maximum(values[0], 1),
+        )  # fmt: skip
+    return found
 
 
 def _tokens(task: Task) -> dict[LayerKey, int]:

@@ -14,7 +14,7 @@ from compressor.plan import LayerKey
 from moescope.errors import PlanError
 from planner.domains import Mix, pooled
 from planner.importance.statistics import layers_of
-from planner.task import Array, Task
+from planner.task import Array, Task, once
 
 Scope = Literal["layer", "model"]
 """What is ranked together: all neurons of one layer, or of the whole model."""
@@ -62,10 +62,7 @@ def neuron_scores(
         PlanError: as :func:`planner.importance.score`.
     """
     key = (name, scope, mix, shared, tuple(sorted(parameters.items())))
-    if key not in task.kept:
-        task.kept[key] = _scores(task, name, table, scope, mix, shared, parameters)
-    found: tuple[Neurons, tuple[str, ...]] = task.kept[key]
-    return found
+    return once(task.kept, key, lambda: _scores(task, name, table, scope, mix, shared, parameters))
 
 
 def _scores(
