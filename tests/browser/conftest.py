@@ -35,14 +35,6 @@ def url(store_directory: Path) -> Iterator[str]:
     server.wait(timeout=10)
 
 
-@pytest.fixture(params=["light", "dark"])
-def themed(browser: Browser, request: pytest.FixtureRequest) -> Iterator[Watched]:
-    """A fresh page in each colour scheme; fails the test on console errors and foreign requests."""
-    with watched_page(browser, theme=request.param) as watched:
-        yield watched
-        watched.assert_clean()
-
-
 @pytest.fixture
 def watched(browser: Browser) -> Iterator[Watched]:
     """A fresh light page; fails the test on console errors and foreign requests."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Literal
 from urllib.parse import urlsplit
 
 from playwright.sync_api import Browser, Page, expect, sync_playwright
@@ -102,6 +103,19 @@ def open_page(page: Page, url: str, path: str = "", *, charts: bool = True) -> N
     settle(page)
     if charts:
         page.locator(".js-plotly-plot .main-svg").first.wait_for(state="attached", timeout=60_000)
+    settle(page)
+
+
+def show_in(page: Page, scheme: Literal["light", "dark"]) -> None:
+    """Switch an open page to a colour scheme, and wait until it shows it: text light on dark, or dark on light."""
+    page.emulate_media(color_scheme=scheme)
+    page.wait_for_function(
+        """dark => {
+            const [red, green, blue] = getComputedStyle(document.querySelector("h1")).color.match(/\\d+/g).map(Number);
+            return (red + green + blue) / 3 > 128 === dark;
+        }""",
+        arg=scheme == "dark",
+    )
     settle(page)
 
 

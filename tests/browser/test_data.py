@@ -10,7 +10,7 @@ import polars as pl
 import pytest
 from playwright.sync_api import expect
 
-from tests.browser.driver import Watched, open_page, settle
+from tests.browser.driver import Watched, open_page, settle, show_in
 
 pytestmark = pytest.mark.browser
 LAYERS = "select layer, sum(tokens) as tokens from expert_load group by layer order by layer"
@@ -34,11 +34,12 @@ def test_ctrl_enter_asks_and_the_address_holds_the_question(watched: Watched, ur
     assert pl.read_parquet(target).columns == ["layer", "tokens"]
 
 
-def test_an_example_as_a_map_whose_cells_pick(themed: Watched, url: str) -> None:
-    page = themed.page
+def test_an_example_as_a_map_whose_cells_pick(watched: Watched, url: str) -> None:
+    page = watched.page
     open_page(page, url, "data?run=plain&show=chart")
     page.locator(".st-key-sql-example").get_by_text("Load of each expert").click()
     settle(page)
+    show_in(page, "dark")
     area = page.locator(".nsewdrag").first
     area.scroll_into_view_if_needed()
     box = area.bounding_box()
@@ -52,7 +53,10 @@ def test_an_example_as_a_map_whose_cells_pick(themed: Watched, url: str) -> None
 def test_hostile_text_stays_text(watched: Watched, url: str) -> None:
     page = watched.page
     sql = quote("select distinct domain, source, '<img src=x onerror=alert(1)>' as \"<b>\" from sequence")
-    for more in ("", "&section=Tables&table=sequence", "&section=Methods", "&section=Files"):
-        open_page(page, url, f"data?run=hostile&sql={sql}{more}", charts=False)
+    open_page(page, url, f"data?run=hostile&sql={sql}&table=sequence", charts=False)
+    for section in ("", "Tables", "Methods", "Files"):
+        if section:
+            page.get_by_role("radio", name=section, exact=True).click()
+            settle(page)
         expect(page.get_by_test_id("stDataFrame").first).to_be_visible(timeout=30_000)
         assert page.evaluate("window.hacked === undefined")

@@ -27,8 +27,8 @@ def background(page: Page) -> str:
     return found
 
 
-def test_it_opens_from_disk_and_answers(themed: Watched, report: str) -> None:
-    page = themed.page
+def test_it_opens_from_disk_and_answers(watched: Watched, report: str) -> None:
+    page = watched.page
     page.goto(f"{report}#load")
     load = page.locator("#p-load")
     load.locator(".heatmaplayer image").wait_for(state="attached", timeout=60_000)
@@ -37,10 +37,13 @@ def test_it_opens_from_disk_and_answers(themed: Watched, report: str) -> None:
     assert box is not None
     page.mouse.move(box["x"] + box["width"] * 0.4, box["y"] + box["height"] * 0.5)
     expect(load.locator(".hoverlayer .hovertext")).to_have_count(1)
-    first = background(page)
-    page.get_by_role("button", name="dark" if first == "rgb(255, 255, 255)" else "light", exact=True).click()
-    assert background(page) != first
-    page.wait_for_function("document.querySelector('#p-load').drawn === document.documentElement.dataset.theme")
+    assert background(page) == "rgb(255, 255, 255)"
+    page.emulate_media(color_scheme="dark")
+    expect(page.locator("html")).to_have_attribute("data-theme", "dark")
+    assert background(page) != "rgb(255, 255, 255)"
+    page.get_by_role("button", name="light", exact=True).click()
+    assert background(page) == "rgb(255, 255, 255)"
+    expect(load).to_have_js_property("drawn", "light")
 
 
 def test_data_and_pictures_are_saved_and_all_is_printed(watched: Watched, report: str, tmp_path: Path) -> None:
