@@ -114,7 +114,7 @@ METHODS: tuple[Method, ...] = (
     Method("model", _EXPERTS, "RMoE: a router with a memory", "arXiv 2408.06793", "architecture", "docs:adapters.md",
            ("a recurrent router",), "watched through an adapter"),
     Method("model", _EXPERTS, "RMoE: what a router could remember", "arXiv 2408.06793", "metric", "page:architecture",
-           ("trace",), "entropy of a choice given one and two layers before, beside exchanged choices"),
+           ("trace",), "entropy of a choice given one and two layers before, beside shuffled choices"),
     Method("model", _EXPERTS, "Sigma-MoE-Tiny: f against P", "arXiv 2512.16248", "metric", "page:architecture",
            ("logits",), "load and router probability beside each other; its way to train is not here"),
     Method("model", _EXPERTS, "DiT-MoE: timestep, patch and class as axes", "arXiv 2407.11633", "metric",

@@ -32,8 +32,9 @@ _COLUMNS: dict[str, Any] = {
 }
 
 
-def section(run: Run, asked: Text) -> None:
+def section(run: Run) -> None:
     """Draw the section."""
+    asked = what_if_controls.text(run)
     label = focus.current().layer_in(run)
     try:
         found: Scored = data.large(frames.scored, run, label=label, **asked.choices)

@@ -30,6 +30,7 @@ _PARTS: dict[str, tuple[Callable[..., str], tuple[Callable[..., Exhibit], ...]]]
 """What a sweep can hold: its answer, and its charts."""
 _STUDIES = {"Contrast": "contrast", "Rerouting": "rerouting", "Items": "search", "Number of experts": "slimmability"}
 _BY_TRIAL = (exhibits.difficulty, exhibits.correlations, exhibits.active)
+_BY_DOMAIN = (exhibits.costs, studies.contrast_accuracy, studies.search)
 
 
 def section(run: Run) -> None:
@@ -60,21 +61,40 @@ def _sweep(run: Run, names: list[str]) -> tuple[str, dict[str, Any]]:
 
 def _part(run: Run, name: str, document: dict[str, Any]) -> None:
     there = [part for part in _PARTS if document.get(_STUDIES.get(part, "rules")) is not None]
-    masked = [row for row in document["rules"] if row.get("rule") in ("mask_top", "shared")]
+    masked = [row for row in (document.get("rules") or []) if row.get("rule") in ("mask_top", "shared")]
     there = [part for part in there if part != "Redundancy" or masked]
+    if not there:
+        st.info("This sweep holds no result.", icon=":material/visibility_off:")
+        return
     chosen = state.choose("What was tried", there, key="live", segmented=True, hidden=True)
     answer, makers = _PARTS[chosen]
     more: dict[str, Any] = {"sweep": name}
     if words := answer(run, **more):
         st.markdown(words)
+    st.caption(f":green-badge[:material/science: measured] On the model itself: {state.plain(frames.title(document))}.")
     if makers[0] in _BY_TRIAL:
         more |= _trial(document)
-    if len(makers) == 1:
-        chart.exhibit(makers[0], run, key=f"live-{makers[0].__name__}", **more)
-        return
+    where = {"domain": _domain(document)} if set(makers) & set(_BY_DOMAIN) else {}
+    beside, alone = (makers[:-1], makers[-1:]) if len(makers) % 2 else (makers, ())
     with chart.pair():
-        for maker in makers:
-            chart.exhibit(maker, run, key=f"live-{maker.__name__}", **more)
+        for maker in beside:
+            _chart(maker, run, more, where)
+    for maker in alone:
+        _chart(maker, run, more, where)
+
+
+def _chart(maker: Callable[..., Exhibit], run: Run, more: dict[str, Any], where: dict[str, Any]) -> None:
+    asked = more | where if maker in _BY_DOMAIN else more
+    chart.exhibit(maker, run, key=f"live-{maker.__name__}", **asked)
+
+
+def _domain(document: dict[str, Any]) -> str | None:
+    """Whose text is looked at, of the domains that the sweep read."""
+    names = [name for name in frames.rules(document)["domain"].unique(maintain_order=True) if name != "all"]
+    if len(names) < 2:
+        return None
+    with st.container(width=200):
+        return state.choose_domain(names)
 
 
 def _trial(document: dict[str, Any]) -> dict[str, str]:

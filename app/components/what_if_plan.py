@@ -53,7 +53,7 @@ def section(run: Run, key: str, **asked: Any) -> None:
             )  # fmt: skip
         words = what_if_plan.title(plan)
         st.caption(f"Plan {plan.digest[:12]}: {state.plain(words)}. compressor\\.load and moescope apply follow it.")
-    st.caption("The same in a terminal:")
+    st.caption("In a terminal:")
     st.code(commands(run, plan, guard=not unguarded, limit=asked.get("limit_tokens")), language="bash")
     _measured(run, plan)
     with st.expander("Live loss: try it on the model, in the background", icon=":material/rocket_launch:"):
@@ -62,9 +62,13 @@ def section(run: Run, key: str, **asked: Any) -> None:
 
 
 def commands(run: Run, plan: Plan, *, guard: bool, limit: int | None) -> str:
-    """The commands that make the plan and try it on the model."""
+    """The commands that make the plan and try it on the model; the first is missing where values differ by layer,
+    which only the page finds."""
     step, target = plan.route, from_here(run.path)
     assert step is not None
+    sweep = f"moescope sweep MODEL --plan plan.json --data HELD-OUT --against {shlex.quote(target)}"
+    if len({one.value for one in step.layers}) > 1:
+        return sweep
     words = ["moescope", "route", target]
     if step.rule == "bias":
         words += ["--bias", "biases.json"]
@@ -74,7 +78,6 @@ def commands(run: Run, plan: Plan, *, guard: bool, limit: int | None) -> str:
     words += [] if limit is None or limit >= run.info.tokens else ["--max-tokens", str(limit)]
     domain = plan.provenance.domains
     words += ["--domain", domain[0]] if len(domain) == 1 < len(run.domains) else []
-    sweep = f"moescope sweep MODEL --plan plan.json --data HELD-OUT --against {shlex.quote(target)}"
     return f"{shlex.join([*words, '-o', 'plan.json'])}\n{sweep}"
 
 

@@ -98,9 +98,9 @@ def layer_memory(run: store.Run, *, frames: Frames = fresh, theme: Theme = "ligh
         figure=figures.memory_curves(frame, theme=theme),
         frame=frame,
         read="What the first choice two layers back says beyond that of the layer before: the most that a router with "
-        "a memory, or a table of two layers, gains by it. Only what lies above the exchanged choices is knowledge.",
+        "a memory, or a table of two layers, gains by it. Only what lies above the shuffled choices is knowledge.",
         rests_on=_sampled(frame),
-        alt="Curves over the layers: information of a second layer back, and of exchanged choices",
+        alt="Curves over the layers: information of a second layer back, and of shuffled choices",
     )
 
 

@@ -29,15 +29,15 @@ def probability(run: store.Run, *, frames: Frames = fresh) -> str:
         worst = hidden.row(0, named=True)
         return (
             f"**The loss is satisfied, and the load is not balanced**, in {_layers(hidden)}: in layer "
-            f"{worst['label']} the load varies by {worst['load_cv']:.2f} ({worst['noise_cv']:.2f} by chance), "
-            f"probability by {worst['probability_cv']:.2f}; the loss reads {worst['loss']:.3f}, where 1 is balance, "
-            f"and sees {max(worst['seen'], 0.0):.0%} of the imbalance."
+            f"{worst['label']} the load's coefficient of variation is {worst['load_cv']:.2f} "
+            f"({worst['noise_cv']:.2f} by chance), that of probability {worst['probability_cv']:.2f}; the loss reads "
+            f"{worst['loss']:.3f}, where 1 is balance, and sees {max(worst['seen'], 0.0):.0%} of the imbalance."
         )
     worst = frame.sort("load_cv").row(-1, named=True)
-    words = f"In no layer does flat probability hide an uneven load. Layer {worst['label']} is the least even: load "
-    words += f"varies by **{worst['load_cv']:.2f}** ({worst['noise_cv']:.2f} by chance), probability by "
-    words += f"**{worst['probability_cv']:.2f}**"
-    return words + (f"; the loss sees {worst['seen']:.0%} of it." if worst["seen"] is not None else ".")
+    words = f"In no layer does flat probability hide an uneven load. Layer {worst['label']} is the least even: "
+    words += f"the load's coefficient of variation is **{worst['load_cv']:.2f}** ({worst['noise_cv']:.2f} by chance), "
+    words += f"that of probability **{worst['probability_cv']:.2f}**"
+    return words + (f"; the balance loss sees {worst['seen']:.0%} of it." if worst["seen"] is not None else ".")
 
 
 def shared(run: store.Run, *, frames: Frames = fresh, domain: str | None = None) -> str:
@@ -99,7 +99,7 @@ def steps(run: store.Run, *, frames: Frames = fresh) -> str:
 
 
 def axis(run: store.Run, *, frames: Frames = fresh, axis: str | None = None) -> str:
-    """How much routing goes with an axis, against exchanged values, and which value is routed most differently."""
+    """How much routing goes with an axis, against shuffled values, and which value is routed most differently."""
     name = axes.axis_in(run, frames, axis)
     frame = axes.distances_of(run, frames, name)
     whole = frame.filter(pl.col("value") == "")
@@ -108,14 +108,14 @@ def axis(run: store.Run, *, frames: Frames = fresh, axis: str | None = None) -> 
         top = whole.sort("distance").row(-1, named=True)
         return (
             f"Routing does **not** go with {plain(name)} beyond chance: at most {top['distance']:.1%} of the "
-            f"selections differ, in layer {top['label']} ({top['chance']:.1%} with values exchanged)."
+            f"selections differ, in layer {top['label']} ({top['chance']:.1%} with values shuffled)."
         )
     top = above.sort(pl.col("distance") - pl.col("chance")).row(-1, named=True)
     words = (
         f"Routing goes with **{plain(name)}** in {len(above)} of {len(whole)} layers, most in layer {top['label']}: "
     )
     words += f"**{top['distance']:.1%}** of the selections would have to go elsewhere ({top['chance']:.1%} with values "
-    words += "exchanged)."
+    words += "shuffled)."
     values = frame.filter((pl.col("value") != "") & (pl.col("label") == top["label"])).drop_nulls("chance")
     if values.is_empty():
         return words
@@ -171,7 +171,7 @@ def neighbours(run: store.Run, *, frames: Frames = fresh) -> str:
         means = alike.select(pl.col("observed", "within", "shuffled").mean()).row(0, named=True)
         words += f"By mean output, the nearest expert of the layer before has cosine **{means['observed']:.2f}** on "
         words += f"average, the nearest of the own layer {means['within']:.2f} ({means['shuffled']:.2f} with channels "
-        words += "exchanged)."
+        words += "shuffled)."
     return words.strip()
 
 

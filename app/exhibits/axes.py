@@ -172,10 +172,10 @@ def axis_distance(
         figure=figures.distance_curves(frame, axis=name, theme=theme),
         frame=frame,
         read="The part of a value's selections that would have to go to other experts to route like all text, averaged "
-        "over the values. The dotted line exchanges the values: what lies above it goes with the axis.",
+        "over the values. For the dotted line values are shuffled: what lies above it goes with the axis.",
         rests_on=f"{most(frame['tokens']):,.0f} tokens of {most(frame['sequences']):,.0f} sequences; 95 % intervals "
         "leave out each sixteenth of them.",
-        alt=f"Curves over the layers: distance of routing along {plain(name)}, and with values exchanged",
+        alt=f"Curves over the layers: distance of routing along {plain(name)}, and with values shuffled",
     )
 
 
@@ -196,7 +196,7 @@ def axis_values(
         read="Values with bars far above their marks are routed in a way of their own; a bar at its mark is what as "
         "few tokens give of nothing.",
         rests_on=f"{frame['tokens'].sum():,} tokens.",
-        alt=f"Bars over {plain(name)}: distance from the average routing in layer {label}, and with values exchanged",
+        alt=f"Bars over {plain(name)}: distance from the average routing in layer {label}, and with values shuffled",
     )
 
 

@@ -34,7 +34,7 @@ def difficulty(run: store.Run, *, sweep: str | None = None, trial: str | None = 
     words = (
         f"{_yes(_sign(whole, 'correlation'))}: under {plain(name)} the correlation of a token's loss and its experts"
     )
-    words += f" is **{whole['correlation']:+.2f}**{_ends(whole, 'correlation', '+.2f')}"
+    words += f" is **{round(whole['correlation'], 2) + 0.0:+.2f}**{_ends(whole, 'correlation', '+.2f')}"
     inside = frame.filter((pl.col("of") == "domain") & pl.col("correlation").is_not_null())
     up = sum(_sign(row, "correlation") > 0 for row in inside.iter_rows(named=True))
     down = sum(_sign(row, "correlation") < 0 for row in inside.iter_rows(named=True))
@@ -65,13 +65,15 @@ def slimmability(run: store.Run, *, sweep: str | None = None) -> str:
     }[found["monotone"]]
     above = [step for step in found["steps"] if step["from"] >= found["own"]]
     better = [step for step in above if _sign(step["change"], "value") < 0]
+    worse = [step for step in above if _sign(step["change"], "value") > 0]
     if not above:
         return f"{first}."
-    step = (better or above)[0]
+    step = (better or worse or above)[0]
     words = f"from {step['from']} to {step['to']} it changes by {step['change']['value']:+.3g} nats per token"
     words += _ends({f"value{end}": step["change"][end.strip("_") or "value"] for end in ("", "_low", "_high")}, "value")
-    gains = "more experts than it was trained with help" if better else "more experts than that do not clearly help"
-    return f"{first}; {gains} ({words})."
+    gains = "more experts than it was trained with help" if better else "more experts than that make it worse"
+    gains = gains if better or worse else "more experts than that do not clearly help"
+    return f"{first}; {gains}: {words}."
 
 
 def redundancy(run: store.Run, *, sweep: str | None = None) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import polars as pl
 
@@ -13,9 +13,9 @@ from app.figures import what_if as figures
 from app.figures.style import Theme
 from app.frames import what_if as frames_of
 from app.markdown import plain
-from planner.simulate.what_if import Certainty, Refused, WhatIf, method_named
+from planner.simulate.what_if import Certainty, Refused, WhatIf
 
-Rule = Literal["top_p", "ratio", "threshold", "null_experts", "top_k"]
+Rule = Literal["top_p", "ratio", "odp", "threshold", "null_experts", "null_left", "top_k"]
 Weights = Literal["renormalized", "kept"]
 
 COLLECT = "moescope collect MODEL --data PATH --router-scores"
@@ -29,6 +29,7 @@ def looked(
     weights: str = "renormalized",
     domain: str | None = None,
     whole: bool = False,
+    **options: Any,
 ) -> WhatIf:
     """What a method makes of a run; without a name, the first that changes the number of experts and makes sense.
 
@@ -38,7 +39,7 @@ def looked(
     require_finished(run)
     name = first_method(run, frames) if method is None else method
     try:
-        return frames(frames_of.found, run, method=name, weights=weights, domain=domain, whole=whole)
+        return frames(frames_of.found, run, method=name, weights=weights, domain=domain, whole=whole, **options)
     except Refused as refused:
         raise absent(refused) from refused
 
@@ -79,10 +80,11 @@ def value_in(result: WhatIf, value: float | None) -> float:
 
 
 def fixed_beside(
-    run: store.Run, frames: Frames, result: WhatIf, domain: str | None, whole: bool
+    run: store.Run, frames: Frames, result: WhatIf, domain: str | None, whole: bool, *, method: str | None
 ) -> pl.DataFrame | None:
-    """The curve of a fixed number of experts, by the same mass; None for the method that is that curve."""
-    if result.method == "top_k":
+    """The curve of a fixed number of experts, by the same mass; None for the method that is that curve, and for those
+    that are judged on one half of the text."""
+    if result.method == "top_k" or method in frames_of.FITTED:
         return None
     by_probability = result.mass_of == "router probability"
     return frames(frames_of.fixed, run, domain=domain, whole=whole, by_probability=by_probability)
@@ -99,8 +101,8 @@ def kept(
 ) -> Exhibit:  # fmt: skip
     """Kept mass against mean active experts, beside a fixed number of experts."""
     result = looked(run, frames, method=method, weights=weights, domain=domain, whole=whole)
-    frame, about = frames_of.curve(result), method_named(result.method)
-    beside = fixed_beside(run, frames, result, domain, whole)
+    frame, about = frames_of.curve(result), frames_of.about(method or result.method)
+    beside = fixed_beside(run, frames, result, domain, whole, method=method)
     read = f"Each point is a value of the rule; the ring marks the chosen one. Mass is {plain(result.mass_of)}."
     if beside is not None:
         read += " Squares are the same number of experts for every token: where the line lies above them, it pays to"
@@ -121,7 +123,7 @@ def active(
 ) -> Exhibit:  # fmt: skip
     """Mean and 95th percentile of active experts over the values."""
     result = looked(run, frames, method=method, weights=weights, domain=domain, whole=whole)
-    frame, about = frames_of.curve(result), method_named(result.method)
+    frame, about = frames_of.curve(result), frames_of.about(method or result.method)
     return Exhibit(
         figure=figures.active_over_values(
             frame, name=about.title, axis=about.value, value=value_in(result, value), theme=theme
@@ -138,7 +140,7 @@ def by_layer(
 ) -> Exhibit:  # fmt: skip
     """Layer x value: mean active experts."""
     result = looked(run, frames, method=method, weights=weights, domain=domain, whole=whole)
-    frame, about = frames_of.by_value(result), method_named(result.method)
+    frame, about = frames_of.by_value(result), frames_of.about(method or result.method)
     return Exhibit(
         figure=figures.layers_by_value(frame, axis=about.value, theme=theme), frame=frame,
         read="Rows that turn pale early have decided routers, of which few experts suffice; rows that stay dark need "

@@ -7,7 +7,6 @@ from app.exhibits import what_if as exhibits
 from app.exhibits.exhibit import Frames, fresh
 from app.frames import what_if as frames_of
 from app.markdown import plain
-from planner.simulate.what_if import method_named
 
 HARDLY = 0.75
 """Of the load's coefficient of variation: what leaves more than that is called hardly worth it; ours."""
@@ -22,7 +21,7 @@ def curves(
 ) -> str:  # fmt: skip
     """How many experts a value leaves, what they keep, and whether a number that varies is worth it."""
     result = exhibits.looked(run, frames, method=method, weights=weights, domain=domain, whole=whole)
-    chosen, about = exhibits.value_in(result, value), method_named(result.method)
+    chosen, about = exhibits.value_in(result, value), frames_of.about(method or result.method)
     frame = frames_of.curve(result)
     row = frame.row(frames_of.place_of(result, chosen), named=True)
     if row["mean_active"] is None or row["kept_mass"] is None:
@@ -34,7 +33,7 @@ def curves(
     if row["flops_share"] is not None:
         words += f" at **{row['flops_share']:.0%}** of the experts' operations"
     words += f"; {row['changed_tokens']:.0%} of the tokens get other experts. "
-    beside = exhibits.fixed_beside(run, frames, result, domain, whole)
+    beside = exhibits.fixed_beside(run, frames, result, domain, whole, method=method)
     if beside is None:
         return words
     same = frames_of.at_mean(beside, row["mean_active"])
@@ -108,16 +107,20 @@ def smoothing(run: store.Run, *, frames: Frames = fresh, domain: str | None = No
     )
 
 
-def tiers(run: store.Run, *, frames: Frames = fresh, domain: str | None = None, whole: bool = False) -> str:
-    """How much comes in low precision, or not at all, at HOBBIT's thresholds."""
-    result = exhibits.looked(run, frames, method="tiers", domain=domain, whole=whole)
-    at = frames_of.place_of(result, 0.6)
+def tiers(
+    run: store.Run, *, frames: Frames = fresh, domain: str | None = None, whole: bool = False, value: float = 0.6,
+    skip_above: float = 0.9,
+) -> str:  # fmt: skip
+    """How much comes in low precision, or not at all; HOBBIT's thresholds unless others are given."""
+    result = exhibits.looked(run, frames, method="tiers", domain=domain, whole=whole, skip_above=skip_above)
+    at = frames_of.place_of(result, value)
     row = frames_of.curve(result).row(at, named=True)
     if row["high_share"] is None:
         return ""
     return (
-        f"With T1 = {row['value']:.2g} and T2 = 0.9, **{row['high_share']:.0%}** of the selections come in high "
-        f"precision, {row['low_share']:.0%} in low and **{row['skipped_share']:.0%}** are left out: "
-        f"{row['bits_traffic']:.1f} bits per loaded weight of 16 and 4, {row['bits_seen']:.1f} by gate weight, and "
+        f"With T1 = {row['value']:.2g} and T2 = {skip_above:.2g}, **{row['high_share']:.0%}** of the selections come "
+        f"in high precision, {row['low_share']:.0%} in low and **{row['skipped_share']:.0%}** are left out: "
+        f"{row['bits_traffic']:.1f} bits per weight that is loaded (16 in high precision, 4 in low), "
+        f"{row['bits_seen']:.1f} by gate weight, and "
         f"{row['kept_mass']:.1%} of the gate weight kept."
     )

@@ -46,8 +46,8 @@ def smoothing(
     result = shared.looked(run, frames, method="smoothing", domain=domain, whole=whole)
     frame = frames_of.curve(result)
     words = {
-        "changed_tokens": "tokens with other experts", "same_expert": "experts that the token before used",
-        "same_expert_before": "the same, as it is", "kept_mass": "kept mass",
+        "changed_tokens": "tokens with other experts", "same_expert": "experts shared with the token before",
+        "same_expert_before": "shared, as the model is", "kept_mass": "kept router probability",
     }  # fmt: skip
     return Exhibit(
         figure=figures.shares_over_values(
@@ -66,11 +66,11 @@ def entropy(
     """Entropy of smoothed router probabilities."""
     result = shared.looked(run, frames, method="smoothing", domain=domain, whole=whole)
     frame = frames_of.curve(result)
-    words = {"entropy": "smoothed", "entropy_before": "as it is"}
+    words = {"entropy": "smoothed", "entropy_before": "as the model is"}
     return Exhibit(
         figure=figures.shares_over_values(
-            frame, words, title="Entropy of router probabilities, nats", axis="lambda: share of the token's own",
-            percent=False, theme=theme,
+            frame, words, title="Entropy of router probabilities", axis="lambda: share of the token's own",
+            unit="nats", percent=False, theme=theme,
         ),
         frame=frame, read="Mixing with others spreads probability, unless like tokens agree with each other.",
         rests_on=shared.rests_on(result), alt="Curves over lambda: entropy, smoothed and as it is",
@@ -78,35 +78,38 @@ def entropy(
 
 
 def tiers(
-    run: store.Run, *, frames: Frames = fresh, theme: Theme = "light", domain: str | None = None, whole: bool = False
-) -> Exhibit:
-    """Selections in high and low precision, and left out."""
-    result = shared.looked(run, frames, method="tiers", domain=domain, whole=whole)
+    run: store.Run, *, frames: Frames = fresh, theme: Theme = "light", domain: str | None = None, whole: bool = False,
+    value: float = 0.6, skip_above: float = 0.9,
+) -> Exhibit:  # fmt: skip
+    """Selections in high and low precision, and left out; ``value``: T1, ``skip_above``: T2."""
+    result = shared.looked(run, frames, method="tiers", domain=domain, whole=whole, skip_above=skip_above)
     frame = frames_of.curve(result)
     words = {"high_share": "high precision", "low_share": "low precision", "skipped_share": "left out"}
     return Exhibit(
         figure=figures.shares_over_values(
             frame, words, title="Precision tiers: shares of the selections", axis=method_named("tiers").value,
-            theme=theme,
+            value=value, theme=theme,
         ),
-        frame=frame, read="An expert comes in high precision while the gate weight above it is at most T1, and is left "
-        "out beyond T2 = 0.9.",
+        frame=frame, read="Gate weights of a token are added up from the largest on: an expert comes in high precision "
+        f"while those before it add up to T1 at most, in low precision up to T2 = {skip_above:.2g}, and not at all "
+        "beyond. The line marks T1.",
         rests_on=shared.rests_on(result),
         alt="Curves over T1: shares of selections in high and low precision, and left out",
     )  # fmt: skip
 
 
 def tier_bits(
-    run: store.Run, *, frames: Frames = fresh, theme: Theme = "light", domain: str | None = None, whole: bool = False
-) -> Exhibit:
-    """Bits per weight: loaded, and weighted by gate weight."""
-    result = shared.looked(run, frames, method="tiers", domain=domain, whole=whole)
+    run: store.Run, *, frames: Frames = fresh, theme: Theme = "light", domain: str | None = None, whole: bool = False,
+    value: float = 0.6, skip_above: float = 0.9,
+) -> Exhibit:  # fmt: skip
+    """Bits per weight: loaded, and weighted by gate weight; ``value``: T1, ``skip_above``: T2."""
+    result = shared.looked(run, frames, method="tiers", domain=domain, whole=whole, skip_above=skip_above)
     frame = frames_of.curve(result)
     words = {"bits_traffic": "loaded, mean", "bits_seen": "by gate weight", "bits_stored": "stored (both copies)"}
     return Exhibit(
         figure=figures.shares_over_values(
-            frame, words, title="Bits per weight of 16 and 4", axis=method_named("tiers").value, percent=False,
-            theme=theme,
+            frame, words, title="Bits per weight: 16 high, 4 low", axis=method_named("tiers").value, unit="bits",
+            value=value, percent=False, theme=theme,
         ),
         frame=frame, read="What a token sees counts more bits than what is loaded, since the experts with most gate "
         "weight come in high precision; memory holds both copies.",

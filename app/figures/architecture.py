@@ -167,7 +167,7 @@ def memory_curves(frame: pl.DataFrame, *, theme: Theme = "light") -> go.Figure:
     figure = go.Figure()
     curve(figure, frame, "bits", name="as it is", colour=colours.accent, hover="layer %{x}<br>%{y:.3f} bits")
     curve(
-        figure, frame, "chance", name="exchanged choices", colour=colours.muted, dash="dot", width=1.5, markers=False,
+        figure, frame, "chance", name="shuffled choices", colour=colours.muted, dash="dot", width=1.5, markers=False,
         hover="layer %{x}<br>%{y:.3f} bits of nothing",
     )  # fmt: skip
     layout(figure, title=title, x="layer", y="bits", theme=theme, height=420, wide=False)

@@ -77,8 +77,8 @@ def distance_curves(frame: pl.DataFrame, *, axis: str, theme: Theme = "light") -
     )  # fmt: skip
     chance = frame.select("label", "chance", low="chance_low", high="chance_high")
     curve(
-        figure, chance, "chance", name="exchanged", colour=colours.muted, dash="dot", width=1.5, markers=False,
-        hover="layer %{x}<br>%{y:.1%} with values exchanged",
+        figure, chance, "chance", name="shuffled", colour=colours.muted, dash="dot", width=1.5, markers=False,
+        hover="layer %{x}<br>%{y:.1%} with values shuffled",
     )  # fmt: skip
     layout(figure, title=title, x="layer", y="distance from the average", theme=theme, height=400, wide=False)
     return over_layers(figure, percent=True)
@@ -101,9 +101,9 @@ def value_distances(frame: pl.DataFrame, *, axis: str, label: str, theme: Theme 
         )
     )  # fmt: skip
     figure.add_scatter(
-        x=x, y=frame["chance"], mode="markers", name="exchanged", customdata=names,
+        x=x, y=frame["chance"], mode="markers", name="shuffled", customdata=names,
         marker={"symbol": "line-ew", "size": 16, "line": {"color": colours.alarm, "width": 3}},
-        hovertemplate=f"{safe(axis, 30)} %{{customdata}}<br>%{{y:.1%}} with values exchanged<extra></extra>",
+        hovertemplate=f"{safe(axis, 30)} %{{customdata}}<br>%{{y:.1%}} with values shuffled<extra></extra>",
     )  # fmt: skip
     layout(figure, title=title, x=safe(axis, 30), y="distance from the average", theme=theme, height=400, wide=False)
     _name_places(figure, names)

@@ -94,7 +94,7 @@ def active(frame: pl.DataFrame, *, trial: str, theme: Theme = "light") -> go.Fig
         figure, part, "p95", name="95th percentile", colour=ink.muted, dash="dot", width=1.5, markers=False,
         hover="layer %{x}<br>95 %% of tokens use at most %{y:.0f}".replace("%%", "%"),
     )  # fmt: skip
-    layout(figure, title=title, x="layer", y="experts per token", theme=theme, height=380)
+    layout(figure, title=title, x="layer", y="experts per token", theme=theme, height=380, wide=False)
     return over_layers(figure)
 
 
@@ -122,8 +122,8 @@ def difficulty(frame: pl.DataFrame, *, trial: str, theme: Theme = "light") -> go
         hovertemplate="loss %{customdata[0]:.2f} to %{customdata[1]:.2f} nats, %{customdata[2]:,.0f} tokens<br>"
         "%{y:.3f} experts<extra></extra>",
     )  # fmt: skip
-    x = "mean loss of the next token under the model as it is, nats, in bins of equally many tokens"
-    layout(figure, title=title, x=x, y="experts per token", theme=theme, height=400)
+    x = "loss of the next token, nats (mean of each bin)"
+    layout(figure, title=title, x=x, y="experts per token", theme=theme, height=400, wide=False)
     return figure.update_xaxes(tickvals=mean["bin"] + 1, ticktext=[f"{loss:.2g}" for loss in mean["loss"]])
 
 
@@ -150,7 +150,7 @@ def correlations(frame: pl.DataFrame, *, trial: str, theme: Theme = "light") -> 
             )  # fmt: skip
     figure.add_vline(x=0.0, line={"color": palette(theme).muted, "dash": "dot", "width": 1.4})
     layout(figure, title=title, x="Spearman's correlation of loss and experts per token", y="", theme=theme,
-           height=rows_height(len(shown), each=24))  # fmt: skip
+           height=max(400, rows_height(len(shown), each=24) + 60), wide=False)  # fmt: skip
     figure.update_yaxes(type="category", autorange="reversed", showgrid=False)
     return figure
 
@@ -165,7 +165,7 @@ def loss_over_k(frame: pl.DataFrame, *, own: float, theme: Theme = "light") -> g
     domains = [name for name in shown["domain"].unique(maintain_order=True).to_list() if name != "all"]
     for name, colour in colours_of(domains, theme).items():
         _k_curve(figure, shown.filter(pl.col("domain") == name), safe(name, 24), colour, 1.5)
-    _k_curve(figure, shown.filter(pl.col("domain") == "all"), "all text", palette(theme).text, 2.5)
+    _k_curve(figure, shown.filter(pl.col("domain") == "all"), "all text", palette(theme).text, 2.5, banded=True)
     figure.add_vline(x=own, line={"color": palette(theme).muted, "dash": "dot", "width": 1.4},
                      annotation={"text": "the model's own", "font": {"size": 12}, "yanchor": "top"})  # fmt: skip
     layout(figure, title=title, x="experts per token", y="change of the loss, nats per token", theme=theme, height=400)
@@ -175,7 +175,7 @@ def loss_over_k(frame: pl.DataFrame, *, own: float, theme: Theme = "light") -> g
 
 def redundancy(frame: pl.DataFrame, *, theme: Theme = "light") -> go.Figure:
     """Change of the loss against the share of experts that are masked. frame: ``app.frames.sweep.rules``."""
-    title = "Without its best experts"
+    title = "Loss without the best experts of each token"
     shown = frame.filter(pl.col("rule") == "mask_top").sort("number")
     others = frame.filter((pl.col("rule") == "shared") & (pl.col("domain") == "all"))
     if shown.is_empty() and others.is_empty():
@@ -184,7 +184,7 @@ def redundancy(frame: pl.DataFrame, *, theme: Theme = "light") -> go.Figure:
     domains = [name for name in shown["domain"].unique(maintain_order=True).to_list() if name != "all"]
     for name, colour in colours_of(domains, theme).items():
         _k_curve(figure, shown.filter(pl.col("domain") == name), safe(name, 24), colour, 1.5)
-    _k_curve(figure, shown.filter(pl.col("domain") == "all"), "all text", palette(theme).text, 2.5)
+    _k_curve(figure, shown.filter(pl.col("domain") == "all"), "all text", palette(theme).text, 2.5, banded=True)
     for row, dash in zip(others.iter_rows(named=True), ("dash", "dashdot"), strict=False):
         words = "shared experts off" + (", one routed more" if row["value"] == "replaced" else "")
         figure.add_hline(y=row["change"], line={"color": palette(theme).alarm, "dash": dash, "width": 1.4},
@@ -195,10 +195,14 @@ def redundancy(frame: pl.DataFrame, *, theme: Theme = "light") -> go.Figure:
     return figure
 
 
-def _k_curve(figure: go.Figure, part: pl.DataFrame, name: str, colour: str, width: float) -> None:
+def _k_curve(
+    figure: go.Figure, part: pl.DataFrame, name: str, colour: str, width: float, *, banded: bool = False
+) -> None:
+    """One curve; its interval as a band, or only on hovering: bands of many domains hide each other."""
     if part.is_empty():
         return
-    band(figure, x=part["number"], low=part["change_low"], high=part["change_high"], colour=colour)
+    if banded:
+        band(figure, x=part["number"], low=part["change_low"], high=part["change_high"], colour=colour)
     figure.add_scatter(
         x=part["number"], y=part["change"], name=name, mode="lines+markers", line={"color": colour, "width": width},
         marker={"size": 6}, customdata=_hover(part), hovertemplate=f"{name}<br>{_HOVER}",

@@ -200,7 +200,9 @@ def expert_loads(frame: pl.DataFrame, *, layer: str, theme: Theme = "light") -> 
         return message(NOTHING, title=title, theme=theme)
     colours = palette(theme)
     figure = go.Figure()
-    for column, words, colour in (("before_share", "now", colours.muted), ("after_share", "then", colours.accent)):
+    bars = (("before_share", "as the router chooses", colours.muted), ("after_share", "with the bias", colours.accent))
+    moved = not frame["before"].equals(frame["after"])
+    for column, words, colour in bars if moved else bars[:1]:
         figure.add_bar(
             x=frame["expert"], y=frame[column], name=words, marker={"color": colour},
             hovertemplate=f"expert %{{x}}: %{{y:.1%}} of tokens {words}<extra></extra>",
@@ -235,23 +237,28 @@ def domain_changes(frame: pl.DataFrame, *, layer: str, theme: Theme = "light") -
 
 def shares_over_values(
     frame: pl.DataFrame, columns: dict[str, str], *, title: str, axis: str, value: float | None = None,
-    percent: bool = True, theme: Theme = "light",
+    percent: bool = True, unit: str = "", theme: Theme = "light",
 ) -> go.Figure:  # fmt: skip
-    """Some figures of a method over its values, a line each. columns: name in the frame -> words."""
+    """Some figures of a method over its values, a line each. columns: name in the frame -> words; what ends in
+    ``_before`` is how the model is, a grey dotted line. value: marked."""
     there = [name for name in columns if name in frame.columns and frame[name].drop_nulls().len()]
     if not there:
         return message(NOTHING, title=title, theme=theme)
     shown = frame.sort("value")
     figure = go.Figure()
-    for name, colour in zip(there, palette(theme).categorical, strict=False):
-        number = "%{y:.1%}" if percent else "%{y:.3g}"
+    colours = iter(palette(theme).categorical)
+    number = "%{y:.1%}" if percent else f"%{{y:.3g}} {unit}"
+    for name in there:
+        line: dict[str, Any] = {"color": palette(theme).muted, "width": 1.5, "dash": "dot"}
+        if not name.endswith("_before"):
+            line = {"color": next(colours), "width": 2}
         figure.add_scatter(
             x=shown["value"], y=shown[name], name=columns[name], mode="lines+markers", marker={"size": 5},
-            line={"color": colour, "width": 2}, hovertemplate=f"%{{x:.3g}}: {number}<br>{columns[name]}<extra></extra>",
+            line=line, hovertemplate=f"%{{x:.3g}}: {number}<br>{columns[name]}<extra></extra>",
         )  # fmt: skip
     if value is not None:
         figure.add_vline(x=value, line={"color": palette(theme).muted, "width": 1, "dash": "dot"})
-    layout(figure, title=title, x=safe(axis), y="", theme=theme, height=380, wide=False)
+    layout(figure, title=title, x=safe(axis), y="share" if percent else unit, theme=theme, height=380, wide=False)
     return figure.update_yaxes(rangemode="tozero", tickformat=".0%" if percent else None)
 
 

@@ -8,7 +8,7 @@ import store
 from app.frames import flow
 from app.frames.axes import with_label
 
-CONTROLS = {"observed": "layer before", "within": "own layer", "shuffled": "channels exchanged"}
+CONTROLS = {"observed": "layer before", "within": "own layer", "shuffled": "channels shuffled"}
 """What the mean outputs of a layer's experts are compared with."""
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ import polars as pl
 
 import store
 from app.frames.axes import layer_label
-from planner.simulate.what_if import METHODS, Refused, WhatIf, method_named, refusal, what_if
+from planner.simulate.what_if import METHODS, Method, Refused, WhatIf, method_named, refusal, what_if
 from planner.simulate.what_if.blocks import Subject
 
 FIRST_LOOK = 1_000_000
@@ -19,11 +20,19 @@ FIRST_LOOK = 1_000_000
 STEPS = tuple(round(0.05 * step, 2) for step in range(1, 20))
 VALUES: dict[str, tuple[float, ...]] = {
     "top_p": (*STEPS, 0.99), "ratio": STEPS, "tiers": (0.0, *STEPS),
+    "odp": (0.25, 0.5, 0.75, 0.9, 1.0, 1.1, 1.25, 1.5, 1.75, 2.0),
     "threshold": (0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.125, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5),
 }  # fmt: skip
 """Finer than what methods try by themselves, for the slider: one sort gives all of them."""
 
-CURVES = ("top_p", "ratio", "threshold", "null_experts", "top_k")
+FITTED: dict[str, tuple[str, str, str]] = {
+    "odp": ("ratio", "Ratio skipping by layer (ODP)", "multiple of each layer's median ratio; 1 is ODP's rule"),
+    "null_left": ("null_experts", "Null experts, so many left", "mean experts left in each layer"),
+}
+"""Methods whose value is found layer by layer, on every other sequence: the method that they rest on, title, and what
+their values are."""
+
+CURVES = ("top_p", "ratio", "odp", "threshold", "null_experts", "null_left", "top_k")
 """Methods that change how many experts a token uses."""
 
 KEPT = 0.95
@@ -57,6 +66,8 @@ def found(
     """
     more: dict[str, Any] = {} if bias is None else {"bias": {key: np.array(row) for key, row in bias}}
     given = VALUES.get(method) if values is None else values
+    if method in FITTED:
+        method, options = FITTED[method][0], options | {"fitted": True}
     return what_if(
         run, method, values=None if given is None else list(given), weights=weights,  # type: ignore[arg-type]
         domain=domain, limit_tokens=limit_of(run, whole), layers=None if layers is None else list(layers),
@@ -69,10 +80,29 @@ def methods(run: store.Run) -> pl.DataFrame:
     rows = []
     for one in METHODS:
         reason = refusal(run, one.name)
-        rows.append((one.name, one.title, one.source, one.rule, one.certainty, reason is None, reason))
+        for each in (one, *(about(name) for name, (base, _, _) in FITTED.items() if base == one.name)):
+            rows.append((each.name, each.title, one.source, one.rule, one.certainty, reason is None, reason))
     names = ("name", "title", "source", "rule", "certainty", "here", "missing")
     schema = {name: pl.Boolean if name == "here" else pl.String for name in names}
     return pl.DataFrame(rows, schema=schema, orient="row")
+
+
+def about(name: str) -> Method:
+    """A method by its name, those of :data:`FITTED` among them."""
+    if name not in FITTED:
+        return method_named(name)
+    base, title, value = FITTED[name]
+    return replace(method_named(base), name=name, title=title, value=value)
+
+
+def as_rule(result: WhatIf, method: str, value: float) -> dict[str, Any]:
+    """A method at one value as :func:`app.frames.what_if_plan.made` takes it: found layer by layer for those of
+    :data:`FITTED`."""
+    if method not in FITTED:
+        return {"rule": method, "value": value}
+    at = place_of(result, value)
+    values = tuple(zip(result.layers, map(float, result.layer_values[at]), strict=True))
+    return {"rule": FITTED[method][0], "values": values, "found_by": method}
 
 
 def labels(run: store.Run) -> list[str]:

@@ -7,35 +7,38 @@ import polars as pl
 import store
 from app.frames.axes import layer_label
 from app.frames.what_if import Bias
-from compressor.plan import Plan, RouteRule, RouteWeights
+from compressor.plan import LayerKey, Plan, RouteRule, RouteWeights
 from moescope.errors import InputError
 from planner.route import make
 
 
 def made(
-    run: store.Run, *, rule: RouteRule, value: float | None = None, biases: Bias | None = None,
+    run: store.Run, *, rule: RouteRule, value: float | None = None,
+    values: tuple[tuple[LayerKey, float], ...] | None = None, found_by: str = "", biases: Bias | None = None,
     weights: RouteWeights = "renormalized", domain: str | None = None, guard: bool = True,
     limit_tokens: int | None = None,
 ) -> Plan:  # fmt: skip
-    """The plan of a rule at one value, or of biases.
+    """The plan of a rule at one value, at one per layer that was found as ``found_by`` says, or of biases.
 
     Raises:
         PlanError: as :func:`planner.route.make`.
     """
     return make(
-        run, rule=rule, value=value, biases=None if biases is None else dict(biases), weights=weights,
+        run, rule=rule, value=value, values=None if values is None else dict(values),
+        biases=None if biases is None else dict(biases), weights=weights,
         domains=None if domain is None else [domain], guard=guard, limit_tokens=limit_tokens,
-        method="steering" if rule == "bias" else "",
+        method="steering" if rule == "bias" else found_by,
     )  # fmt: skip
 
 
 def title(plan: Plan) -> str:
-    """What it changes: rule, value where all layers have the same, number of layers."""
+    """What it changes: rule, value or from which to which, number of layers."""
     step = plan.route
     if step is None:
         raise InputError("the plan changes no routing")
-    values = {one.value for one in step.layers}
-    value = f" {next(iter(values)):g}" if len(values) == 1 and None not in values else ""
+    values = sorted({one.value for one in step.layers if one.value is not None})
+    value = f" {values[0]:.4g}" if values else ""
+    value += f" to {values[-1]:.4g}" if len(values) > 1 else ""
     count = f"{len(step.layers)} layer{'s' if len(step.layers) > 1 else ''}"
     return f"route by {step.rule}{value}, {count}"
 

@@ -146,7 +146,8 @@ def _steps(run: Run) -> None:
 
 def _axes(run: Run) -> None:
     names = data.frame_list(axis.names, run)
-    name = state.choose("Axis", names, key="axis")
+    with st.container(width=220):
+        name = state.choose("Axis", names, key="axis")
     answer(answers.axis, run, axis=name)
     label = focus.current().layer_in(run)
     with chart.pair():

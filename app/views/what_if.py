@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import streamlit as st
 
@@ -11,7 +12,6 @@ from app.components import chart, header, steering, what_if_advice, what_if_cont
 from app.components.answer import answer
 from app.components.page import render
 from app.components.sections import sections
-from app.components.what_if_controls import Text
 from app.exhibits import what_if as exhibits
 from app.exhibits import what_if_answers as answers
 from app.exhibits import what_if_more as more
@@ -30,58 +30,58 @@ def page(run: Run) -> None:
         return
     with st.spinner("Looking which rules make sense here"):
         here = set(data.frame(frames.methods, run).filter("here")["name"].to_list())
-    asked = what_if_controls.text(run) if here else Text(None, False)
-    sections(_drawers(run, here, asked))
+    sections(_drawers(run, here))
     what_if_controls.hidden(run)
 
 
-def _drawers(run: Run, here: set[str], asked: Text) -> dict[str, Callable[[], None]]:
-    drawers: dict[str, Callable[[], None]] = {"Curves": lambda: _curves(run, asked)}
+def _drawers(run: Run, here: set[str]) -> dict[str, Callable[[], None]]:
+    drawers: dict[str, Callable[[Run], None]] = {"Curves": _curves}
     if here & set(frames.CURVES):
-        drawers["Layers"] = lambda: _layers(run, asked)
+        drawers["Layers"] = _layers
     for name, title, draw in (
         ("sinkhorn", "Balance", _balance), ("smoothing", "Smoothing", _smoothing), ("tiers", "Tiers", _tiers),
     ):  # fmt: skip
         if name in here:
-            drawers[title] = lambda draw=draw: draw(run, asked)  # type: ignore[misc]
-    drawers["Steering"] = lambda: steering.section(run, asked)
-    drawers["Live"] = lambda: what_if_live.section(run)
-    drawers["Advice"] = lambda: what_if_advice.section(run)
-    return drawers
+            drawers[title] = draw
+    drawers |= {"Steering": steering.section, "Live": what_if_live.section, "Advice": what_if_advice.section}
+    return {name: partial(draw, run) for name, draw in drawers.items()}
 
 
-def _curves(run: Run, asked: Text) -> None:
+def _curves(run: Run) -> None:
     try:
-        chosen, _ = what_if_controls.rule(run, asked)
+        chosen, result = what_if_controls.rule(run)
     except Absent as missing:
         chart.absent(missing)
         return
     answer(answers.curves, run, **chosen)
+    what_if_controls.certainty(result, chosen["value"])
     with chart.pair():
         chart.exhibit(exhibits.kept, run, key="what-if-kept", **chosen)
         chart.exhibit(exhibits.active, run, key="what-if-active", **chosen)
     chart.exhibit(exhibits.by_layer, run, key="what-if-by-layer", **{k: v for k, v in chosen.items() if k != "value"})
 
 
-def _layers(run: Run, asked: Text) -> None:
+def _layers(run: Run) -> None:
     try:
-        chosen, _ = what_if_controls.rule(run, asked)
+        chosen, result = what_if_controls.rule(run, plan=True)
     except Absent as missing:
         chart.absent(missing)
         return
     answer(answers.layers, run, **chosen)
+    what_if_controls.certainty(result, chosen["value"])
     with chart.pair():
         chart.exhibit(exhibits.layers, run, key="what-if-layers", **chosen)
         chart.exhibit(exhibits.mass, run, key="what-if-mass", **chosen)
     chart.exhibit(exhibits.balance, run, key="what-if-balance", **chosen)
     chart.exhibit(exhibits.change, run, key="what-if-change", **chosen)
     what_if_plan.section(
-        run, "rule", rule=chosen["method"], value=chosen["value"], weights=chosen["weights"], domain=asked.domain,
-        limit_tokens=frames.limit_of(run, asked.whole),
+        run, "rule", **frames.as_rule(result, chosen["method"], chosen["value"]), weights=chosen["weights"],
+        domain=chosen["domain"], limit_tokens=frames.limit_of(run, chosen["whole"]),
     )  # fmt: skip
 
 
-def _balance(run: Run, asked: Text) -> None:
+def _balance(run: Run) -> None:
+    asked = what_if_controls.text(run)
     answer(answers.even, run, **asked.choices)
     what_if_controls.trusted(run, "sinkhorn", asked)
     with chart.pair():
@@ -90,7 +90,8 @@ def _balance(run: Run, asked: Text) -> None:
     chart.exhibit(more.even_change, run, key="even-change", **asked.choices)
 
 
-def _smoothing(run: Run, asked: Text) -> None:
+def _smoothing(run: Run) -> None:
+    asked = what_if_controls.text(run)
     answer(answers.smoothing, run, **asked.choices)
     what_if_controls.trusted(run, "smoothing", asked)
     with chart.pair():
@@ -98,12 +99,14 @@ def _smoothing(run: Run, asked: Text) -> None:
         chart.exhibit(more.entropy, run, key="smoothing-entropy", **asked.choices)
 
 
-def _tiers(run: Run, asked: Text) -> None:
-    answer(answers.tiers, run, **asked.choices)
+def _tiers(run: Run) -> None:
+    asked, thresholds = what_if_controls.tiers(run)
+    chosen = asked.choices | thresholds
+    answer(answers.tiers, run, **chosen)
     what_if_controls.trusted(run, "tiers", asked)
     with chart.pair():
-        chart.exhibit(more.tiers, run, key="tiers", **asked.choices)
-        chart.exhibit(more.tier_bits, run, key="tier-bits", **asked.choices)
+        chart.exhibit(more.tiers, run, key="tiers", **chosen)
+        chart.exhibit(more.tier_bits, run, key="tier-bits", **chosen)
 
 
 if __name__ == "__main__":
