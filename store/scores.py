@@ -166,17 +166,17 @@ def _place(
         # 65535, which is none, is -1 in 16 bits with a sign.
         packed = part["experts"].explode().to_numpy().view(np.int16).reshape(-1, m)
         low, high = (part[name].to_numpy() for name in ("low", "high"))
-        restored = np.multiply(
-            part["scores"].explode().to_numpy().reshape(-1, m),
-            np.repeat((high - low) / np.float32(_STEPS), counts)[:, None],
-            dtype=np.float32,
-        )
+        # Straight to their place where they stand in order: these arrays are large.
+        restored = logits[target, :m] if isinstance(target, slice) else np.empty(packed.shape, np.float32)
+        steps = part["scores"].explode().to_numpy().reshape(-1, m)
+        factor = np.repeat((high - low) / np.float32(_STEPS), counts)[:, None]
+        np.multiply(steps, factor, out=restored, dtype=np.float32)
         restored += np.repeat(low, counts)[:, None]
-        missing = packed < 0
-        if missing.any():
-            restored[missing] = np.nan
+        if packed.min(initial=0) < 0:
+            restored[packed < 0] = np.nan
         ids[target, :m] = packed
-        logits[target, :m] = restored
+        if not isinstance(target, slice):
+            logits[target, :m] = restored
         log_partition[target] = part["log_partition"].explode().to_numpy()
 
 
