@@ -23,7 +23,7 @@ demo: install  ## profile the bundled model and open the dashboard; ARGS=--no-da
 	@$(BIN)/python -P -m app.cli demo $(ARGS)
 
 test: install  ## run all tests, three at a time (some wait for a browser); those that need a browser are skipped where there is none
-	$(BIN)/python -P -m pytest -n 3 --dist loadfile $(ARGS)
+	PYTHONDONTWRITEBYTECODE= $(BIN)/python -P -m pytest -n 3 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 check: install  ## ruff and mypy
 	$(BIN)/ruff check .

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -21,12 +22,26 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # several processes share the cores
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
+LONG = (
+    "profiler/capture/test_families.py", "browser/test_dashboard.py", "app/test_page_shapes.py", "test_wheel.py",
+    "profiler/capture/test_watch.py", "app/test_pages.py", "browser/test_focus.py", "app/test_recommend_command.py",
+    "app/test_compress_page.py", "browser/test_report_in_browser.py", "app/test_compress_advice.py",
+    "browser/test_data.py", "app/test_plan_command.py", "app/test_rank_command.py", "browser/test_cache.py",
+    "profiler/importers/test_hostile.py", "browser/test_background_jobs.py", "app/test_placement_page.py",
+    "browser/test_compress.py", "compressor/test_autoround_backend.py", "profiler/test_planted_super_experts.py",
+    "planner/test_copied_expert.py", "planner/simulate/test_cache_curves.py", "app/test_checkpoint_timeline.py",
+    "app/test_jobs.py", "test_adding.py", "test_benchmarks.py",
+)  # fmt: skip
+"""Files of ten seconds and more, by their path here: they begin first, so that none is left to run alone at the end."""
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--require-browser", action="store_true", help="fail instead of skipping without a browser")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    places = {Path(__file__).parent / name: place for place, name in enumerate(LONG)}
+    items.sort(key=lambda item: places.get(item.path, len(LONG)))
     if CHROMIUM is not None:
         return
     waiting = [item for item in items if item.get_closest_marker("browser")]

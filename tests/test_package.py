@@ -7,6 +7,7 @@ from pathlib import Path
 
 import moescope
 import sample_data
+from tests.conftest import LONG
 
 ROOT = Path(__file__).parents[1]
 
@@ -49,3 +50,7 @@ def test_the_bundled_run_is_of_the_bundled_model() -> None:
 
 def test_version() -> None:
     assert moescope.__version__.count(".") == 2
+
+
+def test_the_files_that_begin_first_are_there() -> None:
+    assert [name for name in LONG if not (ROOT / "tests" / name).is_file()] == []
