@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
-from compressor.plan.steps import Record, Role
+from compressor.plan.steps import Record, Role, Row
 
 Bits = Literal[1, 2, 3, 4, 8, "ternary"]
 """Width of a quantized weight. ``1`` = sign times the group's mean magnitude (MC-MoE), ``ternary`` = -1, 0 or 1 times
@@ -58,7 +58,7 @@ class QuantizeLayer(Record):
 
     layer: int = Field(ge=0)
     step: int = Field(default=0, ge=0)
-    experts: tuple[ExpertBits, ...]
+    experts: Row[ExpertBits]
 
 
 class SmoothLayer(Record):
@@ -129,8 +129,8 @@ class QuantizeStep(Record):
     nested: Literal[2, 3, 4] | None = None
     activation_bits: Literal[4, 8] | None = None
     smoothing: float | None = Field(default=None, ge=0, le=1)
-    channels: tuple[SmoothLayer, ...] = ()
-    layers: tuple[QuantizeLayer, ...]
+    channels: Row[SmoothLayer] = ()
+    layers: Row[QuantizeLayer]
 
     @model_validator(mode="after")
     def _smooths_what_it_knows(self) -> QuantizeStep:

@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import Field, field_validator, model_validator
 
 from compressor.plan.bits import Bits
-from compressor.plan.steps import Record
+from compressor.plan.steps import Record, Row
 
 CachePolicy = Literal[
     "static", "lru", "lfu", "lfu_in_cache", "hobbit", "edgemoe", "moe_infinity", "mixtral_offloading", "fate"
@@ -34,8 +34,8 @@ class CacheLayer(Record):
     layer: int = Field(ge=0)
     step: int = Field(default=0, ge=0)
     slots: int = Field(ge=0)
-    pinned: tuple[int, ...] = ()
-    disk: tuple[int, ...] = ()
+    pinned: Row[int] = ()
+    disk: Row[int] = ()
 
     @field_validator("pinned", "disk")
     @classmethod
@@ -81,7 +81,7 @@ class CacheStep(Record):
     ahead: int = Field(default=1, ge=1, le=3)
     low_bits: Bits | None = None
     thresholds: tuple[float, float] | None = None
-    layers: tuple[CacheLayer, ...] = Field(min_length=1)
+    layers: Row[CacheLayer] = Field(min_length=1)
 
     @model_validator(mode="after")
     def _adds_up(self) -> CacheStep:

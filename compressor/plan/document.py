@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError
 
+from compressor.plan import reading
 from compressor.plan.bits import QuantizeStep
 from compressor.plan.caching import CacheStep
 from compressor.plan.evidence import Estimate, Evidence, Provenance, Target
@@ -17,7 +18,7 @@ from compressor.plan.factors import FactorStep
 from compressor.plan.placement import PlaceStep
 from compressor.plan.routing import RouteStep
 from compressor.plan.source import Source
-from compressor.plan.steps import DropStep, MergeStep, Record, SlimStep
+from compressor.plan.steps import DropStep, MergeStep, Record, Row, SlimStep
 from moescope.errors import PlanError
 
 VERSION = 1
@@ -50,9 +51,9 @@ class Plan(Record):
     provenance: Provenance
     source: Source
     target: Target
-    steps: tuple[Step, ...] = Field(min_length=1)
+    steps: Row[Step] = Field(min_length=1)
     estimate: Estimate
-    evidence: tuple[Evidence, ...] = ()
+    evidence: Row[Evidence] = ()
 
     def text(self) -> str:
         """The document, the same for the same plan."""
@@ -105,11 +106,7 @@ class Plan(Record):
         Raises:
             PlanError: it cannot be read, is no plan, is of another version, or asks for what cannot be.
         """
-        try:
-            text = Path(path).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise PlanError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
-        return cls.parse(text, str(path))
+        return cls.parse(reading.read(path), str(path))
 
     @classmethod
     def parse(cls, text: str, name: str = "the document") -> Plan:
@@ -118,20 +115,18 @@ class Plan(Record):
         Raises:
             PlanError: as :meth:`load`.
         """
-        try:
-            content: Any = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise PlanError(f"{name} is no plan: {error}") from error
+        content = reading.parsed(text, name)
         if not isinstance(content, dict) or "steps" not in content:
             raise PlanError(f"{name} is no plan of moescope: it has no steps")
         if content.get("version") != VERSION:
-            raise PlanError(f"{name} has version {content.get('version')!r}; this moescope reads {VERSION}: plan again")
+            stated = reading.in_a_line(repr(content.get("version")))
+            raise PlanError(f"{name} has version {stated}; this moescope reads {VERSION}: plan again")
+        del content
         try:
-            return cls.model_validate(content).checked()
+            # Of the text, not of what was parsed: only there a number must be one, and a list makes a tuple.
+            return cls.model_validate_json(text, strict=True).checked()
         except ValidationError as error:
-            first = error.errors(include_url=False)[0]
-            place = ".".join(map(str, first["loc"]))
-            raise PlanError(f"{name} is no plan that can be followed: {place}: {first['msg']}") from error
+            raise PlanError(f"{name} is no plan that can be followed: {reading.first_mistake(error)}") from error
 
 
 def json_schema() -> dict[str, Any]:

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from compressor.plan.steps import Record, Role
+from compressor.plan.steps import Record, Role, Row
 
 
 class Provenance(Record):
@@ -24,7 +24,7 @@ class Provenance(Record):
     run: str
     corpus: str = ""
     tokens: int = Field(default=0, ge=0)
-    domains: tuple[str, ...] = ()
+    domains: Row[str] = ()
     badge: str = ""
     tool_version: str
 
@@ -69,7 +69,7 @@ class LayerValues(Record):
 
     layer: int
     step: int = 0
-    values: tuple[float | None, ...]
+    values: Row[float | None]
 
 
 class Protected(Record):
@@ -98,10 +98,10 @@ class Evidence(Record):
     score: str
     unit: str = ""
     source: str = ""
-    layers: tuple[LayerValues, ...] = ()
-    protected: tuple[Protected, ...] = ()
+    layers: Row[LayerValues] = ()
+    protected: Row[Protected] = ()
     guard: bool = True
-    notes: tuple[str, ...] = ()
+    notes: Row[str] = ()
 
 
 class Prediction(Record):

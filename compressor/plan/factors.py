@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from compressor.plan.steps import Record
+from compressor.plan.steps import Record, Row
 
 
 class FactorGroup(Record):
@@ -19,8 +19,8 @@ class FactorGroup(Record):
     """
 
     lead: int = Field(ge=0)
-    members: tuple[int, ...] = Field(min_length=1)
-    weights: tuple[float, ...]
+    members: Row[int] = Field(min_length=1)
+    weights: Row[float]
 
 
 class FactorLayer(Record):
@@ -28,7 +28,7 @@ class FactorLayer(Record):
 
     layer: int = Field(ge=0)
     step: int = Field(default=0, ge=0)
-    groups: tuple[FactorGroup, ...]
+    groups: Row[FactorGroup]
 
 
 class FactorStep(Record):
@@ -57,7 +57,7 @@ class FactorStep(Record):
     rank: int | None = Field(default=None, ge=1)
     density: float = Field(ge=0, le=1)
     scale: float | None = Field(default=None, gt=0)
-    layers: tuple[FactorLayer, ...]
+    layers: Row[FactorLayer]
 
     @model_validator(mode="after")
     def _has_its_numbers(self) -> FactorStep:

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from compressor.plan.steps import Record
+from compressor.plan.steps import Record, Row
 
 
 class PlaceLayer(Record):
@@ -21,7 +21,7 @@ class PlaceLayer(Record):
 
     layer: int = Field(ge=0)
     step: int = Field(default=0, ge=0)
-    experts: tuple[int, ...] = Field(min_length=1)
+    experts: Row[int] = Field(min_length=1)
 
 
 class PlaceStep(Record):
@@ -38,7 +38,7 @@ class PlaceStep(Record):
     method: str
     devices: int = Field(ge=1)
     nodes: int = Field(default=1, ge=1)
-    layers: tuple[PlaceLayer, ...] = Field(min_length=1)
+    layers: Row[PlaceLayer] = Field(min_length=1)
 
     @model_validator(mode="after")
     def _divides(self) -> PlaceStep:

@@ -11,7 +11,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from compressor.plan.steps import Record
+from compressor.plan.steps import Record, Row
 
 ROUTE = "moescope_route"
 """Field of a configuration: a route step, by the numbers of the layers and experts of that checkpoint."""
@@ -21,6 +21,9 @@ RouteRule = Literal["bias", "top_k", "top_p", "ratio", "threshold", "null_expert
 value says. ``top_p``: the fewest whose router probability adds up to more than the value. ``ratio``: of those chosen,
 those with at least so large a part of the largest gate weight. ``threshold``: those with at least so large a gate
 weight. ``null_experts``: those whose logit is above the value, as if experts without output had that logit."""
+
+MAX_BIAS = 10_000.0
+"""Of a bias, either way: logits of a router are some tens, and half precision ends at 65,504."""
 
 RouteWeights = Literal["kept", "renormalized"]
 """What becomes of the gate weights: every expert keeps that of the router, and one that the router had not chosen gets
@@ -41,7 +44,7 @@ class RouteLayer(Record):
     layer: int = Field(ge=0)
     step: int = Field(default=0, ge=0)
     value: float | None = None
-    bias: tuple[float, ...] = ()
+    bias: Row[float] = ()
 
 
 class RouteStep(Record):
@@ -58,7 +61,7 @@ class RouteStep(Record):
     method: str
     rule: RouteRule
     weights: RouteWeights = "renormalized"
-    layers: tuple[RouteLayer, ...] = Field(min_length=1)
+    layers: Row[RouteLayer] = Field(min_length=1)
 
     @model_validator(mode="after")
     def _says_enough(self) -> RouteStep:
@@ -67,6 +70,8 @@ class RouteStep(Record):
                 raise ValueError(f"layer {one.layer}: rule bias takes one number per expert, and no value")
             if self.rule != "bias" and (one.value is None or one.bias):
                 raise ValueError(f"layer {one.layer}: rule {self.rule} takes one value, and no bias")
+            if any(abs(number) > MAX_BIAS for number in one.bias):
+                raise ValueError(f"layer {one.layer}: a bias beyond {MAX_BIAS:,.0f} leaves nothing of the logits")
             _require_sense(self.rule, one)
         return self
 

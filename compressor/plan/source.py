@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from functools import cached_property
+
 from pydantic import Field, model_validator
 
-from compressor.plan.steps import Record
+from compressor.plan.steps import Record, Row
 
 LayerKey = tuple[int, int]
 """(layer, step)."""
 
-MAX_LAYERS, MAX_EXPERTS, MAX_TOTAL = 65_536, 65_536, 1_000_000
-"""Decoder layers, experts of a layer and of all layers that a document may state: checking it takes memory for them."""
+MAX_LAYERS, MAX_EXPERTS, MAX_TOTAL = 4_096, 65_536, 1_000_000
+"""Layers, experts of a layer and of all layers that a document may state: checking takes time and memory for them."""
 
 _SHARED_SOFTMAX = ("ernie4_5_moe", "ernie4_5_vl_moe", "ernie4_5_vl_moe_text", "longcat_flash", "zaya")
 """Families that add their selection bias to a softmax over all experts: one that only fills up would have a part of it,
@@ -82,7 +84,7 @@ class Source(Record):
     num_layers: int = Field(ge=1, le=MAX_LAYERS)
     gated: bool = True
     selection_bias: bool = False
-    layers: tuple[LayerShape, ...] = Field(min_length=1)
+    layers: Row[LayerShape] = Field(min_length=1, max_length=MAX_LAYERS)
 
     @model_validator(mode="after")
     def _ordered(self) -> Source:
@@ -95,7 +97,7 @@ class Source(Record):
             raise ValueError(f"the model cannot have more than {MAX_TOTAL:,} experts")
         return self
 
-    @property
+    @cached_property
     def by_key(self) -> dict[LayerKey, LayerShape]:
         """The MoE layers by (layer, step)."""
         return {layer.key: layer for layer in self.layers}

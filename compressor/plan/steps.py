@@ -9,11 +9,16 @@ from __future__ import annotations
 
 import base64
 import binascii
-from typing import Literal
+from typing import Annotated, Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, FailFast, Field, field_validator
+
+Item = TypeVar("Item")
+
+Row = Annotated[tuple[Item, ...], FailFast()]
+"""Values of one kind. Of those of a document only the first wrong one is noted: there may be millions."""
 
 Role = Literal["routed", "shared"]
 """Which kind of expert a unit is."""
@@ -47,7 +52,7 @@ class DropLayer(Record):
 
     layer: int = Field(ge=0)
     step: int = Field(default=0, ge=0)
-    experts: tuple[int, ...]
+    experts: Row[int]
 
     @field_validator("experts")
     @classmethod
@@ -69,9 +74,9 @@ class DropStep(Record):
     step: Literal["drop"] = "drop"
     method: str
     form: Literal["uniform", "per_layer", "padded"] = "uniform"
-    layers: tuple[DropLayer, ...] = ()
-    blocks: tuple[int, ...] = ()
-    decoder_layers: tuple[int, ...] = ()
+    layers: Row[DropLayer] = ()
+    blocks: Row[int] = ()
+    decoder_layers: Row[int] = ()
 
     @field_validator("blocks", "decoder_layers")
     @classmethod
@@ -91,8 +96,8 @@ class MergeGroup(Record):
     """
 
     lead: int = Field(ge=0)
-    members: tuple[int, ...] = Field(min_length=1)
-    weights: tuple[float, ...]
+    members: Row[int] = Field(min_length=1)
+    weights: Row[float]
     weight: float = Field(default=1.0, ge=0)
     fixed: bool = False
 
@@ -121,8 +126,8 @@ class MergeLayer(Record):
 
     layer: int = Field(ge=0)
     step: int = Field(default=0, ge=0)
-    groups: tuple[MergeGroup, ...]
-    given_up: tuple[GivenUp, ...] = ()
+    groups: Row[MergeGroup]
+    given_up: Row[GivenUp] = ()
 
 
 MergeMethod = Literal["average", "aligned", "nearest", "subspace", "segments"]
@@ -155,7 +160,7 @@ class MergeStep(Record):
     form: Literal["uniform", "per_layer", "padded", "shared"] = "uniform"
     rank: int | None = Field(default=None, ge=1)
     threshold: float | None = Field(default=None, ge=-1, le=1)
-    layers: tuple[MergeLayer, ...]
+    layers: Row[MergeLayer]
 
 
 class SlimExpert(Record):
@@ -197,7 +202,7 @@ class SlimLayer(Record):
 
     layer: int = Field(ge=0)
     step: int = Field(default=0, ge=0)
-    experts: tuple[SlimExpert, ...]
+    experts: Row[SlimExpert]
 
 
 class SlimStep(Record):
@@ -214,7 +219,7 @@ class SlimStep(Record):
     method: str
     form: Literal["uniform", "per_layer", "masked"]
     width: int | None = Field(default=None, ge=1)
-    layers: tuple[SlimLayer, ...]
+    layers: Row[SlimLayer]
 
 
 def _ascending(value: tuple[int, ...]) -> tuple[int, ...]:

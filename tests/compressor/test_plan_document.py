@@ -90,7 +90,7 @@ def _changed(path: tuple[Any, ...], value: Any) -> str:
 @pytest.mark.parametrize(
     ("path", "value", "sentence"),
     [
-        (("source", "num_layers"), 10**18, "less than or equal to 65536"),
+        (("source", "num_layers"), 10**18, "less than or equal to 4096"),
         (("source", "layers", 0, "num_experts"), 10**12, "less than or equal"),
         (("source", "layers", 0, "groups"), 0, "greater than or equal"),
         (("source", "layers"), [], "at least 1 item"),
@@ -98,7 +98,7 @@ def _changed(path: tuple[Any, ...], value: Any) -> str:
         (("steps", 0, "layers", 0, "experts"), [3, 0], "numbers must ascend"),
         (("steps", 0, "layers", 0, "experts"), [0, 0], "numbers must ascend"),
         (("steps", 0, "layers", 0, "experts"), [-1], "numbers must ascend"),
-        (("steps", 0, "layers", 0, "experts"), "0", "tuple"),
+        (("steps", 0, "layers", 0, "experts"), "0", "array"),
         (("target", "share"), 1.5, "less than 1"),
         (("estimate", "kept_mass"), float("nan"), "finite"),
         (("estimate", "layer_error"), float("inf"), "finite"),
