@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import urlencode
 
 import numpy as np
 
@@ -68,11 +69,14 @@ async def clicking(url: str, query: str, *, seed: int, seconds: float, every: fl
 
 
 async def crowd(
-    url: str, query: str, *, users: int, seed: int, seconds: float, every: float
+    url: str, queries: list[str], *, users: int, seed: int, seconds: float, every: float
 ) -> tuple[list[Click], list[str]]:
-    """Several users at once."""
+    """Several users at once, each at one of the addresses in turn."""
     found = await asyncio.gather(
-        *(clicking(url, query, seed=seed + number, seconds=seconds, every=every) for number in range(users))
+        *(
+            clicking(url, queries[number % len(queries)], seed=seed + number, seconds=seconds, every=every)
+            for number in range(users)
+        )
     )
     return [one for clicks, _ in found for one in clicks], [error for _, errors in found for error in errors]
 
@@ -149,20 +153,20 @@ def said_of_memory(samples: list[tuple[float, float]]) -> bool:
     return peak <= MEMORY_LIMIT and grown <= MEMORY_LIMIT - 1
 
 
-async def soak(url: str, pid: int, query: str, options: argparse.Namespace) -> bool:
+async def soak(url: str, pid: int, queries: list[str], options: argparse.Namespace) -> bool:
     """All phases; False where a bound was missed."""
     alone = max(30.0, options.minutes * 60 / 5)
-    wrong = await warm(url, query)
-    first, first_errors = await crowd(url, query, users=1, seed=1000, seconds=alone, every=options.every)
+    wrong = [error for query in queries for error in await warm(url, query)]
+    first, first_errors = await crowd(url, queries, users=1, seed=1000, seconds=alone, every=options.every)
     said("one, before", first, first_errors)
     samples: list[tuple[float, float]] = []
     watching = asyncio.create_task(memory(pid, samples))
     many, many_errors = await crowd(
-        url, query, users=options.users, seed=2000, seconds=options.minutes * 60, every=options.every
+        url, queries, users=options.users, seed=2000, seconds=options.minutes * 60, every=options.every
     )
     watching.cancel()
     said(f"{options.users} at once", many, many_errors)
-    last, last_errors = await crowd(url, query, users=1, seed=3000, seconds=alone, every=options.every)
+    last, last_errors = await crowd(url, queries[::-1], users=1, seed=3000, seconds=alone, every=options.every)
     said("one, after", last, last_errors)
     one = first + last
     print(f"ratio p50 {ratio(many, one, 50)}   p95 {ratio(many, one, 95)}   ({options.users} users over one)")
@@ -189,7 +193,7 @@ def main() -> int:
     parser.add_argument("--users", type=int, default=5)
     parser.add_argument("--minutes", type=float, default=30.0, help="of the crowd")
     parser.add_argument("--every", type=float, default=2.0, help="seconds between two clicks of a user")
-    parser.add_argument("--store", type=Path, help="a store to serve; its first run is looked at")
+    parser.add_argument("--store", type=Path, help="a store to serve; users look at its runs in turn")
     parser.add_argument("--url", help="a dashboard that runs already")
     parser.add_argument("--pid", type=int, help="its process")
     options = parser.parse_args()
@@ -206,11 +210,11 @@ def main() -> int:
             server, url = start(store, browser=False)
             pid, stop = server.pid, server.terminate
             runs = [entry.name for entry in Catalog(store).entries() if not entry.live]
-            query = f"run={runs[0]}" if runs else ""
+            queries = [urlencode({"run": name}) for name in runs] or [""]
         else:
-            query = ""
+            queries = [""]
         try:
-            return 0 if asyncio.run(soak(url, pid, query, options)) else 1
+            return 0 if asyncio.run(soak(url, pid, queries, options)) else 1
         finally:
             stop()
 
