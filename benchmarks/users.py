@@ -194,7 +194,7 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=30.0, help="of the crowd")
     parser.add_argument("--every", type=float, default=2.0, help="seconds between two clicks of a user")
     parser.add_argument("--store", type=Path, help="a store to serve; users look at its runs in turn")
-    parser.add_argument("--url", help="a dashboard that runs already")
+    parser.add_argument("--url", help="a dashboard of that store that runs already")
     parser.add_argument("--pid", type=int, help="its process")
     options = parser.parse_args()
     if (options.url is None) != (options.pid is None):
@@ -203,16 +203,14 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as name:
         stop: Callable[[], object] = lambda: None  # noqa: E731
         url, pid = options.url, options.pid
+        store = options.store or Path(name)
         if url is None:
-            store = options.store or Path(name)
             if options.store is None:
                 write(store, "shaped", Shape(layers=24, experts=64, tokens=10_000))
             server, url = start(store, browser=False)
             pid, stop = server.pid, server.terminate
-            runs = [entry.name for entry in Catalog(store).entries() if not entry.live]
-            queries = [urlencode({"run": name}) for name in runs] or [""]
-        else:
-            queries = [""]
+        runs = [entry.name for entry in Catalog(store).entries() if not entry.live]
+        queries = [urlencode({"run": name}) for name in runs] or [""]
         try:
             return 0 if asyncio.run(soak(url, pid, queries, options)) else 1
         finally:
