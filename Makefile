@@ -4,7 +4,7 @@ PYTHON ?= python3
 ARGS ?=
 BIN := .venv/bin
 
-.PHONY: help install demo test check format sample-model screenshots clean
+.PHONY: help install demo test faults check format sample-model screenshots clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/ -/'
@@ -24,6 +24,9 @@ demo: install  ## profile the bundled model and open the dashboard; ARGS=--no-da
 
 test: install  ## run all tests, three at a time (some wait for a browser); those that need a browser are skipped where there is none
 	PYTHONDONTWRITEBYTECODE= $(BIN)/python -P -m pytest -n 3 --dist loadfile --no-loadscope-reorder $(ARGS)
+
+faults: install  ## kill what writes files, 200 times each, and see that nothing is lost; ARGS='--kills 40 --only collect'
+	@$(BIN)/python -m tests.faults $(ARGS)
 
 check: install  ## ruff and mypy
 	$(BIN)/ruff check .

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import transformers
+
 import compressor
 from tests.compressor.apply_cases import drop, saved
 from tests.faults.killing import Say
@@ -19,6 +21,7 @@ class Applying:
 
     def __init__(self, shared: Path) -> None:
         self._source, self._whole = shared / "source", shared / "whole" / "out"  # the card tells the name
+        transformers.utils.logging.disable_progress_bar()
         self._plan = drop(saved("olmoe", self._source, shard="40KB"), (1, 2))
         self._before = fingerprint(self._source)
 
