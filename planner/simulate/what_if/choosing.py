@@ -46,6 +46,17 @@ def stored(block: Block) -> Scores:
     return block.scores
 
 
+def before(block: Block, layer: Layer, values: int) -> Tally:
+    """A tally in which the choice before is counted, for rules that give each token as many experts as it had."""
+    scores, own = stored(block), block.own
+    most = min(int(own.max(initial=1)), scores.ids.shape[1])
+    first = Scores(scores.ids[:, :most], scores.logits[:, :most], scores.log_partition)
+    tally = Tally.empty(values, most, layer.info.num_experts)
+    tally.add_before(first.ids, probabilities(first), own)
+    tally.agreeing = int(agreement(block).sum())
+    return tally
+
+
 def probabilities(scores: Scores) -> FloatArray:
     """(tokens, m) softmax over all experts, of those that are stored; 0 = none."""
     logits = scores.logits.astype(np.float64) - scores.log_partition.astype(np.float64)[:, None]

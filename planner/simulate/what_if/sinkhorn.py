@@ -9,8 +9,8 @@ from __future__ import annotations
 import numpy as np
 
 from planner.simulate.what_if.blocks import Block, Layer
-from planner.simulate.what_if.choosing import probabilities, stored
-from planner.simulate.what_if.tally import Tally, agreement
+from planner.simulate.what_if.choosing import before, stored
+from planner.simulate.what_if.tally import Tally
 from profiler.metrics._arrays import FloatArray
 
 TOLERANCE = 1e-7
@@ -19,8 +19,8 @@ TOLERANCE = 1e-7
 ROUNDS = 500
 """Most scalings of a batch; fifty are usual."""
 
-
 _LEAST = 1e-280
+"""Of a probability: a column must have some mass to be scaled."""
 
 
 def balance(block: Block, layer: Layer, values: FloatArray) -> Tally:
@@ -29,27 +29,22 @@ def balance(block: Block, layer: Layer, values: FloatArray) -> Tally:
     A last batch of less than half the size joins the one before. Figure ``error_tokens``: error of the columns, summed
     over tokens.
     """
-    from planner.simulate.what_if._dense import compare_choice, largest, spread, transport
+    from planner.simulate.what_if._sinkhorn import rechosen, softmax, transport
 
     scores, own, experts = stored(block), block.own, layer.info.num_experts
-    ids = np.ascontiguousarray(scores.ids)
-    known = probabilities(scores)
-    probability = np.empty((len(ids), experts))
-    # A column must have some mass to be scaled, however small.
-    spread(ids, np.maximum(known, _LEAST), np.full(len(ids), _LEAST), probability)
-    tally = Tally.empty(len(values), ids.shape[1], experts)
-    tally.add_before(ids, known, own)
-    tally.agreeing = int(agreement(block).sum())
-    chosen, column = np.empty((len(ids), int(own.max(initial=1))), np.int16), np.empty(experts)
+    ids, column = np.ascontiguousarray(scores.ids), np.empty(experts)
+    tally = before(block, layer, len(values))
     errors = np.zeros(len(values))
     for index, value in enumerate(values):
-        for first, last in batches(len(ids), int(value)):
-            part = slice(first, last)
-            error = transport(probability[part], TOLERANCE, ROUNDS, column)
-            errors[index] += error * (last - first)
-            largest(probability[part] * column, ids[part], own[part], chosen[part])
         sums = np.zeros(3, np.int64)
-        tally.kept[index] = compare_choice(chosen, ids, own, probability, tally.load[index], sums)
+        parts = batches(len(ids), int(value))
+        # Of one batch only, so that it stays in the cache of a core.
+        rows = np.empty((max(last - first for first, last in parts), experts))
+        for first, last in parts:
+            part, probability = slice(first, last), rows[: last - first]
+            softmax(ids[part], scores.logits[part], scores.log_partition[part], _LEAST, probability)
+            errors[index] += transport(probability, TOLERANCE, ROUNDS, column) * (last - first)
+            tally.kept[index] += rechosen(probability, column, ids[part], own[part], tally.load[index], sums)
         tally.same[index], tally.kept_own[index], tally.added[index] = sums
         tally.counts[index] = tally.counts_before
     tally.figures = {"error_tokens": errors}
