@@ -70,7 +70,7 @@ def comparison(run: store.Run, *, form: Any = None, **asked: Any) -> pl.DataFram
         asked: what else ``planner.make`` takes, without ``preset``.
     """
     here = set(presets(run).filter("here")["preset"])
-    rows = []
+    rows, worked_out = [], dict[Any, Any]()  # what presets have in common
     for preset in PRESETS:
         if preset.name not in here:
             continue
@@ -78,7 +78,7 @@ def comparison(run: store.Run, *, form: Any = None, **asked: Any) -> pl.DataFram
         row |= {"preset": preset.name, "title": preset.title, "step": preset.step}
         try:
             taken = form if form in preset.forms else None
-            row |= _figures(planner.make(run, preset=preset.name, form=taken, **asked))
+            row |= _figures(planner.make(run, preset=preset.name, form=taken, kept=worked_out, **asked))
         except PlanError as error:
             row["refused"] = str(error)
         rows.append(row)
