@@ -23,6 +23,9 @@ from store import Catalog, Entry, Run
 
 STORE_VARIABLE = "MOESCOPE_STORE"
 
+_OPENED: dict[str, tuple[object, ...]] = {}
+"""Path -> the version in which a run was opened last."""
+
 FrameMaker = Callable[..., pl.DataFrame]
 FramesMaker = Callable[..., dict[str, pl.DataFrame]]
 Made = TypeVar("Made")
@@ -41,19 +44,35 @@ def entries() -> dict[str, Entry]:
         StoreError: a store cannot be read.
     """
     found: dict[str, Entry] = {}
-    for directory in store_directories():
+    directories = store_directories()
+    for directory in directories:
         for entry in Catalog(directory).entries():
             found.setdefault(entry.name, entry)
+    _let_go({str(entry.path) for entry in found.values()}, directories)
     return dict(sorted(found.items(), key=lambda item: _age(item[1].path, item[1].inode)))
 
 
 def open_run(path: Path) -> Run:
-    """The run at a path, opened once per version.
+    """The run at a path, opened once per version; of former versions, the disk gets its space back.
 
     Raises:
         MoescopeError: it is gone, locked, or not a run.
     """
-    return _open(str(path), store.version_of(path))
+    version = store.version_of(path)
+    run: Run = _open(str(path), version)
+    former = _OPENED.get(str(path))
+    _OPENED[str(path)] = version
+    if former not in (None, version):
+        _open.clear(str(path), former)
+    return run
+
+
+def _let_go(there: set[str], directories: list[Path]) -> None:
+    """Close runs of the stores that have gone: the disk keeps a deleted file for as long as it is open."""
+    for path in [path for path in list(_OPENED) if path not in there and Path(path).parent in directories]:
+        version = _OPENED.pop(path, None)
+        if version is not None:
+            _open.clear(path, version)
 
 
 def frame(maker: Callable[..., Made], run: Run, /, **arguments: Any) -> Made:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -91,6 +93,33 @@ def test_a_collection_that_ends_while_a_page_reads_it(
     assert ended and not _drawn(app).error and not app.get("progress")
     with real(ended[0]) as run:
         assert len(run.table("sequence")) == 9
+
+
+def _open_though_deleted(directory: Path) -> list[str]:
+    found = []
+    for descriptor in Path("/proc/self/fd").iterdir():
+        try:
+            found.append(os.readlink(descriptor))
+        except OSError:
+            continue
+    return [name for name in found if name.startswith(str(directory)) and name.endswith("(deleted)")]
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="the system does not say which files are open")
+def test_the_disk_gets_back_what_was_deleted_or_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = synthetic.finished(tmp_path, "shown", sequences=3)
+    app = visited(monkeypatch, tmp_path, run="shown")
+    synthetic.finished(tmp_path / "new", "shown", sequences=6)
+    (tmp_path / "new" / "shown.duckdb").replace(path)
+    assert _open_though_deleted(tmp_path)
+    assert "6 sequences" in _said(_drawn(app))
+    gc.collect()
+    assert not _open_though_deleted(tmp_path)
+    store.Catalog(tmp_path).delete("shown")
+    assert _open_though_deleted(tmp_path)
+    assert "No runs yet" in _said(_drawn(app))
+    gc.collect()
+    assert not _open_though_deleted(tmp_path)
 
 
 def test_measurements_that_are_half_written_are_not_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
