@@ -434,7 +434,7 @@ def test_errors_of_the_disk_are_one_line(
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full)
-        with pytest.raises(RunError, match=r"cannot be written: No space left on device$"):
+        with pytest.raises(RunError, match=r"cannot be written: No space left on device: make room"):
             compressor.apply(drop(olmoe[0], GONE), source=olmoe[1], destination=tmp_path / "out")
     assert not (tmp_path / "out").exists()
     compressor.apply(drop(olmoe[0], GONE), source=olmoe[1], destination=tmp_path / "out")
