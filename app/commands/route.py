@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -51,6 +52,8 @@ def run(options: argparse.Namespace) -> int:
 
     if (options.rule is None) != (options.value is None):
         raise InputError("--rule takes --value, such as --rule top_p --value 0.5; --bias and --balance take none")
+    if options.value is not None and not math.isfinite(options.value):
+        raise InputError(f"--value {options.value}: takes a finite number, such as 0.5 of top_p")
     if options.bias is not None and options.layers:
         raise InputError("--bias names its layers in the file: leave out --layers")
     if options.balance and options.domain:
@@ -147,7 +150,7 @@ def words(plan: Plan) -> str:
     from app.text import table
 
     place, evidence = plan.provenance, plan.evidence[0]
-    rests = f"rests on {place.tokens:,} tokens of {', '.join(place.domains)}"
+    rests = f"run of {place.tokens:,} tokens; text of {', '.join(place.domains)}"
     return "\n\n".join(
         [f"{title(plan)}: {plan.source.model}", table(layers(plan)), "\n".join((*evidence.notes, rests))]
     )

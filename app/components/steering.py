@@ -25,10 +25,10 @@ DOMAINS = 24
 
 _COLUMNS: dict[str, Any] = {
     "expert": st.column_config.NumberColumn("expert", disabled=True, width="small"),
-    "before_share": st.column_config.NumberColumn("load now", format="percent", disabled=True),
+    "before_share": st.column_config.NumberColumn("load now", format="%.2f %%", disabled=True),
     "bias": st.column_config.NumberColumn("bias, logits", format="%.4f", step=0.0001, required=True),
-    "after_share": st.column_config.NumberColumn("load then", format="percent", disabled=True),
-    "change": st.column_config.NumberColumn("change", format="percent", disabled=True),
+    "after_share": st.column_config.NumberColumn("load then", format="%.2f %%", disabled=True),
+    "change": st.column_config.NumberColumn("change, points", format="%+.2f", disabled=True),
 }
 
 
@@ -88,6 +88,7 @@ def _buttons(run: Run, found: Scored) -> None:
     label, expert = found.label, focus.current().expert_in(run)
     row = _biases(run).get(label, (0.0,) * found.layer.num_experts)
     chosen = focus.current().expert is not None
+    name = f"expert {expert}" if chosen else "expert"
     with st.container(horizontal=True, gap="small", vertical_alignment="bottom"):
         with st.container(width=130):
             size = state.choose_size(
@@ -95,9 +96,9 @@ def _buttons(run: Run, found: Scored) -> None:
                 help="Half of the typical distance between the last expert that a token takes and the next.",
             )  # fmt: skip
         moved = {
-            f"Expert {expert} up": (row[expert] + size, ":material/arrow_upward:"),
-            f"Expert {expert} down": (row[expert] - size, ":material/arrow_downward:"),
-            f"Away from expert {expert}": (frames.away(found), ":material/block:"),
+            f"Push {name} up": (row[expert] + size, ":material/arrow_upward:"),
+            f"Push {name} down": (row[expert] - size, ":material/arrow_downward:"),
+            f"Away from {name}": (frames.away(found), ":material/block:"),
         }
         for index, (words, (value, icon)) in enumerate(moved.items()):
             then = tuple(round(value, frames.ROUND) if at == expert else one for at, one in enumerate(row))
@@ -180,7 +181,8 @@ def _editor(run: Run, label: str, experts: pl.DataFrame) -> None:
         values = {int(at): change["bias"] for at, change in changes.items() if change.get("bias") is not None}
         _set(run.name, label, tuple(float(values.get(at, one)) for at, one in enumerate(row)))
 
-    shown = experts.select("expert", "before_share", "bias", "after_share", "change")
+    points = (pl.col(name) * 100 for name in ("before_share", "after_share", "change"))
+    shown = experts.with_columns(points).select("expert", "before_share", "bias", "after_share", "change")
     with st.container(border=True, gap="xsmall"):
         st.data_editor(
             shown, key=key, hide_index=True, num_rows="fixed", column_config=_COLUMNS, on_change=edited,

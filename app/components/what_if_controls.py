@@ -115,7 +115,7 @@ def certainty(result: WhatIf, value: float | None = None) -> None:
     word = result.certainty if value is None else exhibits.certainty_at(result, value)
     notes = " ".join(state.plain(note, 300) for note in result.notes)
     said = f"{state.plain(result.why, 500)} {notes} What it does to the loss needs a live run."
-    st.caption(f":{_COLOURS[word]}-badge[{_ICONS[word]} {word}] {said}")
+    st.markdown(f":{_COLOURS[word]}-badge[{_ICONS[word]} {word}] :small[:gray[{said}]]")
 
 
 def trusted(run: Run, method: str, asked: Text) -> None:

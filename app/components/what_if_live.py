@@ -39,13 +39,11 @@ def section(run: Run) -> None:
         names = [path.stem for path in store.list_evaluations(run.path, "sweep")]
         if not names:
             exhibits.chosen(run, None)
-        name, document = _sweep(run, names)
+        _part(run, *_sweep(run, names))
     except Absent as missing:
         chart.absent(missing)
     except MoescopeError as error:
         st.warning(state.plain(str(error), 400), icon=":material/broken_image:")
-    else:
-        _part(run, name, document)
     compress_apply.running_jobs(run)
 
 
@@ -71,7 +69,8 @@ def _part(run: Run, name: str, document: dict[str, Any]) -> None:
     more: dict[str, Any] = {"sweep": name}
     if words := answer(run, **more):
         st.markdown(words)
-    st.caption(f":green-badge[:material/science: measured] On the model itself: {state.plain(frames.title(document))}.")
+    title = f"On the model itself: {state.plain(frames.title(document))}."
+    st.markdown(f":green-badge[:material/science: measured] :small[:gray[{title}]]")
     if makers[0] in _BY_TRIAL:
         more |= _trial(document)
     where = {"domain": _domain(document)} if set(makers) & set(_BY_DOMAIN) else {}
@@ -84,8 +83,15 @@ def _part(run: Run, name: str, document: dict[str, Any]) -> None:
 
 
 def _chart(maker: Callable[..., Exhibit], run: Run, more: dict[str, Any], where: dict[str, Any]) -> None:
+    """One chart, drawn anew each time: a sweep with more rules is written into the file of the one before, which the
+    version of the run does not tell."""
     asked = more | where if maker in _BY_DOMAIN else more
-    chart.exhibit(maker, run, key=f"live-{maker.__name__}", **asked)
+    try:
+        made = maker(run, theme=state.theme(), **asked)
+    except Absent as missing:
+        chart.absent(missing)
+        return
+    chart.draw(made, key=f"live-{maker.__name__}")
 
 
 def _domain(document: dict[str, Any]) -> str | None:

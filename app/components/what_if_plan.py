@@ -104,14 +104,19 @@ def _measured(run: Run, plan: Plan) -> None:
         return
     mine = known.filter((pl.col("rule") == "plan") & (pl.col("value") == plan.digest)).drop_nulls("change")
     for row in mine.iter_rows(named=True):
-        worse = (
-            "costs" if row["change_low"] > 0 else "gains" if row["change_high"] < 0 else "changes nothing that shows:"
-        )
         st.success(
-            f"Measured on the model, {row['tokens']:,} tokens: it {worse} {abs(row['change']):.4f} nats per token "
-            f"(95 % from {row['change_low']:+.4f} to {row['change_high']:+.4f}).",
-            icon=":material/science:",
+            f"Measured on the model, {row['tokens']:,} tokens: {_change(row)}.", icon=":material/science:"
         )  # fmt: skip
+
+
+def _change(row: dict[str, Any]) -> str:
+    """What a measured plan does to the loss, with its interval where there is one."""
+    low, high = row["change_low"], row["change_high"]
+    if low is None or high is None:
+        return f"the loss changes by {row['change']:+.4f} nats per token; one sequence gives no interval"
+    said = "it costs" if low > 0 else "it gains" if high < 0 else "no change that shows:"
+    number = f"{abs(row['change']):.4f}" if low > 0 or high < 0 else f"{row['change']:+.4f}"
+    return f"{said} {number} nats per token (95 % interval {low:+.4f} to {high:+.4f})"
 
 
 def _form(run: Run, plan: Plan, key: str) -> None:

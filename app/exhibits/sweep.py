@@ -227,10 +227,10 @@ PAGE = "what-if"
 
 EXHIBITS = (
     Entry("sweep", costs, "What rules cost on the model itself", page=PAGE),
-    Entry("sweep-domains", domains, "What rules cost in each domain", page=PAGE),
-    Entry("sweep-k", loss_over_k, "Loss over the number of experts per token", page=PAGE),
-    Entry("sweep-active", active, "Experts per token under a rule", page=PAGE),
-    Entry("sweep-difficulty", difficulty, "Do harder tokens use more experts?", page=PAGE),
-    Entry("sweep-correlations", correlations, "Token loss and experts, by layer and domain", page=PAGE),
-    Entry("sweep-redundancy", redundancy, "Loss without the best experts", page=PAGE),
+    Entry("sweep-domains", domains, "What rules cost in each domain", page=PAGE, report=False),
+    Entry("sweep-k", loss_over_k, "Loss over the number of experts per token", page=PAGE, report=False),
+    Entry("sweep-active", active, "Experts per token under a rule", page=PAGE, report=False),
+    Entry("sweep-difficulty", difficulty, "Do harder tokens use more experts?", page=PAGE, report=False),
+    Entry("sweep-correlations", correlations, "Token loss and experts, by layer and domain", page=PAGE, report=False),
+    Entry("sweep-redundancy", redundancy, "Loss without the best experts", page=PAGE, report=False),
 )

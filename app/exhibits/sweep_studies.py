@@ -96,8 +96,8 @@ def _study(document: dict[str, Any], run: store.Run, name: str) -> pl.DataFrame:
 
 
 EXHIBITS = (
-    Entry("sweep-contrast-kl", contrast_kl, "Strong against weak routing", page=PAGE),
-    Entry("sweep-contrast", contrast_accuracy, "The contrasted next token", page=PAGE),
-    Entry("sweep-rerouting", rerouting, "Rerouting fitted on the text so far", page=PAGE),
-    Entry("sweep-items", search, "Items solved over several k", page=PAGE),
+    Entry("sweep-contrast-kl", contrast_kl, "Strong against weak routing", page=PAGE, report=False),
+    Entry("sweep-contrast", contrast_accuracy, "The contrasted next token", page=PAGE, report=False),
+    Entry("sweep-rerouting", rerouting, "Rerouting fitted on the text so far", page=PAGE, report=False),
+    Entry("sweep-items", search, "Items solved over several k", page=PAGE, report=False),
 )

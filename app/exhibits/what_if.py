@@ -143,8 +143,8 @@ def by_layer(
     frame, about = frames_of.by_value(result), frames_of.about(method or result.method)
     return Exhibit(
         figure=figures.layers_by_value(frame, axis=about.value, theme=theme), frame=frame,
-        read="Rows that turn pale early have decided routers, of which few experts suffice; rows that stay dark need "
-        "theirs. Hovering says what is kept.",
+        read="Layers whose numbers stay low have decided routers: few experts hold most of the weight. Hovering says "
+        "what is kept.",
         rests_on=rests_on(result), alt=f"Map of layers and values of {about.title}: mean active experts",
     )  # fmt: skip
 
@@ -231,5 +231,5 @@ EXHIBITS = (
     Entry("what-if-layers", layers, "Active experts per layer", page="what-if", report=False),
     Entry("what-if-mass", mass, "Kept mass and changed tokens per layer", page="what-if", report=False),
     Entry("what-if-balance", balance, "Balance of the load per layer", page="what-if", report=False),
-    Entry("what-if-change", change, "How the load of each expert changes", page="what-if"),
+    Entry("what-if-change", change, "How the load of each expert changes", page="what-if", report=False),
 )

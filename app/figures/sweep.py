@@ -94,7 +94,7 @@ def active(frame: pl.DataFrame, *, trial: str, theme: Theme = "light") -> go.Fig
         figure, part, "p95", name="95th percentile", colour=ink.muted, dash="dot", width=1.5, markers=False,
         hover="layer %{x}<br>95 %% of tokens use at most %{y:.0f}".replace("%%", "%"),
     )  # fmt: skip
-    layout(figure, title=title, x="layer", y="experts per token", theme=theme, height=380, wide=False)
+    layout(figure, title=title, x="layer", y="experts per token", theme=theme, height=380)
     return over_layers(figure)
 
 

@@ -26,7 +26,7 @@ VALUES: dict[str, tuple[float, ...]] = {
 """Finer than what methods try by themselves, for the slider: one sort gives all of them."""
 
 FITTED: dict[str, tuple[str, str, str]] = {
-    "odp": ("ratio", "Ratio skipping by layer (ODP)", "multiple of each layer's median ratio; 1 is ODP's rule"),
+    "odp": ("ratio", "Ratio skipping by layer (ODP)", "multiple of each layer's median (ODP: 1)"),
     "null_left": ("null_experts", "Null experts, so many left", "mean experts left in each layer"),
 }
 """Methods whose value is found layer by layer, on every other sequence: the method that they rest on, title, and what

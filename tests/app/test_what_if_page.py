@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from streamlit.testing.v1 import AppTest
 from visiting import open_section, visited
 
 import store
+from app import jobs
 from app.frames import what_if as frames
 from app.frames import what_if_plan
 from compressor.plan import Plan
@@ -20,6 +22,7 @@ from compressor.plan import Plan
 sys.path.insert(0, str(Path(__file__).parents[1] / "planner"))
 from test_route_plans import EXPERTS, TOP_K, chosen, logits, write
 
+SAMPLE = Path(__file__).parents[2] / "sample_data" / "runs" / "sample.evaluations"
 SECTIONS = {
     "Curves": ("Top-p routing: what is kept", "Active experts by value", "Active experts, layer by layer"),
     "Layers": (
@@ -100,7 +103,7 @@ def test_a_bias_moves_what_sorting_says_and_becomes_a_plan(monkeypatch: pytest.M
     app = visit(monkeypatch, directory, section="Steering", layer="1", expert="5")
     assert "**Nothing** is steered in layer 1" in words(app)
     step = app.number_input(key="push-step").value
-    next(one for one in app.button if one.label == "Expert 5 up").click().run()
+    next(one for one in app.button if one.label == "Push expert 5 up").click().run()
     assert not app.exception
     bias = np.zeros(EXPERTS)
     bias[5] = round(step, 4)
@@ -155,3 +158,89 @@ def test_the_first_value_keeps_most_of_the_mass(directory: Path) -> None:
         fewer = frame.filter(frame["mean_active"] < row["mean_active"])
         assert (fewer["kept_mass"] < frames.KEPT).all()
         assert what_if_plan.title(what_if_plan.made(run, rule="ratio", value=0.5)) == "route by ratio 0.5, 2 layers"
+
+
+def test_values_found_layer_by_layer_become_plans_of_them(monkeypatch: pytest.MonkeyPatch, directory: Path) -> None:
+    app = visit(monkeypatch, directory, section="Layers", rule="Ratio skipping by layer (ODP)", value="1")
+    assert "values were found on every other sequence" in words(app) and not app.warning
+    with store.open_run(directory / "known.duckdb") as run:
+        result = frames.found(run, method="odp")
+        plan = what_if_plan.made(run, **frames.as_rule(result, "odp", 1.0))
+    shares = -np.sort(-_softmax(), -1)[:, ::2]  # the first of every two sequences, on which values are found
+    medians = np.median(shares[..., 1] / shares[..., 0], axis=(1, 2))
+    assert plan.route is not None
+    values = [one.value for one in plan.route.layers]
+    np.testing.assert_allclose(values, medians, atol=0.01)  # weights are stored in 8 bits
+    assert plan.digest[:12] in words(app)
+    app = visit(monkeypatch, directory, rule="Null experts, so many left", value="1")
+    assert "leaves **1.0" in words(app)
+
+
+def test_both_thresholds_of_the_tiers_can_be_chosen(monkeypatch: pytest.MonkeyPatch, directory: Path) -> None:
+    app = visit(monkeypatch, directory, section="Tiers", t1="0.5", t2="0.7")
+    shares = -np.sort(-_softmax(), -1)[..., :TOP_K]
+    before = shares[..., 0] / shares.sum(-1)  # of the second of two experts; nothing lies before the first
+    high, out = (1 + (before <= 0.5).mean()) / 2, (before > 0.7).mean() / 2
+    said = words(app)
+    assert "T1 = 0.5 and T2 = 0.7" in said
+    shown = [
+        float(part.split("**")[0].rstrip("%")) / 100 for part in said.split("T2 = 0.7, **")[1].split(" and **")[:2]
+    ]
+    np.testing.assert_allclose(shown, [high, out], atol=0.015)
+
+
+def test_live_loss_starts_a_job_and_its_result_is_shown(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    run = write(tmp_path / "runs")
+    model, texts = tmp_path / "model", tmp_path / "text.txt"
+    texts.write_text("held out")
+    model.mkdir()
+    fields = {"model_type": "mixtral", "num_hidden_layers": 2, "num_local_experts": EXPERTS}
+    (model / "config.json").write_text(json.dumps(fields))
+    (model / "model.safetensors").touch()
+    started: list[jobs.Job] = []
+    monkeypatch.setattr(jobs, "_launch", lambda job: started.append(job) or job)
+    app = visit(monkeypatch, run.parent, section="Layers", value="0.4")
+
+    def measure(folder: Path) -> None:
+        app.text_input(key="live-source-rule").input(str(folder))
+        app.text_area(key="live-texts-rule").input(str(texts))
+        next(one for one in app.button if one.label == "Measure").click().run()
+        assert not app.exception
+
+    measure(tmp_path)
+    assert "is no folder of a checkpoint" in words(app) and not started
+    measure(model)
+    (job,) = started
+    command = list(job.commands[0])
+    plan = Plan.load(Path(command[command.index("--plan") + 1]))
+    assert plan.digest == job.digest and plan.route is not None and plan.route.layers[0].value == 0.4
+    assert command[:2] == ["sweep", str(model)] and command[-2:] == ["--data", str(texts)]
+    assert command[command.index("--against") + 1] == str(run)
+    _measured(run, plan.digest)
+    assert "13,075 tokens: it costs 0.2000 nats per token (95 % interval +0.1000 to +0.3000)" in words(app.run())
+
+
+def _measured(run: Path, digest: str) -> dict[str, Any]:
+    """A sweep of one plan beside the run, in the words of the bundled one."""
+    document = json.loads(next(SAMPLE.glob("sweep-*.json")).read_text())
+    rule = next(one for one in document["rules"] if one["rule"] == "top_p")
+    rule |= {"rule": "plan", "value": digest, "change": {"value": 0.2, "low": 0.1, "high": 0.3}}
+    document["rules"] = [rule]
+    store.write_evaluation(run, document)
+    return document
+
+
+def test_a_damaged_sweep_is_said_to_be_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    run = write(tmp_path)
+    document = _measured(run, "0" * 64)
+    (path,) = store.list_evaluations(run, "sweep")
+    app = visit(monkeypatch, tmp_path, section="Live")
+    assert titles(app) and not app.warning
+    without = {name: value for name, value in document.items() if name != "rules"}
+    for damaged in (without, document | {"rules": None}, document | {"rules": [{"rule": "top_p"}]}):
+        path.write_text(json.dumps(damaged))
+        assert "sweep" in open_section(app, "Live").warning[0].value and not titles(app)
+    path.write_text(json.dumps(document | {"rules": []}))
+    app.session_state["live"] = "Loss"
+    assert "This sweep tried no rule" in words(open_section(app, "Live"))
+    assert titles(open_section(app, "Layers")) and not app.error
