@@ -54,7 +54,7 @@ def source_of(run: store.Run) -> Source:
         hidden_size=info.hidden_size,
         expert_size=_expert_size(run),
         num_layers=max(info.num_layers, run.layers[-1].layer + 1),
-        gated=_gated(run),
+        gated=gated_experts(run) is not False,
         selection_bias=_selection_bias(run, configs),
         layers=tuple(layers),
     )
@@ -171,10 +171,13 @@ def _expert_size(run: store.Run) -> int:
     return run.info.hidden_size
 
 
-def _gated(run: store.Run) -> bool:
-    rows = run.table("expert_weight").filter(pl.col("kind") == "routed")
+def gated_experts(run: store.Run) -> bool | None:
+    """Whether experts have a gate projection beside the one up: 3 matrices instead of 2; None where the run knows
+    neither their weights nor a model type that has none."""
+    layer = run.layers[0].layer if run.layers else 0  # the same in all, and the lists of all are many bytes
+    rows = run.table("expert_weight", layer=layer, columns=("gate_norm",)).filter(pl.col("kind") == "routed")
     if rows.is_empty():
-        return run.info.model_type not in _NO_GATE
+        return False if run.info.model_type in _NO_GATE else None
     return bool(rows["gate_norm"].is_not_null().any())
 
 

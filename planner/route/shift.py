@@ -38,7 +38,7 @@ def rerouted(ids: Ids, logits: Logits, bias: NDArray[np.float64], *, top_k: int)
         top_k: experts per token.
     """
     k = min(top_k, ids.shape[1])
-    after, least = _largest(ids, logits, bias, k)
+    after, least = _largest(ids, logits, bias, k, stable=True)
     before = ids[:, :k]
     changed = (np.sort(before, -1) != np.sort(after, -1)).any(-1)
     stored = (ids >= 0).sum(-1)
@@ -60,10 +60,14 @@ def variation(load: NDArray[np.int64]) -> float:
     return float(load.std() / mean) if mean else 0.0
 
 
-def _largest(ids: Ids, logits: Logits, bias: NDArray[np.float64], k: int) -> tuple[Ids, Logits]:
-    """(tokens, k) experts with the largest sums, and (tokens,) the least of these sums."""
+def _largest(
+    ids: Ids, logits: Logits, bias: NDArray[np.float64], k: int, *, stable: bool = False
+) -> tuple[Ids, Logits]:
+    """(tokens, k) experts with the largest sums, and (tokens,) the least of these sums; of equal sums, with ``stable``,
+    that of the larger logit."""
     shifted = np.where(ids >= 0, logits + bias[np.maximum(ids, 0)], -np.inf)
-    taken = np.argpartition(-shifted, k - 1, axis=1)[:, :k]
+    order = np.argsort(-shifted, axis=1, kind="stable") if stable else np.argpartition(-shifted, k - 1, axis=1)
+    taken = order[:, :k]
     chosen: Ids = np.take_along_axis(ids, taken, axis=1)
     return chosen, np.take_along_axis(shifted, taken, axis=1).min(-1)
 

@@ -31,16 +31,17 @@ def _place(values: FloatArray, critical: float) -> int:
 
 @compiled
 def prefix(
-    ids: NDArray[np.int16], critical: FloatArray, mass: FloatArray, own: IntArray, beyond: FloatArray,
-    values: FloatArray, counts: IntArray, load: IntArray, kept: FloatArray, same: IntArray, kept_own: IntArray,
-    added: IntArray, unknown: IntArray,
+    ids: NDArray[np.int16], critical: FloatArray, mass: FloatArray, own: IntArray, agreeing: IntArray,
+    beyond: FloatArray, values: FloatArray, counts: IntArray, load: IntArray, kept: FloatArray, same: IntArray,
+    same_agreeing: IntArray, kept_own: IntArray, added: IntArray, unknown: IntArray,
 ) -> None:  # fmt: skip
     """Add tokens to the sums of all values.
 
     ids (tokens, width): -1 = none. critical (tokens, width): the entry is active at values up to it. mass (tokens,
-    width). own (tokens,): so many first entries make the choice before; 0 leaves the token out. beyond (tokens,): at
-    values up to it more is active than is listed. counts (V, width + 1) is added to as it is; load (E, V + 1), kept,
-    same, kept_own, added and unknown (V + 1,) are to be summed up from the right, which leaves out place 0.
+    width). own (tokens,): so many first entries make the choice before; 0 leaves the token out. agreeing
+    (tokens,) 0 or 1. beyond (tokens,): at values up to it more is active than is listed. counts (V, width + 1) is added
+    to as it is; load (E, V + 1), kept, same, same_agreeing (of tokens that agree), kept_own, added and unknown (V + 1,)
+    are to be summed up from the right, which leaves out place 0.
     """
     width = ids.shape[1]
     size = len(values)
@@ -68,6 +69,8 @@ def prefix(
         if most < least:
             same[least] += 1
             same[most] -= 1
+            same_agreeing[least] += agreeing[token]
+            same_agreeing[most] -= agreeing[token]
         unknown[_place(values, beyond[token])] += 1
         active = 0
         for value in range(size - 1, -1, -1):

@@ -14,12 +14,14 @@ from profiler.metrics._stack import compiled
 
 @compiled
 def reroute(
-    ids: NDArray[np.int16], logits: FloatArray, mass: FloatArray, own: IntArray, shift: FloatArray, order: IntArray,
-    load: IntArray, sums: IntArray,
+    ids: NDArray[np.int16], logits: FloatArray, mass: FloatArray, own: IntArray, agreeing: IntArray, shift: FloatArray,
+    order: IntArray, load: IntArray, sums: IntArray,
 ) -> float:  # fmt: skip
-    """Add tokens to load (E,) and to sums (same sets, own selections kept, new ones, unproven tokens); return the mass.
+    """Add tokens to load (E,) and to sums (same sets, own selections kept, new ones, unproven tokens, same
+    sets of tokens that agree); return the mass.
 
-    ids, logits, mass (tokens, m) in descending logit, -1 = none; own (tokens,) experts to take; shift (E,); order (E,)
+    ids, logits, mass (tokens, m) in descending logit, -1 = none; own (tokens,) experts to take; agreeing (tokens,)
+    0 or 1; shift (E,); order (E,)
     experts in descending shift. Of equal sums the one with the larger logit is taken.
     """
     m = ids.shape[1]
@@ -59,6 +61,7 @@ def reroute(
             total += mass[token, place]
         if kept == size:
             sums[0] += 1
+            sums[4] += agreeing[token]
         sums[1] += kept
         sums[2] += size - kept
         if listed < len(shift):

@@ -1,7 +1,7 @@
 """Kernels on the router probabilities of one token: exponentials, entropy, the largest entries.
 
 Exponentials and logarithms are polynomials, which run in the vector unit: relative error below 2e-7, where stored
-logits are rounded to 16 bits. Numbers from 0 on are compared as the integers that their bits spell: the order is the same.
+logits are rounded to 16 bits. Numbers from 0 on are compared as the integers that their bits spell: same order.
 
 This module imports numba; import it inside the function that needs it.
 """

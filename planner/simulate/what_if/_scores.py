@@ -48,6 +48,39 @@ def agrees(ids: Ids, scored: Ids, logits: Logits, found: IntArray) -> None:
 
 
 @compiled
+def gates(
+    ids: Ids, weights: Logits, rounding: Logits, scored: Ids, logits: Logits, slack: float, found: IntArray
+) -> None:
+    """Add to found (2,): tokens with two experts whose logits are stored, and those of them whose two largest gate
+    weights have the ratio of a softmax, e^(l_2 - l_1), which scaling and renormalisation leave as it is.
+
+    ids, weights (tokens, k) in descending weight; rounding (tokens,): by what a weight may be wrong; slack: relative.
+    """
+    if ids.shape[1] < 2:
+        return
+    for token in range(len(ids)):
+        if ids[token, 1] < 0 or weights[token, 0] <= 0:
+            continue
+        first, second = np.nan, np.nan
+        for place in range(scored.shape[1]):
+            if scored[token, place] == ids[token, 0]:
+                first = logits[token, place]
+            if scored[token, place] == ids[token, 1]:
+                second = logits[token, place]
+        if np.isnan(first) or np.isnan(second):
+            continue
+        found[0] += 1
+        expected = np.exp(second - first)
+        error = rounding[token]
+        low = (weights[token, 1] - error) / (weights[token, 0] + error)
+        high = np.inf
+        if weights[token, 0] > error:
+            high = (weights[token, 1] + error) / (weights[token, 0] - error)
+        if low * (1 - slack) <= expected and expected <= high * (1 + slack):
+            found[1] += 1
+
+
+@compiled
 def logits_of(ids: Ids, scored: Ids, logits: Logits, values: FloatArray, missing: NDArray[np.bool_]) -> None:
     """Write the logit of each chosen expert; the least stored one where it is not among them, which is at least it.
 

@@ -69,11 +69,13 @@ def transport(kernel: FloatArray, tolerance: float, rounds: int, column: FloatAr
 
 
 @compiled
-def rechosen(kernel: FloatArray, column: FloatArray, ids: Ids, own: IntArray, load: IntArray, sums: IntArray) -> float:
+def rechosen(
+    kernel: FloatArray, column: FloatArray, ids: Ids, own: IntArray, agreeing: IntArray, load: IntArray, sums: IntArray
+) -> float:
     """Choose the largest entries of kernel (tokens, E) x column (E,), as many as before; return their kernel.
 
     The first ``own`` of ids (tokens, m) are the choice before. Add to load (E,) and sums: same sets, own selections
-    kept, new ones.
+    kept, new ones, same sets of tokens that agree (1 in agreeing (tokens,)).
     """
     experts, m = len(column), ids.shape[1]
     work = np.zeros((experts + GROUP - 1) // GROUP * GROUP, np.float64)
@@ -100,6 +102,7 @@ def rechosen(kernel: FloatArray, column: FloatArray, ids: Ids, own: IntArray, lo
                 kept += 1
         if wanted > 0 and kept == wanted:
             sums[0] += 1
+            sums[3] += agreeing[token]
         sums[1] += kept
         sums[2] += wanted - kept
     return total

@@ -16,15 +16,16 @@ _RESOLVED = np.float32(1e-9)
 
 @reordered
 def smoothed(
-    ids: Ids, logits: Values32, log_partition: Values32, own: IntArray, sequence: IntArray, values: Values32,
-    window: int, temperature: float, load: IntArray, sums: IntArray, kept: FloatArray, entropies: FloatArray,
-    shared: IntArray,
+    ids: Ids, logits: Values32, log_partition: Values32, own: IntArray, agreeing: IntArray, sequence: IntArray,
+    values: Values32, window: int, temperature: float, load: IntArray, sums: IntArray, kept: FloatArray,
+    entropies: FloatArray, shared: IntArray,
 ) -> None:  # fmt: skip
     """Add tokens to the sums of all values, and to those before in the last row.
 
-    ids, logits (tokens, m) in descending logit, -1 = none; log_partition, own, sequence (tokens,); values (V,). load
-    (V + 1, E); sums (V, 3): same sets, own selections kept, new ones; kept (V + 1,): probability P of those chosen;
-    entropies (V + 1,) in nats; shared (V + 1, 2): selections that the token before made, too, of so many.
+    ids, logits (tokens, m) in descending logit, -1 = none; log_partition, own, agreeing (0 or 1), sequence (tokens,);
+    values (V,). load (V + 1, E); sums (V, 4): same sets, own selections kept, new ones, same sets of tokens that agree;
+    kept (V + 1,): probability P of those chosen; entropies (V + 1,) in nats; shared (V + 1, 2): selections that the
+    token before made, too, of so many.
     """
     tokens, m = ids.shape
     experts, tried = load.shape[1], len(values)
@@ -131,6 +132,7 @@ def smoothed(
                 last[value, item] = token
             if same == wanted and wanted > 0:
                 sums[value, 0] += 1
+                sums[value, 3] += agreeing[token]
             sums[value, 1] += same
             sums[value, 2] += wanted - same
             if continues:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import polars as pl
@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 import store
 from planner.simulate.what_if.outcome import Refused
+from planner.source import gated_experts
 from profiler.metrics._arrays import FloatArray, IntArray
 from profiler.metrics._trace import sequence_runs
 
@@ -96,6 +97,7 @@ class Subject:
         sequences: on these (sequence, tokens), in order.
         run_tokens: tokens of the domain, whether the sequences hold them or not.
         scored: read router scores, too.
+        gated_known: the run says whether experts have a gate projection.
     """
 
     run: store.Run
@@ -103,6 +105,7 @@ class Subject:
     sequences: pl.DataFrame
     run_tokens: int
     scored: bool
+    gated_known: bool
 
     @classmethod
     def of(
@@ -139,7 +142,8 @@ class Subject:
                 f"no sequence of domain {domain!r} of run {run.name!r} has router scores: {COLLECT_SCORES}, and with a"
                 " smaller --scores-every"
             )
-        costs = _costs(run)
+        gated = gated_experts(run)
+        costs = _costs(run, 4.0 if gated is False else 6.0)
         wanted = [layer for layer in run.layers if layers is None or layer.layer in set(layers)]
         return cls(
             run,
@@ -147,15 +151,16 @@ class Subject:
             _limited(chosen.select("sequence", "tokens"), limit_tokens),
             int(frame["tokens"].sum()),
             scored,
+            gated is not None,
         )
 
     def part(self, keep: NDArray[np.bool_]) -> Subject:
         """Only some of the sequences."""
-        return Subject(self.run, self.layers, self.sequences.filter(pl.Series(keep)), self.run_tokens, self.scored)
+        return replace(self, sequences=self.sequences.filter(pl.Series(keep)))
 
     def of_layers(self, layers: Sequence[Layer]) -> Subject:
         """Only some of the layers."""
-        return Subject(self.run, tuple(layers), self.sequences, self.run_tokens, self.scored)
+        return replace(self, layers=tuple(layers))
 
     def halves(self) -> tuple[Subject, Subject]:
         """Every other sequence, and the others; twice the same where there is but one."""
@@ -211,11 +216,11 @@ def _limited(sequences: pl.DataFrame, limit: int | None) -> pl.DataFrame:
     return sequences.gather_every(every)
 
 
-def _costs(run: store.Run) -> dict[tuple[int, int], FloatArray]:
-    """(E,) operations of each expert for one token, by (layer, step)."""
+def _costs(run: store.Run, per_weight_row: float) -> dict[tuple[int, int], FloatArray]:
+    """(E,) operations of each expert for one token, by (layer, step): 2 for each weight."""
     hidden, costs = run.info.hidden_size, {}
     for layer in run.layers:
-        size = 6.0 * hidden * layer.expert_width
+        size = per_weight_row * hidden * layer.expert_width
         costs[layer.layer, layer.step] = np.full(layer.num_experts, size if size > 0 else np.nan)
     bare = run.table("expert").filter(pl.col("kind") != "routed")
     for number, step, expert in bare.select("layer", "step", "expert").iter_rows():

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from planner.simulate.what_if.blocks import Block, Layer, Scores
-from planner.simulate.what_if.tally import Tally, agreement, prefix_tally
-from profiler.metrics._arrays import FloatArray
+from planner.simulate.what_if.tally import Tally, prefix_tally
+from profiler.metrics._arrays import FloatArray, IntArray
 
 
 def top_p(block: Block, layer: Layer, values: FloatArray) -> Tally:
@@ -31,13 +31,11 @@ def null_experts(block: Block, layer: Layer, values: FloatArray) -> Tally:
     """Of those chosen, those with a logit above b."""
     critical, missing = chosen_logits(block)
     critical = np.nextafter(critical, -np.inf)
-    tally = prefix_tally(
+    return prefix_tally(
         ids=block.ids, critical=critical, mass=block.shares, own=block.own, values=values,
-        experts=layer.info.num_experts,
+        experts=layer.info.num_experts, block=block,
         beyond=np.where(missing, np.where(block.ids >= 0, critical, np.inf).min(1), -np.inf),
     )  # fmt: skip
-    tally.agreeing = int(agreement(block).sum())
-    return tally
 
 
 def stored(block: Block) -> Scores:
@@ -46,15 +44,15 @@ def stored(block: Block) -> Scores:
     return block.scores
 
 
-def before(block: Block, layer: Layer, values: int) -> Tally:
-    """A tally in which the choice before is counted, for rules that give each token as many experts as it had."""
+def before(block: Block, layer: Layer, values: int) -> tuple[Tally, IntArray]:
+    """A tally in which the choice before is counted, for rules that give each token as many experts as it had; and
+    (tokens,) 1 where that is the recorded choice."""
     scores, own = stored(block), block.own
     most = min(int(own.max(initial=1)), scores.ids.shape[1])
     first = Scores(scores.ids[:, :most], scores.logits[:, :most], scores.log_partition)
     tally = Tally.empty(values, most, layer.info.num_experts)
     tally.add_before(first.ids, probabilities(first), own)
-    tally.agreeing = int(agreement(block).sum())
-    return tally
+    return tally, tally.add_router(block)
 
 
 def probabilities(scores: Scores) -> FloatArray:
@@ -76,9 +74,7 @@ def chosen_logits(block: Block) -> tuple[FloatArray, np.ndarray[tuple[int], np.d
 
 def _choose(block: Block, layer: Layer, values: FloatArray, critical: FloatArray, beyond: FloatArray | None) -> Tally:
     scores = stored(block)
-    tally = prefix_tally(
+    return prefix_tally(
         ids=scores.ids, critical=critical, mass=probabilities(scores), own=block.own, values=values, beyond=beyond,
-        experts=layer.info.num_experts,
+        experts=layer.info.num_experts, block=block,
     )  # fmt: skip
-    tally.agreeing = int(agreement(block).sum())
-    return tally

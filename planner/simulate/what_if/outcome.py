@@ -46,7 +46,7 @@ class WhatIf:
         kept_mass_before: (L,) the same before; 1 where ``mass_of`` is the token's own gate weights.
         mass_of: what the mass is a share of.
         flops: (V, L) multiply-add operations, counted as 2 each, of the active experts per token: 6 x hidden size x
-            width for each that has weights; NaN where a size is unknown.
+            width for each that has weights, 4 x without a gate projection; NaN where a size is unknown.
         flops_before: (L,) the same before.
         changed_tokens: (V, L) share of tokens whose set of experts is another.
         dropped: (V, L) share of the selections before that are no longer made.
@@ -56,6 +56,10 @@ class WhatIf:
             gate weight decides.
         own_choice: (L,) share of tokens whose recorded choice is that of the largest stored logits; NaN where the
             method reads no scores.
+        softmax_gate: (L,) share of tokens whose two largest gate weights have the ratio of a softmax of their logits,
+            of those of which it can be told; NaN where the method reads no scores, or none can.
+        changed_others: (V, L) share of the tokens with another set whose recorded choice was not that of the largest
+            logits to begin with; 0 where none changes, NaN where the method reads no scores.
         figures: (V, L) further figures of the method by name.
         certainties: per value.
         why: one sentence on the certainty.
@@ -85,6 +89,8 @@ class WhatIf:
     known: FloatArray
     rounding: FloatArray
     own_choice: FloatArray
+    softmax_gate: FloatArray
+    changed_others: FloatArray
     certainties: tuple[Certainty, ...]
     why: str
     convention: str

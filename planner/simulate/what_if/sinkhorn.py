@@ -33,10 +33,10 @@ def balance(block: Block, layer: Layer, values: FloatArray) -> Tally:
 
     scores, own, experts = stored(block), block.own, layer.info.num_experts
     ids, column = np.ascontiguousarray(scores.ids), np.empty(experts)
-    tally = before(block, layer, len(values))
+    tally, agreeing = before(block, layer, len(values))
     errors = np.zeros(len(values))
     for index, value in enumerate(values):
-        sums = np.zeros(3, np.int64)
+        sums = np.zeros(4, np.int64)
         parts = batches(len(ids), int(value))
         # Of one batch only, so that it stays in the cache of a core.
         rows = np.empty((max(last - first for first, last in parts), experts))
@@ -44,8 +44,10 @@ def balance(block: Block, layer: Layer, values: FloatArray) -> Tally:
             part, probability = slice(first, last), rows[: last - first]
             softmax(ids[part], scores.logits[part], scores.log_partition[part], _LEAST, probability)
             errors[index] += transport(probability, TOLERANCE, ROUNDS, column) * (last - first)
-            tally.kept[index] += rechosen(probability, column, ids[part], own[part], tally.load[index], sums)
-        tally.same[index], tally.kept_own[index], tally.added[index] = sums
+            tally.kept[index] += rechosen(
+                probability, column, ids[part], own[part], agreeing[part], tally.load[index], sums
+            )
+        tally.same[index], tally.kept_own[index], tally.added[index], tally.same_agreeing[index] = sums
         tally.counts[index] = tally.counts_before
     tally.figures = {"error_tokens": errors}
     return tally

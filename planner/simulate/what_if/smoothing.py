@@ -26,15 +26,15 @@ def smooth(block: Block, layer: Layer, values: FloatArray) -> Tally:
     from planner.simulate.what_if._smoothing import smoothed
 
     scores, tried = stored(block), len(values)
-    tally = before(block, layer, tried)
-    load, sums = np.zeros((tried + 1, layer.info.num_experts), np.int64), np.zeros((tried, 3), np.int64)
+    tally, agreeing = before(block, layer, tried)
+    load, sums = np.zeros((tried + 1, layer.info.num_experts), np.int64), np.zeros((tried, 4), np.int64)
     kept, entropy, shared = np.zeros(tried + 1), np.zeros(tried + 1), np.zeros((tried + 1, 2), np.int64)
     smoothed(
-        np.ascontiguousarray(scores.ids), scores.logits, scores.log_partition, block.own, block.sequence,
+        np.ascontiguousarray(scores.ids), scores.logits, scores.log_partition, block.own, agreeing, block.sequence,
         values.astype(np.float32), WINDOW, TEMPERATURE, load, sums, kept, entropy, shared,
     )  # fmt: skip
     tally.load, tally.kept = load[:tried], kept[:tried]
-    tally.same, tally.kept_own, tally.added = sums.T
+    tally.same, tally.kept_own, tally.added, tally.same_agreeing = sums.T
     tally.counts[:] = tally.counts_before
     figures = {"entropy": entropy, "shared": shared[:, 0].astype(np.float64), "neighbours": shared[:, 1].astype(float)}
     for name, found in figures.items():

@@ -10,6 +10,9 @@ from numpy.typing import NDArray
 from planner.simulate.what_if.blocks import Block
 from profiler.metrics._arrays import FloatArray, IntArray
 
+GATE_SLACK = 0.01
+"""Relative: gate weights and logits in 16 bits of a model are each off by up to 0.4 %."""
+
 
 @dataclass
 class Tally:
@@ -30,6 +33,9 @@ class Tally:
         unknown: (V,) tokens whose answer the data do not prove.
         doubts: (V,) tokens whose answer the rounding of gate weights may have changed.
         agreeing: tokens whose recorded choice is that of the largest stored logits.
+        same_agreeing: (V,) of these, tokens whose set is the same.
+        gated: tokens on whose two largest gate weights and their logits a gate can be told.
+        softmax: of these, tokens on which it is a softmax.
         figures: (V,) further sums by name.
     """
 
@@ -46,7 +52,10 @@ class Tally:
     added: IntArray
     unknown: IntArray
     doubts: IntArray
+    same_agreeing: IntArray = field(default_factory=lambda: np.zeros(0, np.int64))
     agreeing: int = 0
+    gated: int = 0
+    softmax: int = 0
     figures: dict[str, FloatArray] = field(default_factory=dict)
 
     @classmethod
@@ -67,6 +76,7 @@ class Tally:
             added=added,
             unknown=unknown,
             doubts=doubts,
+            same_agreeing=np.zeros(values, np.int64),
         )
 
     def add_before(self, ids: NDArray[np.int16], mass: FloatArray, own: IntArray) -> None:
@@ -78,12 +88,27 @@ class Tally:
         self.load_before += np.bincount(ids[first], minlength=len(self.load_before))
         self.kept_before += float(mass[first].sum())
 
+    def add_router(self, block: Block) -> IntArray:
+        """Count how the router chose and weighed; (tokens,) 1 where its choice is that of the largest stored logits."""
+        from planner.simulate.what_if._scores import gates
+
+        assert block.scores is not None
+        found, counted = agreement(block), np.zeros(2, np.int64)
+        gates(
+            np.ascontiguousarray(block.ids), block.weights, block.rounding, np.ascontiguousarray(block.scores.ids),
+            block.scores.logits, GATE_SLACK, counted,
+        )  # fmt: skip
+        self.agreeing += int(found.sum())
+        self.gated += int(counted[0])
+        self.softmax += int(counted[1])
+        return found
+
     def merge(self, other: Tally) -> None:
         """Add the sums of other tokens of the same layer."""
         self.counts = _added(self.counts, other.counts)
         self.counts_before = _added(self.counts_before, other.counts_before)
         for name in ("tokens", "selections", "load", "load_before", "kept", "kept_before", "same", "kept_own", "added",
-                     "unknown", "doubts", "agreeing"):  # fmt: skip
+                     "unknown", "doubts", "same_agreeing", "agreeing", "gated", "softmax"):  # fmt: skip
             setattr(self, name, getattr(self, name) + getattr(other, name))
         for name, values in other.figures.items():
             self.figures[name] = self.figures.get(name, 0.0) + values
@@ -106,6 +131,7 @@ def prefix_tally(
     values: FloatArray,
     experts: int,
     beyond: FloatArray | None = None,
+    block: Block | None = None,
     bounds: tuple[FloatArray, FloatArray] | None = None,
 ) -> Tally:
     """Count a rule under which each entry of a token's list is active at all values up to a critical one.
@@ -118,6 +144,7 @@ def prefix_tally(
         values: (V,) in any order.
         experts: E.
         beyond: (tokens,) at values up to it more is active than is listed; None: never.
+        block: the tokens, where the router's own choice is to be held against their logits.
         bounds: (tokens, width) twice: where the critical value lies at least and at most.
     """
     from planner.simulate.what_if._prefix import doubtful, prefix
@@ -129,17 +156,18 @@ def prefix_tally(
     tally.add_before(ids, mass, own)
     counts = np.zeros((size, width + 1), np.int64)
     load, kept = np.zeros((experts, size + 1), np.int64), np.zeros(size + 1)
-    same, kept_own, added, unknown = (np.zeros(size + 1, np.int64) for _ in range(4))
+    same, same_agreeing, kept_own, added, unknown = (np.zeros(size + 1, np.int64) for _ in range(5))
+    agreeing = tally.add_router(block) if block is not None else np.zeros(len(ids), np.int64)
     beyond = np.full(len(ids), -np.inf) if beyond is None else beyond
-    sums = (counts, load, kept, same, kept_own, added, unknown)
-    prefix(np.ascontiguousarray(ids), critical, mass, own, beyond, rising, *sums)
+    sums = (counts, load, kept, same, same_agreeing, kept_own, added, unknown)
+    prefix(np.ascontiguousarray(ids), critical, mass, own, agreeing, beyond, rising, *sums)
     doubts = np.zeros(size, np.int64)
     if bounds is not None:
         doubtful(*bounds, own, rising, doubts)
     tally.counts[order], tally.load[order] = counts, _from_right(load).T
     tally.kept[order] = _from_right(kept)
     tally.doubts[order] = doubts
-    others = {"same": same, "kept_own": kept_own, "added": added, "unknown": unknown}
+    others = {"same": same, "same_agreeing": same_agreeing, "kept_own": kept_own, "added": added, "unknown": unknown}
     for name, found in others.items():
         getattr(tally, name)[order] = _from_right(found)
     return tally

@@ -16,6 +16,9 @@ from profiler.metrics._arrays import FloatArray, ratio
 PROVEN = 0.999
 """Share of tokens from which on a result counts as proven, and a router as one that takes its largest logits."""
 
+SOFTMAX = 0.95
+"""Share of tokens from which on a gate counts as a softmax of the router's logits."""
+
 ANSWERED = 0.5
 """Share of tokens below which only a live run can tell."""
 
@@ -45,7 +48,10 @@ def assemble(
     costs = np.stack([_wide(layer.flops, load.shape[-1]) for layer in subject.layers])
     own = ratio([one.agreeing for one in tallies], tokens) if scored else np.full(len(tokens), np.nan)
     known = 1 - ratio(_per_value(tallies, "unknown"), tokens, empty=0.0)
-    certainties = _certainties(method, known, own, tokens, scored)
+    gated = np.array([one.gated for one in tallies], np.int64) * scored
+    softmax = ratio([one.softmax for one in tallies], gated)
+    other_gate = 1 - float(np.nansum(softmax * gated) / gated.sum()) if gated.any() else 0.0
+    certainties = _certainties(method, known, own, tokens, scored, other_gate)
     return WhatIf(
         method=method.name,
         values=values,
@@ -70,7 +76,9 @@ def assemble(
         rounding=ratio(_per_value(tallies, "doubts"), tokens),
         own_choice=own,
         certainties=certainties,
-        why=_why(method, known, own, tokens, scored),
+        softmax_gate=softmax,
+        changed_others=_changed_others(tallies, tokens) if scored else np.full(known.shape, np.nan),
+        why=_why(method, known, own, tokens, scored, other_gate, _pooled_others(tallies, tokens)),
         convention=_convention(method, weights),
         notes=(*notes, *_notes(method, subject, tokens, scored, fitted, _per_value(tallies, "doubts"))),
         figures=_figures(method, tallies, tokens, selections, tiers),
@@ -98,13 +106,20 @@ def _by_probability(method: Method, scored: bool) -> bool:
 
 
 def _certainties(
-    method: Method, known: FloatArray, own: FloatArray, tokens: NDArray[np.int64], scored: bool
+    method: Method,
+    known: FloatArray,
+    own: FloatArray,
+    tokens: NDArray[np.int64],
+    scored: bool,
+    other_gate: float,
 ) -> tuple[Certainty, ...]:
     """Per value."""
     best: Certainty = method.certainty
     if method.name == "top_p" and not scored:
         best = "proxy"
     if scored and not _agrees(own, tokens):
+        best = "proxy"
+    if other_gate > 1 - SOFTMAX and _by_probability(method, scored):
         best = "proxy"
     found: list[Certainty] = []
     for share in _pooled(known, tokens):
@@ -120,7 +135,23 @@ def _agrees(own: FloatArray, tokens: NDArray[np.int64]) -> bool:
     return bool(_pooled(own, tokens) >= PROVEN)
 
 
-def _why(method: Method, known: FloatArray, own: FloatArray, tokens: NDArray[np.int64], scored: bool) -> str:
+def _changed_others(tallies: Sequence[Tally], tokens: NDArray[np.int64]) -> FloatArray:
+    """(V, L) of the tokens with another set, the share whose recorded choice is not that of their largest logits."""
+    changed = tokens - _per_value(tallies, "same")
+    agreeing = np.array([one.agreeing for one in tallies]) - _per_value(tallies, "same_agreeing")
+    return ratio(changed - agreeing, changed, empty=0.0)
+
+
+def _pooled_others(tallies: Sequence[Tally], tokens: NDArray[np.int64]) -> float:
+    """Of all values and layers, :func:`_changed_others`."""
+    changed = tokens - _per_value(tallies, "same")
+    return float((_changed_others(tallies, tokens) * changed).sum() / max(float(changed.sum()), 1.0))
+
+
+def _why(
+    method: Method, known: FloatArray, own: FloatArray, tokens: NDArray[np.int64], scored: bool, other_gate: float,
+    others: float,
+) -> str:  # fmt: skip
     """One sentence."""
     parts = []
     if not tokens.sum():
@@ -128,7 +159,13 @@ def _why(method: Method, known: FloatArray, own: FloatArray, tokens: NDArray[np.
     if scored and not _agrees(own, tokens):
         parts.append(
             f"{1 - float(_pooled(own, tokens)):.1%} of the choices are not those of the largest logits (the router adds"
-            " a bias, or chooses by groups), so that rules on logits are not rules on its choice"
+            " a bias, or chooses by groups), so that rules on logits are not rules on its choice: what changes, and the"
+            f" load before, are told from the largest logits, and {others:.1%} of the tokens that change are such"
+        )
+    if other_gate > 1 - SOFTMAX and _by_probability(method, scored):
+        parts.append(
+            f"gate weights are no softmax of the router's logits for {other_gate:.1%} of the tokens (such as a"
+            " sigmoid), so that router probabilities here are not what its gate goes by"
         )
     if method.name == "top_p" and not scored:
         parts.append(
@@ -159,6 +196,11 @@ def _notes(
     method: Method, subject: Subject, tokens: NDArray[np.int64], scored: bool, fitted: bool, doubts: FloatArray
 ) -> tuple[str, ...]:
     notes = []
+    if not subject.gated_known:
+        notes.append(
+            "Operations are those of experts with a gate projection, as nearly all have: the run holds none of their"
+            " weights to tell by (level activations). Shares do not depend on it."
+        )
     most = int(tokens.max(initial=0))
     if most < subject.run_tokens:
         why = "; others have no router scores, or were not asked for" if scored else ""
