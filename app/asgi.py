@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import importlib
 import os
 import threading
@@ -14,7 +15,7 @@ import streamlit as st
 from starlette.middleware import Middleware
 
 from app.guard import Guard
-from app.heap import keep_collections_short
+from app.heap import give_back, keep_collections_short
 
 HOSTS_VARIABLE, OPEN_VARIABLE = "MOESCOPE_HOSTS", "MOESCOPE_OPEN"
 """Names that the server answers under, with commas; and the address to open in a browser, empty for none."""
@@ -24,11 +25,13 @@ HOSTS_VARIABLE, OPEN_VARIABLE = "MOESCOPE_HOSTS", "MOESCOPE_OPEN"
 async def opened(_: st.App) -> AsyncIterator[None]:
     """Open a browser window, where one is asked for. The port is bound before: the browser waits for the answer."""
     keep_collections_short()
+    giving = asyncio.create_task(give_back())
     url = os.environ.get(OPEN_VARIABLE)
     if url:
         # Streamlit would open one too, but then asks for an e-mail address in the terminal first.
         threading.Thread(target=webbrowser.open, args=(url,), daemon=True).start()
     yield
+    giving.cancel()
 
 
 # Plotly looks at what others have imported so far: of two first users at once, one would meet half a module.

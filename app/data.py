@@ -1,6 +1,7 @@
 """The only module that caches: open runs and the frames made from them.
 
 Every key holds ``run.version``, which changes when a run is published anew, so nothing goes stale and nothing expires.
+What is kept is bounded by number and by bytes (:mod:`app.budget`); what came from a run that went away goes too.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import inspect
 import os
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,12 +18,15 @@ import polars as pl
 import streamlit as st
 
 import store
+from app.budget import Budget, Kept
 from app.exhibits.exhibit import Exhibit
 from app.figures.style import Theme
 from compressor.plan import Plan
 from store import Catalog, Entry, Run
 
 STORE_VARIABLE = "MOESCOPE_STORE"
+
+_BUDGET = Budget()
 
 _OPENED: dict[str, tuple[object, ...]] = {}
 """Path -> the version in which a run was opened last."""
@@ -64,6 +69,7 @@ def open_run(path: Path) -> Run:
     _OPENED[str(path)] = version
     if former not in (None, version):
         _open.clear(str(path), former)
+        _BUDGET.let_go(str(path))
     return run
 
 
@@ -73,12 +79,13 @@ def _let_go(there: set[str], directories: list[Path]) -> None:
         version = _OPENED.pop(path, None)
         if version is not None:
             _open.clear(path, version)
+            _BUDGET.let_go(path)
 
 
 def frame(maker: Callable[..., Made], run: Run, /, **arguments: Any) -> Made:
     """What ``maker(run, **arguments)`` returns, computed once per version of the run. Do not change it in place."""
     key = (_named(maker), tuple(sorted(arguments.items())))
-    found: Made = _frame(str(run.path), run.version, key, _maker=maker, _run=run, _arguments=arguments)
+    found: Made = _frame(str(run.path), run.version, key).take(lambda: maker(run, **arguments), _BUDGET)
     return found
 
 
@@ -88,7 +95,12 @@ def plan(run: Run, **arguments: Any) -> Plan:
     Raises:
         PlanError: no such plan can be made of this run.
     """
-    return _plan(str(run.path), run.version, tuple(sorted(arguments.items())), _run=run, _arguments=arguments)
+    import planner
+
+    kept = _plan(str(run.path), run.version, tuple(sorted(arguments.items())))
+    with nullcontext() if kept else st.spinner("Planning"):
+        found: Plan = kept.take(lambda: planner.make(run, **arguments), _BUDGET)
+    return found
 
 
 def made(maker: Callable[..., Any], run: Run, **arguments: Any) -> Any:
@@ -99,7 +111,7 @@ def made(maker: Callable[..., Any], run: Run, **arguments: Any) -> Any:
         MoescopeError: what ``maker`` raises.
     """
     key = (_named(maker), tuple(sorted(arguments.items())))
-    return _made(str(run.path), run.version, key, _maker=maker, _run=run, _arguments=arguments)
+    return _made(str(run.path), run.version, key).take(lambda: maker(run, **arguments), _BUDGET)
 
 
 def large(maker: Callable[..., Any], run: Run, **arguments: Any) -> Any:
@@ -109,22 +121,21 @@ def large(maker: Callable[..., Any], run: Run, **arguments: Any) -> Any:
         MoescopeError: what ``maker`` raises.
     """
     key = (_named(maker), tuple(sorted(arguments.items())))
-    return _large(str(run.path), run.version, key, _maker=maker, _run=run, _arguments=arguments)
+    return _large(str(run.path), run.version, key).take(lambda: maker(run, **arguments), _BUDGET)
 
 
 def of_plan(maker: Callable[..., Made], run: Run, plan: Plan, **arguments: Any) -> Made:
     """What ``maker(run, plan, **arguments)`` returns, computed once per version of the run and per plan."""
     key = (_named(maker), plan.digest, tuple(sorted(arguments.items())))
-    found: Made = _of_plan(
-        str(run.path), run.version, key, _maker=maker, _run=run, _plan=plan, _arguments=arguments
-    )  # fmt: skip
+    found: Made = _of_plan(str(run.path), run.version, key).take(lambda: maker(run, plan, **arguments), _BUDGET)
     return found
 
 
 def detail(maker: FrameMaker, run: Run, **arguments: Any) -> pl.DataFrame:
     """As :func:`frame`, for frames of one sequence: they are large, so only the last few are kept."""
     key = (_named(maker), tuple(sorted(arguments.items())))
-    return _detail(str(run.path), run.version, key, _maker=maker, _run=run, _arguments=arguments)
+    found: pl.DataFrame = _detail(str(run.path), run.version, key).take(lambda: maker(run, **arguments), _BUDGET)
+    return found
 
 
 def exhibit(maker: Callable[..., Exhibit], run: Run, *, theme: Theme, **choices: Any) -> Exhibit:
@@ -134,7 +145,9 @@ def exhibit(maker: Callable[..., Exhibit], run: Run, *, theme: Theme, **choices:
         Absent: the run cannot fill it.
     """
     key = (_named(maker), theme, tuple(sorted(choices.items())))
-    return _exhibit(str(run.path), run.version, key, _maker=maker, _run=run, _theme=theme, _choices=choices)
+    kept = _exhibit(str(run.path), run.version, key)
+    found: Exhibit = kept.take(lambda: maker(run, frames=frame, theme=theme, **choices), _BUDGET)
+    return found
 
 
 def frame_list(maker: Callable[[Run], list[str]], run: Run) -> list[str]:
@@ -145,8 +158,10 @@ def frame_list(maker: Callable[[Run], list[str]], run: Run) -> list[str]:
 def frames_of_two(maker: FramesMaker, run: Run, other: Run, **arguments: Any) -> dict[str, pl.DataFrame]:
     """What ``maker(run, other, **arguments)`` returns, computed once per version of both. Do not change it in place."""
     key = (_named(maker), tuple(sorted(arguments.items())))
-    versions = (str(run.path), *run.version, str(other.path), *other.version)
-    return _frames_of_two(versions, key, _maker=maker, _runs=(run, other), _arguments=arguments)
+    versions = (*run.version, str(other.path), *other.version)
+    kept = _frames_of_two(str(run.path), versions, key)
+    found: dict[str, pl.DataFrame] = kept.take(lambda: maker(run, other, **arguments), _BUDGET)
+    return found
 
 
 def reference(maker: FrameMaker) -> pl.DataFrame:
@@ -161,86 +176,38 @@ def _open(path: str, version: tuple[object, ...]) -> Run:
 
 
 @st.cache_resource(max_entries=256, show_spinner=False)
-def _frame(
-    path: str,
-    version: tuple[object, ...],
-    key: tuple[object, ...],
-    _maker: Callable[..., Any],
-    _run: Run,
-    _arguments: dict[str, Any],
-) -> Any:
-    return _maker(_run, **_arguments)
-
-
-@st.cache_resource(max_entries=32, show_spinner="Planning")
-def _plan(
-    path: str, version: tuple[object, ...], key: tuple[object, ...], _run: Run, _arguments: dict[str, Any]
-) -> Plan:
-    import planner
-
-    return planner.make(_run, **_arguments)
+def _frame(path: str, version: tuple[object, ...], key: tuple[object, ...]) -> Kept:
+    return Kept(path)
 
 
 @st.cache_resource(max_entries=32, show_spinner=False)
-def _made(
-    path: str,
-    version: tuple[object, ...],
-    key: tuple[object, ...],
-    _maker: Callable[..., Any],
-    _run: Run,
-    _arguments: dict[str, Any],
-) -> Any:
-    return _maker(_run, **_arguments)
+def _plan(path: str, version: tuple[object, ...], key: tuple[object, ...]) -> Kept:
+    return Kept(path)
+
+
+@st.cache_resource(max_entries=32, show_spinner=False)
+def _made(path: str, version: tuple[object, ...], key: tuple[object, ...]) -> Kept:
+    return Kept(path)
 
 
 @st.cache_resource(max_entries=3, show_spinner=False)
-def _large(
-    path: str,
-    version: tuple[object, ...],
-    key: tuple[object, ...],
-    _maker: Callable[..., Any],
-    _run: Run,
-    _arguments: dict[str, Any],
-) -> Any:
-    return _maker(_run, **_arguments)
+def _large(path: str, version: tuple[object, ...], key: tuple[object, ...]) -> Kept:
+    return Kept(path)
 
 
 @st.cache_resource(max_entries=64, show_spinner=False)
-def _of_plan(
-    path: str,
-    version: tuple[object, ...],
-    key: tuple[object, ...],
-    _maker: Callable[..., Any],
-    _run: Run,
-    _plan: Plan,
-    _arguments: dict[str, Any],
-) -> Any:
-    return _maker(_run, _plan, **_arguments)
+def _of_plan(path: str, version: tuple[object, ...], key: tuple[object, ...]) -> Kept:
+    return Kept(path)
 
 
 @st.cache_resource(max_entries=8, show_spinner=False)
-def _detail(
-    path: str,
-    version: tuple[object, ...],
-    key: tuple[object, ...],
-    _maker: FrameMaker,
-    _run: Run,
-    _arguments: dict[str, Any],
-) -> pl.DataFrame:
-    return _maker(_run, **_arguments)
+def _detail(path: str, version: tuple[object, ...], key: tuple[object, ...]) -> Kept:
+    return Kept(path)
 
 
 @st.cache_resource(max_entries=96, show_spinner=False)
-def _exhibit(
-    path: str,
-    version: tuple[object, ...],
-    key: tuple[object, ...],
-    _maker: Callable[..., Exhibit],
-    _run: Run,
-    _theme: Theme,
-    _choices: dict[str, Any],
-) -> Exhibit:
-    return _maker(_run, frames=frame, theme=_theme, **_choices)
+def _exhibit(path: str, version: tuple[object, ...], key: tuple[object, ...]) -> Kept:
+    return Kept(path)
 
 
 @st.cache_data(max_entries=64, show_spinner=False)
@@ -251,14 +218,8 @@ def _names(
 
 
 @st.cache_resource(max_entries=4, show_spinner=False)
-def _frames_of_two(
-    versions: tuple[object, ...],
-    key: tuple[object, ...],
-    _maker: FramesMaker,
-    _runs: tuple[Run, Run],
-    _arguments: dict[str, Any],
-) -> dict[str, pl.DataFrame]:
-    return _maker(*_runs, **_arguments)
+def _frames_of_two(path: str, versions: tuple[object, ...], key: tuple[object, ...]) -> Kept:
+    return Kept(path)
 
 
 @st.cache_resource(max_entries=16, show_spinner=False)

@@ -19,6 +19,7 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -265,8 +266,9 @@ def jobs(run: Path) -> list[Job]:
 
 def status(job: Job) -> Status:
     """How far a job is: from its files, and from whether its process is still that one."""
-    for process in _STARTED:
-        process.poll()
+    for process in [process for process in _STARTED if process.poll() is not None]:
+        with suppress(ValueError):  # another session was faster
+            _STARTED.remove(process)
     said = _document(job, job.name)
     log = _tail(job.log)
     words = next((line.strip() for line in reversed(log.replace("\r", "\n").split("\n")) if line.strip()), "")
@@ -339,7 +341,10 @@ def _document(job: Job, name: str) -> dict[str, Any]:
 def _just_started(job: Job, said: dict[str, Any]) -> bool:
     """Before its first word: it may not have its number yet, and a process that has just begun has no command line."""
     now = time.monotonic()
-    if said or now - _ASKED.setdefault((str(job.path), job.started), now) > _STARTUP:
+    if said:
+        _ASKED.pop((str(job.path), job.started), None)
+        return False
+    if now - _ASKED.setdefault((str(job.path), job.started), now) > _STARTUP:
         return False
     if job.pid:
         try:

@@ -100,6 +100,7 @@ def environment_for(store: Path, address: Address = LOCAL, *, browser: bool = Fa
     environment["MOESCOPE_HOSTS"] = ",".join(address.hosts)
     environment["MOESCOPE_OPEN"] = address.url if browser else ""
     environment["PYTHONSAFEPATH"] = "1"
+    environment.setdefault("MALLOC_ARENA_MAX", "2")  # of the C library: every rerun is a thread, see app/heap.py
     root = str(SCRIPT.parents[1])
     if "site-packages" not in root and "dist-packages" not in root:
         # A checkout that is not installed: name it first, before folders of the user's own.

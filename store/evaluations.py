@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from moescope.errors import StoreError
+from store.documents import parse, read_text
 from store.whole import listing, refusal, write_whole
 
 SUFFIX = ".evaluations"
@@ -100,13 +101,9 @@ def read_evaluation(path: str | Path) -> Document:
     Raises:
         StoreError: it cannot be read, or is none.
     """
-    try:
-        document = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise StoreError(f"{path} is no evaluation that can be read: {error}") from error
+    document = parse(read_text(path), str(path), finite=True)
     _require(document, str(path))
-    result: Document = document
-    return result
+    return document
 
 
 def number_or_none(value: float) -> float | None:

@@ -7,13 +7,13 @@ receipts of applying them, the jobs that a dashboard started, and how far these 
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 from moescope.errors import StoreError
+from store.documents import parse, read_text
 from store.whole import listing, refusal, write_whole
 
 SUFFIX = ".plans"
@@ -62,7 +62,7 @@ def write_plan(run: str | Path, text: str, *, kind: str = "plan", name: str = ""
     run = Path(run)
     if not run.exists():
         raise StoreError(f"no run at {run}: plans are written beside a run")
-    _parse(text, f"the {kind}")
+    parse(text, f"the {kind}")
     path = plan_path(run, kind, name or hashlib.sha256(text.encode()).hexdigest()[:12])
     try:
         path.parent.mkdir(exist_ok=True)
@@ -85,11 +85,8 @@ def read_plan(path: str | Path) -> str:
     Raises:
         StoreError: it cannot be read, or is no JSON object.
     """
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise StoreError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
-    _parse(text, str(path))
+    text = read_text(path)
+    parse(text, str(path))
     return text
 
 
@@ -99,17 +96,7 @@ def read_plan_document(path: str | Path) -> dict[str, Any]:
     Raises:
         StoreError: as :func:`read_plan`.
     """
-    return _parse(read_plan(path), str(path))
-
-
-def _parse(text: str, what: str) -> dict[str, Any]:
-    try:
-        content = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise StoreError(f"{what} is no JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise StoreError(f"{what} takes one JSON object")
-    return content
+    return parse(read_plan(path), str(path))
 
 
 def _age(path: Path) -> tuple[float, str]:

@@ -1,7 +1,10 @@
-"""Full collections stay short however much the process holds, and nothing set aside is kept for good."""
+"""Full collections stay short however much the process holds, and nothing set aside is kept for good; freed memory
+goes back to the system."""
 
 from __future__ import annotations
 
+import asyncio
+import ctypes
 import gc
 import weakref
 from collections.abc import Iterator
@@ -42,3 +45,26 @@ def test_survivors_are_set_aside_and_looked_through_again(watched: None, monkeyp
     monkeypatch.setattr(heap, "THOROUGH", -1.0)
     gc.collect()
     assert gone() is None
+
+
+def test_freed_memory_is_given_back_until_the_server_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    trims: list[int] = []
+    library = type("Library", (), {"malloc_trim": staticmethod(trims.append)})
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: library)
+    monkeypatch.setattr(heap, "GIVE_BACK", 0.001)
+
+    async def some_time() -> None:
+        giving = asyncio.create_task(heap.give_back())
+        while len(trims) < 3:
+            await asyncio.sleep(0.001)
+        giving.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await giving
+
+    asyncio.run(asyncio.wait_for(some_time(), 10))
+    assert set(trims) == {0}
+
+
+def test_a_library_that_cannot_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: object())
+    asyncio.run(asyncio.wait_for(heap.give_back(), 10))

@@ -100,7 +100,7 @@ def test_files_that_are_none(run: Path, tmp_path: Path) -> None:
     file = tmp_path / "some.json"
     for text, message in (
         ("[1]", "one JSON object"),
-        ("{", "can be read"),
+        ("{", "is no JSON"),
         ('{"kind": "ablation", "version": 1}', "lacks model, experts"),
     ):
         file.write_text(text)
