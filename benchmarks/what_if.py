@@ -1,7 +1,8 @@
 """What-if curves of a million token-layers, from the run file, against one sort of the same scores.
 
 A run of 16 layers x 62,500 tokens, 8 of 64 experts, is written twice: with the 16 largest router scores of each token,
-and with those of all experts for the Sinkhorn view. Every method is tried at its default values, reading included. Bound: 2 s each.
+and with those of all experts for the Sinkhorn view. Every method is tried at its default values, reading included.
+Bound: 2 s each.
 
 Baselines of the same process: one ``np.sort`` of all layers' scores along the experts, and for top-p the same figures
 by plain numpy, one value after the other, whose means must be equal. Ratios are of processor seconds.
