@@ -97,7 +97,9 @@ def _preload() -> None:
     import app.commands.report
     import app.report.html  # noqa: F401
     import profiler.headline  # noqa: F401
+    from app import exhibits
 
+    exhibits.entries()
     cpu_target.typing_context.refresh()
     cpu_target.target_context.refresh()
 
