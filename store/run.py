@@ -179,7 +179,24 @@ class Run:
         keys = ", ".join(quoted(key) for key in tables()[name].keys)
         wanted = "*" if columns is None else ", ".join(quoted(column) for column in (*tables()[name].keys, *columns))
         where = "" if layer is None else f" where layer = {int(layer)}"
-        return self.query(f"select {wanted} from {quoted(name)}{where}" + (f" order by {keys}" if keys else ""))
+        found = self.query(f"select {wanted} from {quoted(name)}{where}" + (f" order by {keys}" if keys else ""))
+        if "expert" in tables()[name].keys:
+            self._require_experts(name, found)
+        return found
+
+    def _require_experts(self, name: str, found: pl.DataFrame) -> None:
+        """Refuse rows of routed experts that their layer does not have: numbers of experts become places in arrays."""
+        counts = {(layer.layer, layer.step): layer.num_experts for layer in self.layers}
+        routed = found.filter(pl.col("kind") != "shared") if "kind" in tables()[name].keys else found
+        ends = routed.group_by("layer", "step").agg(first=pl.col("expert").min(), last=pl.col("expert").max())
+        for layer, step, first, last in ends.iter_rows():
+            most = counts.get((layer, step))
+            if most is not None and (first is None or first < 0 or last >= most):
+                wrong = last if first is not None and first >= 0 else first
+                raise StoreError(
+                    f"{self.path} is damaged: table {name} has expert {wrong} of layer {layer}, which has {most}: put "
+                    "a copy in its place"
+                )
 
     def query(
         self, sql: str, parameters: connection.Parameters = None, *, seconds: float | None = None
