@@ -92,7 +92,7 @@ def _buttons(run: Run, found: Scored) -> None:
     with st.container(horizontal=True, gap="small", vertical_alignment="bottom"):
         with st.container(width=130):
             size = state.choose_size(
-                "Step, logits", key="push-step", low=0.0001, high=1000.0, default=frames.step_of(found),
+                "Step, logits", key=f"push-step-{label}", low=0.0001, high=1000.0, default=frames.step_of(found),
                 help="Half of the typical distance between the last expert that a token takes and the next.",
             )  # fmt: skip
         moved = {

@@ -76,6 +76,7 @@ def show(
     bordered: bool = True,
     figure: go.Figure | None = None,
     height: int = MOST_HEIGHT,
+    row: int = ROW,
     whole: pl.DataFrame | None = None,
 ) -> None:
     """Draw a table with the sentence that says how to read it, and its downloads.
@@ -93,6 +94,7 @@ def show(
         bordered: whether it stands in a card of its own.
         figure: a chart of the same frame, for the downloads.
         height: pixels that it takes at most.
+        row: pixels of a row; long texts wrap where there is room for two lines and more.
         whole: what the downloads hold, where the table shows it in other words.
     """
     shown = frame.drop(hide, strict=False)
@@ -105,7 +107,7 @@ def show(
             rows = {"on_select": _on_select(f"table-{key}", frame, picked), "selection_mode": "single-row"}
         st.dataframe(
             shown, key=f"table-{key}", hide_index=True, alt=alt, column_config=config, lazy=False, placeholder="–",
-            height=min(ROW * (len(shown) + 1) + 2, height), **rows,
+            height=min(ROW + row * len(shown) + 2, height), row_height=row, **rows,
         )  # fmt: skip
         everything = frame if whole is None else whole
         if read:

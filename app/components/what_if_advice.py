@@ -25,16 +25,17 @@ def section(run: Run) -> None:
     else:
         st.markdown(f"**{len(holds)} of {len(frame)}** statistics of this run speak for something:")
         st.markdown("\n".join(f"- {_words(row)}" for row in frames.plain_rows(holds)))
+        if words := frames.disputed(holds):
+            st.markdown(f"They disagree on **{', '.join(words)}**: only a live run decides.")
     table.show(
-        frame.select("statistic", "text", "threshold", "holds", "suggest", "avoid"), key="advice",
+        frame.select("holds", "statistic", "text", "threshold", "suggest", "avoid"), key="advice", row=72, height=900,
         alt="Statistics of the run and what follows from them",
         read="What follows holds where the statistic lies on the named side of its threshold; thresholds are rules of "
         "thumb. Quality needs a live run.",
         columns={
-            "statistic": Column("statistic", "text", width="medium"), "text": Column("observed", "text", width="small"),
-            "threshold": Column("turns at", "text", width="small"),
-            "suggest": Column("worth trying", "text", width="medium"),
-            "avoid": Column("not worth it", "text", width="medium"),
+            "holds": Column("holds", width=60), "statistic": Column("statistic", "text", width=250),
+            "text": Column("observed", "text", width=110), "threshold": Column("turns at", "text", width=110),
+            "suggest": Column("worth trying", "text", width=240), "avoid": Column("not worth it", "text", width=200),
         },
     )  # fmt: skip
 

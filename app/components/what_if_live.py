@@ -48,12 +48,14 @@ def section(run: Run) -> None:
 
 
 def _sweep(run: Run, names: list[str]) -> tuple[str, dict[str, Any]]:
-    """The sweep that is shown: the newest, or the chosen one where there are several."""
+    """The sweep that is shown: the newest of rules, of a plan where there is none, or the chosen one of several."""
     documents = {name: exhibits.chosen(run, name) for name in names}
+    names = sorted(names, key=lambda name: frames.is_of_a_plan(documents[name]))
     name = names[0]
     if len(names) > 1:
         words: Callable[[str], str] = lambda one: frames.title(documents[one])  # noqa: E731
-        name = state.choose("Sweep", names, key="sweep", words=words)
+        with st.container(width=320):
+            name = state.choose("Sweep", names, key="sweep", words=words)
     return name, documents[name]
 
 

@@ -79,6 +79,8 @@ def next_steps(run: store.Run) -> pl.DataFrame:
         rows.append(("Cache", "Whether caching experts pays on a machine."))
     if len(even) and not run.live:
         rows.append(("Compress", "What to cut for a budget, and its cost."))
+    if run.has_trace and not run.live:
+        rows.append(("What-if routing", "Fewer or other experts per token, without training."))
     return pl.DataFrame(rows, schema=["page", "reason"], orient="row")
 
 

@@ -74,8 +74,17 @@ def sweeps(run: store.Run) -> pl.DataFrame:
 
 @of_a_document
 def title(document: Document) -> str:
-    """On how much text, and how many rules."""
-    return f"{len(document['rules'])} rules on {document['base']['tokens']:,} tokens"
+    """On how much text, and how many rules, or which plan."""
+    tried, tokens = document["rules"], f"{document['base']['tokens']:,} tokens"
+    if is_of_a_plan(document):
+        return f"plan {str(tried[0]['value'])[:12]} on {tokens}"
+    return f"{len(tried)} rule{'s' if len(tried) != 1 else ''} on {tokens}"
+
+
+@of_a_document
+def is_of_a_plan(document: Document) -> bool:
+    """Whether it tried one plan, and no rule."""
+    return [one["rule"] for one in document["rules"]] == ["plan"]
 
 
 @of_a_document

@@ -27,3 +27,9 @@ def plain_rows(frame: pl.DataFrame) -> Iterator[dict[str, str]]:
     """The words of each row, safe for Markdown."""
     for row in frame.select("statistic", "text", "threshold", "suggest", "avoid").iter_rows(named=True):
         yield {name: plain(str(value or ""), 200) for name, value in row.items()}
+
+
+def disputed(holds: pl.DataFrame) -> list[str]:
+    """What one statistic speaks against and another one for, of those that hold."""
+    against = {word.strip() for text in holds["avoid"] for word in text.split(",") if word.strip()}
+    return sorted(word for word in against if holds["suggest"].str.contains(word, literal=True).any())

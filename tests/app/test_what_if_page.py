@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import polars as pl
 import pytest
 import synthetic
 from streamlit.testing.v1 import AppTest
@@ -16,6 +17,7 @@ from visiting import open_section, visited
 import store
 from app import jobs
 from app.frames import what_if as frames
+from app.frames import what_if_advice as advice
 from app.frames import what_if_plan
 from compressor.plan import Plan
 
@@ -88,7 +90,7 @@ def _softmax() -> np.ndarray:
     [
         {"rule": "<script>", "value": "1e999"},
         {"value": "-1", "domain": "none"},
-        {"weights": "odd", "push-step": "x"},
+        {"weights": "odd", "push-step-0": "x"},
     ],
 )
 def test_damaged_choices_in_the_address_fall_back(
@@ -102,7 +104,7 @@ def test_damaged_choices_in_the_address_fall_back(
 def test_a_bias_moves_what_sorting_says_and_becomes_a_plan(monkeypatch: pytest.MonkeyPatch, directory: Path) -> None:
     app = visit(monkeypatch, directory, section="Steering", layer="1", expert="5")
     assert "**Nothing** is steered in layer 1" in words(app)
-    step = app.number_input(key="push-step").value
+    step = app.number_input(key="push-step-1").value
     next(one for one in app.button if one.label == "Push expert 5 up").click().run()
     assert not app.exception
     bias = np.zeros(EXPERTS)
@@ -244,3 +246,8 @@ def test_a_damaged_sweep_is_said_to_be_one(monkeypatch: pytest.MonkeyPatch, tmp_
     app.session_state["live"] = "Loss"
     assert "This sweep tried no rule" in words(open_section(app, "Live"))
     assert titles(open_section(app, "Layers")) and not app.error
+
+
+def test_advice_says_where_statistics_disagree() -> None:
+    holds = pl.DataFrame({"suggest": ["ratio skipping, tiers", "a larger k"], "avoid": ["", "skipping, top-p"]})
+    assert advice.disputed(holds) == ["skipping"] and advice.disputed(holds.head(1)) == []
