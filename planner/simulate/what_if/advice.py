@@ -79,7 +79,10 @@ def _second_weight(run: store.Run) -> Advice | None:
         return None
     subject = Subject.of(run, scored=False, domain=None, layers=None, limit_tokens=READ_TOKENS)
     medians = [fitting.median_ratio(subject, layer) for layer in subject.layers if layer.info.top_k > 1]
-    value = float(np.nanmean(medians))
+    known = [one for one in medians if np.isfinite(one)]
+    if not known:  # all gate weights are 0, or no token has a second expert
+        return None
+    value = float(np.mean(known))
     return Advice(
         "weight_ratio", "median of second over first gate weight", value, f"{value:.2f}", "below 0.5", value < 0.5,
         "ratio skipping (ODP, NAEE), HOBBIT tiers", "",
@@ -185,9 +188,12 @@ def _coverage(run: store.Run) -> Advice | None:
 
 
 def _memory(run: store.Run) -> Advice | None:
-    rows = run.metrics("transition_information").filter(
-        (pl.col("control") == "observed") & (pl.col("parameters") == '{"distance": 1}') & pl.col("domain").is_null()
+    every = run.metrics("transition_information").filter(
+        (pl.col("parameters") == '{"distance": 1}') & pl.col("domain").is_null()
     )
+    # What shuffled tokens tell is what few tokens make of nothing.
+    chance = every.filter(pl.col("control") == "shuffled").select(*_KEY, pl.col("value").alias("chance"))
+    rows = every.filter(pl.col("control") == "observed").join(chance, on=_KEY, how="left")
     frame = run.table("expert_load").filter(pl.col("kind") == "routed")
     shares = []
     for row in rows.iter_rows(named=True):
@@ -196,10 +202,10 @@ def _memory(run: store.Run) -> Advice | None:
         share = counts[counts > 0] / max(counts.sum(), 1.0)
         entropy = float(-(share * np.log2(share)).sum())
         if entropy > 0:
-            shares.append(row["value"] / entropy)
+            shares.append(max(row["value"] - (row["chance"] or 0.0), 0.0) / entropy)
     value = float(np.mean(shares)) if shares else float("nan")
     return Advice(
-        "memory", "share of a layer's choice (in bits) that the MoE layer before tells", value, f"{value:.0%}",
+        "memory", "share of a layer's bits that the MoE layer before tells, beyond chance", value, f"{value:.0%}",
         "above 25 %", value > 0.25, "prefetching by a transition table; a recurrent router", "",
     )  # fmt: skip
 

@@ -202,15 +202,15 @@ def _logit_values(subject: Subject) -> Sequence[float]:
 
 
 def _layer_values(subject: Subject, method: Method, values: FloatArray, fitted: bool) -> FloatArray:
-    """(V, L) the value that each layer gets."""
+    """(V, L) the value that each layer gets: where nothing was there to find one in, the one that leaves out none."""
     if not fitted:
         return np.repeat(values[:, None], len(subject.layers), axis=1)
     columns = []
     for layer in subject.layers:
         if method.name == "ratio":
-            columns.append(np.minimum(values * fitting.median_ratio(subject, layer), 1.0))
+            columns.append(np.minimum(values * np.nan_to_num(fitting.median_ratio(subject, layer)), 1.0))
         else:
-            columns.append(fitting.null_biases(subject, layer, values))
+            columns.append(np.nan_to_num(fitting.null_biases(subject, layer, values), nan=-np.inf, neginf=-np.inf))
     return np.stack(columns, axis=1)
 
 

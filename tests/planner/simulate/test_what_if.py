@@ -16,6 +16,7 @@ from planner.simulate.what_if import METHODS, Refused, WhatIf, advice, what_if
 from planner.simulate.what_if.outcome import quantile
 from planner.simulate.what_if.sinkhorn import batches
 from planner.simulate.what_if.smoothing import TEMPERATURE, WINDOW
+from profiler.headline import compute_and_store
 
 EXPERTS, TOP_K = 12, 3
 LENGTHS = [60, 0, 33, 7]
@@ -416,6 +417,26 @@ def test_odp_finds_medians_on_the_other_half(run: store.Run) -> None:
     assert found.tokens.tolist() == [len([p for p in _tokens(run, 0, scored=False)[1] if p[0] in (1, 3)])] * 2
 
 
+def test_what_no_value_is_found_for_stays(tmp_path: Path) -> None:
+    """No second expert, and no score, in the half that fits: nothing is dropped in the half that judges."""
+    ids, weights = np.array([[0, -1], [1, -1], [2, 3], [3, 0]]), np.array([[1.0, 0], [1, 0], [0.6, 0.4], [0.7, 0.3]])
+    place: dict[str, Any] = {"sequence": np.array([0, 0, 1, 1]), "position": np.array([0, 1, 0, 1])}
+    scored = {"ids": np.full((4, 4), 65535), "logits": np.zeros((4, 4)), "log_partition": np.full(4, np.nan)}
+    scored["ids"][2:], scored["log_partition"][2:] = [[2, 3, 0, 1], [3, 0, 1, 2]], np.log(4)
+    writer = store.RunWriter.create(tmp_path, "bare", store.RunInfo(model="toy", hidden_size=HIDDEN))
+    writer.write_shard(
+        {
+            "route_chunk": store.pack_trace(layer=0, ids=ids, weights=weights, num_experts=4, **place),
+            "score_chunk": store.pack_scores(layer=0, **scored, **place),
+            "layer": {"layer": [0], "step": [0], "num_experts": [4], "top_k": [2]},
+            "sequence": {"sequence": [0, 1], "domain": ["a", "a"], "tokens": [2, 2]},
+        }
+    )
+    bare = store.open_run(writer.finish(seconds=1.0))
+    for method in ("ratio", "null_experts"):
+        assert_array_equal(what_if(bare, method, fitted=True, values=[1.0]).mean_active, [[2.0]])
+
+
 def test_one_expert_per_token_has_nothing_to_skip(tmp_path: Path) -> None:
     with _write(tmp_path, top_k=1) as run:
         for method in METHODS:
@@ -484,3 +505,29 @@ def test_advice_reads_what_is_there(run: store.Run) -> None:
     assert rows["weight_ratio"].holds == (rows["weight_ratio"].observed < 0.5)
     assert rows["mass_95"].observed == pytest.approx(what_if(run, "top_p", values=[0.95]).mean_active.mean(), rel=1e-6)
     assert not rows["top_k"].holds
+
+
+@pytest.mark.parametrize(("follows", "told"), [(0.0, False), (0.9, True)])
+def test_what_few_tokens_make_of_nothing_is_no_advice(tmp_path: Path, follows: float, told: bool) -> None:
+    """500 tokens of 64 experts: the plain estimate finds half of a choice in another that has nothing to do with it."""
+    rng, experts, tokens = np.random.default_rng(0), 64, 500
+    first, other = rng.integers(experts, size=(2, tokens))
+    second = np.where(rng.random(tokens) < follows, first, other)
+    place: dict[str, Any] = {"sequence": np.repeat(np.arange(10), 50), "position": np.tile(np.arange(50), 10)}
+    chunks, loads = [], []
+    for layer, ids in enumerate((first, second)):
+        weights = np.ones((tokens, 1))
+        chunks.append(store.pack_trace(layer=layer, ids=ids[:, None], weights=weights, num_experts=experts, **place))
+        expert, count = np.unique(ids, return_counts=True)
+        loads.append(pl.DataFrame({"layer": layer, "step": 0, "expert": expert, "kind": "routed", "tokens": count}))
+    writer = store.RunWriter.create(tmp_path, "few", store.RunInfo(model="toy", hidden_size=HIDDEN))
+    layer_rows = {"layer": [0, 1], "step": [0] * 2, "num_experts": [experts] * 2, "top_k": [1] * 2}
+    shard = {"route_chunk": pl.concat(chunks), "layer": layer_rows}
+    load = pl.concat(loads).with_columns(pl.lit("a").alias("domain"), pl.lit("prompt").alias("phase"))
+    writer.write_shard(
+        shard | {"expert_load": load, "sequence": {"sequence": [*range(10)], "domain": ["a"] * 10, "tokens": [50] * 10}}
+    )
+    path = writer.finish(seconds=1.0)
+    compute_and_store(path)
+    found = {row.name: row for row in advice(store.open_run(path))}["memory"]
+    assert found.holds is told and (found.observed < 0.1) is not told
