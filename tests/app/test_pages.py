@@ -27,6 +27,8 @@ CHARTS = {
     "super_experts": 2,
     "local_consistency": 2,
     "similarity": 1,  # the synthetic run has one kind
+    "architecture": 2,
+    "what_if": 3,
     "compare": 0,
     "compress": 0,  # the synthetic run lacks the stream, by which plans are priced
     "cache": 0,  # it asks first how large the model is beside its experts
