@@ -82,12 +82,15 @@ def value_in(result: WhatIf, value: float | None) -> float:
 def fixed_beside(
     run: store.Run, frames: Frames, result: WhatIf, domain: str | None, whole: bool, *, method: str | None
 ) -> pl.DataFrame | None:
-    """The curve of a fixed number of experts, by the same mass; None for the method that is that curve, and for those
-    that are judged on one half of the text."""
+    """The curve of a fixed number of experts, by the same mass, on the same tokens and layers; None for the method that
+    is that curve, and for those that are judged on one half of the text."""
     if result.method == "top_k" or method in frames_of.FITTED:
         return None
     by_probability = result.mass_of == "router probability"
-    return frames(frames_of.fixed, run, domain=domain, whole=whole, by_probability=by_probability)
+    return frames(
+        frames_of.fixed, run, domain=domain, whole=whole, by_probability=by_probability,
+        scored=result.method == "null_experts", layers=tuple(sorted({layer for layer, _ in result.layers})),
+    )  # fmt: skip
 
 
 def certainty_at(result: WhatIf, value: float) -> Certainty:

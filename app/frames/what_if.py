@@ -176,13 +176,17 @@ def loads(result: WhatIf, value: float) -> pl.DataFrame:
     return frame.with_columns((pl.col("after_share") - pl.col("before_share")).alias("change"))
 
 
-def fixed(run: store.Run, *, domain: str | None = None, whole: bool = False, by_probability: bool) -> pl.DataFrame:
+def fixed(
+    run: store.Run, *, domain: str | None = None, whole: bool = False, by_probability: bool, scored: bool = False,
+    layers: tuple[int, ...] | None = None,
+) -> pl.DataFrame:  # fmt: skip
     """A fixed number of experts for every token: one row per k with mean_active and kept_mass, of router probability,
-    or of the gate weight of the token's own choice."""
+    or of the gate weight of the token's own choice; ``scored``: of tokens with router scores alone."""
     if by_probability:
-        return curve(found(run, method="top_k", domain=domain, whole=whole)).select("mean_active", "kept_mass")
-    subject = Subject.of(run, scored=False, domain=domain, layers=None, limit_tokens=limit_of(run, whole))
-    most = max(one.top_k for one in run.layers)
+        top_k = found(run, method="top_k", domain=domain, whole=whole, layers=layers)
+        return curve(top_k).select("mean_active", "kept_mass")
+    subject = Subject.of(run, scored=scored, domain=domain, layers=layers, limit_tokens=limit_of(run, whole))
+    most = max(one.info.top_k for one in subject.layers)
     kept, active, tokens = np.zeros(most), np.zeros(most), 0
     for layer in subject.layers:
         for block in subject.blocks(layer):
