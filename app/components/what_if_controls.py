@@ -118,10 +118,10 @@ def certainty(result: WhatIf, value: float | None = None) -> None:
     st.markdown(f":{_COLOURS[word]}-badge[{_ICONS[word]} {word}] :small[:gray[{said}]]")
 
 
-def trusted(run: Run, method: str, asked: Text) -> None:
+def trusted(run: Run, method: str, asked: Text, **options: Any) -> None:
     """How far a method without values to choose can be trusted."""
     try:
-        certainty(exhibits.looked(run, data.frame, method=method, **asked.choices))
+        certainty(exhibits.looked(run, data.frame, method=method, **asked.choices, **options))
     except Absent:
         return
 

@@ -103,7 +103,7 @@ def _tiers(run: Run) -> None:
     asked, thresholds = what_if_controls.tiers(run)
     chosen = asked.choices | thresholds
     answer(answers.tiers, run, **chosen)
-    what_if_controls.trusted(run, "tiers", asked)
+    what_if_controls.trusted(run, "tiers", asked, skip_above=thresholds["skip_above"])
     with chart.pair():
         chart.exhibit(more.tiers, run, key="tiers", **chosen)
         chart.exhibit(more.tier_bits, run, key="tier-bits", **chosen)
