@@ -117,9 +117,22 @@ def _buttons(run: Run, found: Scored) -> None:
 def _even(run: Run, label: str) -> None:
     try:
         with st.spinner("Evening out the load on one half of the text"):
-            _set(run.name, label, data.made(frames.even, run, label=label))
+            found = data.made(frames.even, run, label=label)
     except PlanError as error:
         st.warning(f"No such biases: {state.plain(str(error), 400)}", icon=":material/block:")
+        return
+    _set(run.name, label, tuple(round(value, frames.ROUND) for value in found.bias.tolist()))
+    words = (
+        f"On the half of the text that they were not fitted on ({found.tokens:,} tokens), the load's coefficient of "
+    )
+    words += f"variation goes from {found.before:.3f} to {found.after:.3f}"
+    if found.after < found.before:
+        st.info(f"{words}; figures below are of both halves.", icon=":material/balance:")
+    else:
+        st.warning(
+            f"{words}: these biases even out nothing there. Figures below are of both halves.",
+            icon=":material/balance:",
+        )
 
 
 def _answer(

@@ -14,7 +14,7 @@ from app.frames.axes import layer_label
 from app.frames.expert_tokens import AFTER, BEFORE, shown
 from app.frames.tokens import decode
 from app.frames.what_if import Bias, limit_of
-from planner.route import balanced
+from planner.route import Balanced, balanced
 from planner.route.shift import Ids, Logits, Rerouted, rerouted, variation
 from planner.simulate.what_if.blocks import Subject
 
@@ -132,14 +132,14 @@ def flips(run: store.Run, found: Scored, bias: Sequence[float]) -> pl.DataFrame:
     return pl.DataFrame(rows, schema=_FLIPS, orient="row")
 
 
-def even(run: store.Run, *, label: str) -> tuple[float, ...]:
-    """Biases that even out a layer's load, fitted on one half of the text.
+def even(run: store.Run, *, label: str) -> Balanced:
+    """Biases that even out a layer's load, fitted on one half of the text and judged on the other.
 
     Raises:
         PlanError: as :func:`planner.route.balanced`.
     """
     layer = next(one for one in run.layers if layer_label(one.layer, one.step) == label)
-    return tuple(round(value, ROUND) for value in balanced(run, layer).bias.tolist())
+    return balanced(run, layer)
 
 
 def away(found: Scored) -> float:

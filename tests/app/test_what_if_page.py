@@ -20,6 +20,8 @@ from app.frames import what_if as frames
 from app.frames import what_if_advice as advice
 from app.frames import what_if_plan
 from compressor.plan import Plan
+from planner.route import balanced
+from store import LayerInfo
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "planner"))
 from test_route_plans import EXPERTS, TOP_K, chosen, logits, write
@@ -123,6 +125,11 @@ def test_a_bias_moves_what_sorting_says_and_becomes_a_plan(monkeypatch: pytest.M
     assert "**Nothing** is steered in layer 1" in words(app)
     next(one for one in app.button if one.label == "Towards even load").click().run()
     assert not app.exception
+    judged = balanced(store.open_run(directory / "known.duckdb"), LayerInfo(1, 0, "m", "E", "R", EXPERTS, TOP_K, 0, 24))
+    told = (
+        f"not fitted on ({judged.tokens:,} tokens), the load's coefficient of variation goes from {judged.before:.3f}"
+    )
+    assert f"{told} to {judged.after:.3f}" in words(app)
 
 
 def test_the_live_form_refuses_what_is_no_checkpoint(monkeypatch: pytest.MonkeyPatch, directory: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -190,6 +191,20 @@ def test_biases_even_out_text_that_they_were_not_fitted_on(run: store.Run) -> No
     plan = balance(run, layers=[(0, 0)])
     assert plan.route is not None and [one.layer for one in plan.route.layers] == [0]
     assert "judged on the others" in plan.evidence[0].notes[0]
+
+
+def test_layers_that_gain_are_chosen_on_the_text_that_judges_and_that_is_said(
+    run: store.Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Layer 1 is made to lose: the plan leaves it, and says what biases in all layers would do."""
+    real = balanced(run, run.layers[0])
+    found = {0: real, 1: replace(real, key=(1, 0), before=0.2, after=0.5)}
+    monkeypatch.setattr("planner.route.entry.balanced", lambda run, layer, **_: found[layer.layer])
+    plan = balance(run)
+    assert plan.route is not None and [one.layer for one in plan.route.layers] == [0]
+    words = " ".join(plan.evidence[0].notes)
+    assert f"goes from {real.before:.3f} to {real.after:.3f}" in words
+    assert f"in all layers would go from {(real.before + 0.2) / 2:.3f} to {(real.after + 0.5) / 2:.3f}" in words
 
 
 def test_what_is_not_stored_is_proven_or_not() -> None:
