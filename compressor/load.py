@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from compressor.building import building
+from compressor.families.plausible import require_plausible
 from compressor.packed.settings import stated_settings
 from compressor.routing import put_before
 from moescope.errors import ModelError
@@ -106,11 +107,12 @@ def _require_whole(path: Path, info: dict[str, Any]) -> None:
 def _config_file(path: Path) -> dict[str, Any]:
     try:
         content = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         why = "it holds no config.json" if isinstance(error, OSError) else f"its config.json is damaged: {error}"
         raise ModelError(f"{path} is no folder with a checkpoint: {why}") from error
     if not isinstance(content, dict):
         raise ModelError(f"{path} is no folder with a checkpoint: its config.json holds no settings")
+    require_plausible(content, str(path / "config.json"))
     return content
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compressor.checkpoint.headers import Entry, read_header, size_of
+from compressor.families.plausible import require_plausible
 from compressor.packed.entries import PackedEntry
 from moescope.errors import ModelError, RunError
 
@@ -49,6 +50,7 @@ class Checkpoint:
         """
         path = locate(folder)
         config = _read_json(path / "config.json")
+        require_plausible(config, str(path / "config.json"))
         names, indexed = _file_names(path)
         shards, metadata = {}, {}
         for name in names:

@@ -13,6 +13,7 @@ from torch import nn
 
 from compressor.families import EXPERT_MAP
 from compressor.families.per_layer import own_layers
+from compressor.families.plausible import require_plausible_folder
 from compressor.routing import put_before
 from moescope.errors import InputError, ModelError, MoescopeError
 from profiler.capture.placement import Placement, plan_placement, require_fitting
@@ -51,6 +52,7 @@ def load_config(path_or_id: str | Path, *, revision: str | None = None) -> Any:
     from transformers import AutoConfig
 
     place, options = _source(path_or_id, revision)
+    require_plausible_folder(path_or_id)
     with as_model_error(f"{path_or_id}"):
         config = AutoConfig.from_pretrained(place, **options)
         if "gguf_file" in options:

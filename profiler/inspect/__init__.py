@@ -10,6 +10,7 @@ import difflib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from compressor.families.plausible import require_plausible_folder
 from moescope.errors import ModelError
 from profiler.inspect.estimate import (
     EFFICIENCY,
@@ -164,6 +165,7 @@ def _check_folder(name: str) -> None:
     if path.is_dir():
         if not (path / "config.json").exists():
             raise ModelError(f"{name} has no config.json: give the folder of a Hugging Face checkpoint")
+        require_plausible_folder(path)
         return
     if name.startswith((".", "/", "~")) or name.count("/") > 1 or not name:
         siblings = sorted(entry.name for entry in path.parent.iterdir()) if path.parent.is_dir() else []
