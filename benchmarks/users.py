@@ -145,12 +145,14 @@ def said_of_memory(samples: list[tuple[float, float]]) -> bool:
     level = float(np.median(held[late]))
     slope = float(np.polyfit(seconds[late], held[late], 1)[0])
     grown = slope * (seconds[-1] - seconds[late][0]) / level
-    peak = float(held[late].max()) / float(held[late][: max(1, late.sum() // 10)].mean())
+    fifth = max(1, int(late.sum()) // 5)
+    first, last = (float(np.median(held[late][part])) for part in (slice(fifth), slice(-fifth, None)))
     print(
         f"memory: {held[0]:.0f} MiB at first, {level:.0f} MiB level, slope {slope * 3600:+.1f} MiB/h ({grown:+.1%} of "
-        f"the level over the time); highest over the first tenth {peak:.3f}"
+        f"the level over the time); last fifth over the first {last / first:.3f}; highest "
+        f"{held[late].max():.0f} MiB, in the middle of something large"
     )
-    return peak <= MEMORY_LIMIT and grown <= MEMORY_LIMIT - 1
+    return last / first <= MEMORY_LIMIT and grown <= MEMORY_LIMIT - 1
 
 
 async def soak(url: str, pid: int, queries: list[str], options: argparse.Namespace) -> bool:
