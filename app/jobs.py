@@ -273,17 +273,18 @@ def status(job: Job) -> Status:
     log = _tail(job.log)
     words = next((line.strip() for line in reversed(log.replace("\r", "\n").split("\n")) if line.strip()), "")
     counted = _document(job, f"{job.name}-bytes")
-    total = counted.get("total_bytes") or 0
-    step = min(max(int(said.get("step") or 1), 1), len(job.commands))
+    total, done = _number(counted, "total_bytes"), _number(counted, "done_bytes")
+    step = int(min(max(_number(said, "step"), 1), len(job.commands)))
     command = job.commands[step - 1][0]
-    share = min(1.0, counted.get("done_bytes", 0) / total) if total and command == "apply" else None
+    share = min(1.0, done / total) if total > 0 and command == "apply" else None
     return Status(_state(job, said), step, command, share, words, log)
 
 
 def _state(job: Job, said: dict[str, Any]) -> State:
     told: dict[object, State] = {"done": "done", "failed": "failed", "stopped": "stopped"}
-    if said.get("state") in told:
-        return told[said["state"]]
+    state = said.get("state")
+    if isinstance(state, str) and state in told:
+        return told[state]
     if job.host != socket.gethostname():
         return "elsewhere"
     return "running" if is_alive(job) or _just_started(job, said) else "lost"
@@ -325,10 +326,25 @@ def read(path: Path, run: Path | None = None) -> Job:
         KeyError, TypeError, ValueError: it is none.
     """
     document = store.read_plan_document(path)
-    job = Job(**{**document, "commands": tuple(map(tuple, document["commands"]))})
+    commands = document["commands"]
+    if not isinstance(commands, list) or not all(isinstance(command, list) for command in commands):
+        raise TypeError("a job takes commands of words")
+    job = Job(**{**document, "commands": tuple(map(tuple, commands))})
+    _require_kinds(job)
     if f"job-{job.name}.json" != path.name:
         raise StoreError(f"{path} is another job's file")
     return job if run is None else replace(job, run=str(run.resolve()))
+
+
+def _require_kinds(job: Job) -> None:
+    """Refuse what a file says in other words than a job's: later, texts become paths and numbers processes."""
+    texts = (job.name, job.plan, job.digest, job.source, job.destination, job.host, job.run, job.title)
+    if not all(isinstance(one, str) and "\0" not in one for one in texts):
+        raise TypeError("a job says in text where it runs and on what")
+    if not isinstance(job.pid, int) or abs(job.pid) >= 2**31 or not isinstance(job.started, int | float):
+        raise TypeError("a job says in numbers which process it is, and since when")
+    if not job.commands or not all(one and all(isinstance(word, str) for word in one) for one in job.commands):
+        raise ValueError("a job takes commands of words")
 
 
 def _document(job: Job, name: str) -> dict[str, Any]:
@@ -336,6 +352,12 @@ def _document(job: Job, name: str) -> dict[str, Any]:
         return store.read_plan_document(store.plan_path(job.run, "progress", name))
     except StoreError:
         return {}
+
+
+def _number(document: dict[str, Any], name: str) -> float:
+    """A number that another process has written; 0 for what is none."""
+    value = document.get(name)
+    return float(value) if isinstance(value, int | float) and abs(value) < 2**63 else 0.0
 
 
 def _just_started(job: Job, said: dict[str, Any]) -> bool:

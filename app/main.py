@@ -18,8 +18,8 @@ from moescope import __version__
 from moescope.errors import MoescopeError, StoreError
 from store import Entry
 
+# Seconds between two looks at the store for runs that came or went.
 LOOK_EVERY = 3.0
-"""Seconds between two looks at the store for runs that came or went."""
 
 
 def main() -> None:

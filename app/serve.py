@@ -82,6 +82,7 @@ def command_line(address: Address) -> list[str]:
         "global.developmentMode": False,
         "browser.gatherUsageStats": False,
         "browser.serverAddress": "localhost" if address.is_local else address.host,
+        "runner.magicEnabled": False,  # it writes every string that stands alone onto the page
         "client.toolbarMode": "minimal",
         "client.showErrorDetails": "none",
         "logger.hideWelcomeMessage": True,

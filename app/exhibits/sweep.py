@@ -12,6 +12,7 @@ from app.exhibits.exhibit import Absent, Entry, Exhibit, Frames, fresh
 from app.figures import sweep as figures
 from app.figures.style import Theme, safe
 from app.frames import sweep as frames_of
+from app.frames.sweep import of_a_document
 from moescope.errors import InputError
 
 _UNTRAINED = "The router was not trained for these rules."
@@ -21,6 +22,7 @@ _MASKED = ("mask_top", "shared")
 PAIRED = "95 % intervals of pairs of sequences."
 
 
+@of_a_document
 def costs(
     run: store.Run,
     *,
@@ -41,6 +43,7 @@ def costs(
     )
 
 
+@of_a_document
 def domains(run: store.Run, *, frames: Frames = fresh, theme: Theme = "light", sweep: str | None = None) -> Exhibit:
     """Change of the loss, rules x domains."""
     document = chosen(run, sweep)
@@ -57,6 +60,7 @@ def domains(run: store.Run, *, frames: Frames = fresh, theme: Theme = "light", s
     )
 
 
+@of_a_document
 def active(
     run: store.Run,
     *,
@@ -79,6 +83,7 @@ def active(
     )
 
 
+@of_a_document
 def difficulty(
     run: store.Run,
     *,
@@ -101,6 +106,7 @@ def difficulty(
     )
 
 
+@of_a_document
 def correlations(
     run: store.Run,
     *,
@@ -123,6 +129,7 @@ def correlations(
     )
 
 
+@of_a_document
 def loss_over_k(run: store.Run, *, frames: Frames = fresh, theme: Theme = "light", sweep: str | None = None) -> Exhibit:
     """Loss over the number of experts per token: the slimmability curve."""
     document = chosen(run, sweep)
@@ -139,6 +146,7 @@ def loss_over_k(run: store.Run, *, frames: Frames = fresh, theme: Theme = "light
     )
 
 
+@of_a_document
 def redundancy(run: store.Run, *, frames: Frames = fresh, theme: Theme = "light", sweep: str | None = None) -> Exhibit:
     """Loss without the best experts of each token, and without the shared ones."""
     document = chosen(run, sweep)

@@ -12,14 +12,17 @@ from app.exhibits.exhibit import Absent
 from app.exhibits.sweep import chosen, trial_of
 from app.frames import sweep as frames_of
 from app.frames import sweep_studies as frames_of_studies
+from app.frames.sweep import of_a_document
 from app.markdown import plain
 
 
+@of_a_document
 def costs(run: store.Run, *, sweep: str | None = None) -> str:
     """What can be saved for about 1 % of perplexity, and whether a rule predicts better."""
     return plain(str(chosen(run, sweep)["verdict"]), 600)
 
 
+@of_a_document
 def difficulty(run: store.Run, *, sweep: str | None = None, trial: str | None = None) -> str:
     """Whether harder tokens use more experts, over all text and within domains."""
     document = chosen(run, sweep)
@@ -52,6 +55,7 @@ def difficulty(run: store.Run, *, sweep: str | None = None, trial: str | None = 
     return f"{words}."
 
 
+@of_a_document
 def slimmability(run: store.Run, *, sweep: str | None = None) -> str:
     """Whether the loss falls with every expert up to the model's own number, and where it is least."""
     found = chosen(run, sweep)["slimmability"]
@@ -76,6 +80,7 @@ def slimmability(run: store.Run, *, sweep: str | None = None) -> str:
     return f"{first}; {gains}: {words}."
 
 
+@of_a_document
 def redundancy(run: store.Run, *, sweep: str | None = None) -> str:
     """What the best experts, and the shared ones, are worth."""
     frame = frames_of.rules(chosen(run, sweep)).filter(pl.col("domain") == "all")
@@ -93,6 +98,7 @@ def redundancy(run: store.Run, *, sweep: str | None = None) -> str:
     return f"{'; '.join(words)}." if words else ""
 
 
+@of_a_document
 def contrast(run: store.Run, *, sweep: str | None = None) -> str:
     """Whether contrast finds the next token more often."""
     document = chosen(run, sweep)
@@ -110,6 +116,7 @@ def contrast(run: store.Run, *, sweep: str | None = None) -> str:
     return f"{words}); the weak routing lies KL {best['kl']:.3g} nats per token away."
 
 
+@of_a_document
 def rerouting(run: store.Run, *, sweep: str | None = None) -> str:
     """Whether vectors fitted on the text so far help with what follows, more than both controls."""
     document = chosen(run, sweep)
@@ -133,6 +140,7 @@ def rerouting(run: store.Run, *, sweep: str | None = None) -> str:
     )
 
 
+@of_a_document
 def search(run: store.Run, *, sweep: str | None = None) -> str:
     """Whether several k solve more than samples at equal FLOPs."""
     document = chosen(run, sweep)

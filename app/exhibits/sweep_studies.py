@@ -12,8 +12,10 @@ from app.exhibits.sweep import PAGE, PAIRED, chosen, command, tokens_of
 from app.figures import sweep_studies as figures
 from app.figures.style import Theme, safe
 from app.frames import sweep_studies as frames_of
+from app.frames.sweep import of_a_document
 
 
+@of_a_document
 def contrast_kl(run: store.Run, *, frames: Frames = fresh, theme: Theme = "light", sweep: str | None = None) -> Exhibit:
     """KL of the model's own routing from the weak one, per domain and rank."""
     frame = _study(chosen(run, sweep), run, "contrast")
@@ -27,6 +29,7 @@ def contrast_kl(run: store.Run, *, frames: Frames = fresh, theme: Theme = "light
     )
 
 
+@of_a_document
 def contrast_accuracy(
     run: store.Run,
     *,
@@ -50,6 +53,7 @@ def contrast_accuracy(
     )
 
 
+@of_a_document
 def rerouting(run: store.Run, *, frames: Frames = fresh, theme: Theme = "light", sweep: str | None = None) -> Exhibit:
     """Loss of what follows, with fitted vectors and both controls."""
     frame = _study(chosen(run, sweep), run, "rerouting")
@@ -63,6 +67,7 @@ def rerouting(run: store.Run, *, frames: Frames = fresh, theme: Theme = "light",
     )
 
 
+@of_a_document
 def search(
     run: store.Run,
     *,

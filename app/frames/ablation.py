@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import polars as pl
 
 import store
+from app.frames.sweep import DAMAGED
 from moescope.errors import StoreError
 from profiler.ablation import Expert
 
@@ -50,8 +51,10 @@ def _of_a_document(read: Callable[..., Result]) -> Callable[..., Result]:
     def checked(document: Document) -> Result:
         try:
             return read(document)
-        except (KeyError, TypeError, ValueError, pl.exceptions.PolarsError) as error:
-            raise StoreError(f"an ablation beside the run is damaged ({error!r}): run moescope ablate again") from error
+        except DAMAGED as error:
+            raise StoreError(
+                f"an ablation beside the run is damaged ({error!r:.200}): run moescope ablate again"
+            ) from error
 
     return checked
 

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import polars as pl
 
 import store
+from app.frames.sweep import DAMAGED
 from moescope.errors import StoreError
 
 Document = Mapping[str, Any]
@@ -40,8 +41,8 @@ def _of_a_document(read: Callable[..., Result]) -> Callable[..., Result]:
     def checked(document: Document) -> Result:
         try:
             return read(document)
-        except (KeyError, TypeError, ValueError, AttributeError, pl.exceptions.PolarsError) as error:
-            raise StoreError(f"an evaluation is damaged ({error!r}): run moescope evaluate again") from error
+        except DAMAGED as error:
+            raise StoreError(f"an evaluation is damaged ({error!r:.200}): run moescope evaluate again") from error
 
     return checked
 

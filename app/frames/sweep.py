@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from functools import wraps
-from typing import Any, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import polars as pl
 
@@ -15,6 +15,10 @@ from profiler.sweep.trials import Trial
 
 Document = Mapping[str, Any]
 Result = TypeVar("Result")
+Given = ParamSpec("Given")
+
+DAMAGED = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, pl.exceptions.PolarsError)
+"""What comes of a document that holds other things than it should."""
 
 _ENDS = ("", "_low", "_high")
 
@@ -44,15 +48,17 @@ _HARD: dict[str, Any] = {
 }  # fmt: skip
 
 
-def of_a_document(read: Callable[..., Result]) -> Callable[..., Result]:
+def of_a_document(read: Callable[Given, Result]) -> Callable[Given, Result]:
     """A document that someone has edited lacks what it should have: that is an error of the store, not of ours."""
 
     @wraps(read)
-    def checked(document: Document) -> Result:
+    def checked(*given: Given.args, **named: Given.kwargs) -> Result:
         try:
-            return read(document)
-        except (KeyError, IndexError, TypeError, ValueError, AttributeError, pl.exceptions.PolarsError) as error:
-            raise StoreError(f"a sweep beside the run is damaged ({error!r}): run moescope sweep --again") from error
+            return read(*given, **named)
+        except DAMAGED as error:
+            raise StoreError(
+                f"a sweep beside the run is damaged ({error!r:.200}): run moescope sweep --again"
+            ) from error
 
     return checked
 

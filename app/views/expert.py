@@ -22,8 +22,8 @@ from app.frames import expert_cache
 from app.frames.similarity import kinds
 from store import Run
 
+# Columns of kinds of similarity that fit beside the chosen one.
 MOST_KINDS = 5
-"""Columns of kinds of similarity that fit beside the chosen one."""
 
 
 def page(run: Run) -> None:

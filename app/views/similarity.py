@@ -17,8 +17,8 @@ from app.exhibits.exhibit import Absent
 from app.frames import similarity as frames
 from store import Run
 
+# Columns of further kinds that fit beside the chosen one.
 MOST_KINDS = 5
-"""Columns of further kinds that fit beside the chosen one."""
 
 
 def page(run: Run) -> None:

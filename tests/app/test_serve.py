@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import signal
 import socket
@@ -29,6 +30,15 @@ def hostile_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (folder / f"{name}.py").write_text("raise SystemExit('the file of the user was imported')\n", encoding="utf-8")
     monkeypatch.chdir(folder)
     return folder
+
+
+def test_no_script_writes_its_own_strings_onto_a_page() -> None:
+    """Streamlit shows every string that stands alone in a script, also where the flag against it is not given."""
+    assert "--runner.magicEnabled=false" in serve.command_line(Address(port=8501))
+    scripts = [serve.SCRIPT.with_name("main.py"), *serve.SCRIPT.with_name("views").glob("*.py")]
+    for script in scripts:
+        first, *rest = ast.parse(script.read_text(encoding="utf-8")).body
+        assert not [one.lineno for one in rest if isinstance(one, ast.Expr) and isinstance(one.value, ast.Constant)]
 
 
 def test_start_answers_and_serves_from_a_hostile_folder(hostile_folder: Path) -> None:
