@@ -46,7 +46,7 @@ sample-model: install  ## train the sample model again (Debian 12; hours); its t
 	rm -f sample_data/runs/sample*.duckdb
 	$(BIN)/moescope collect sample_data/model --data sample_data/texts/*.jsonl --tokens 108k --dtype float32 \
 	    --level routing,activations,attention,similarity,errors,lookahead,predictions \
-	    --router-scores 16 --scores-every 16 \
+	    --router-scores 16 --scores-every 12 \
 	    --store sample_data/runs --name sample
 	rm -rf sample_data/runs/sample.evaluations
 	$(BIN)/moescope sweep sample_data/model --data sample_data/texts/*.jsonl --dtype float32 --tokens 20k --all \

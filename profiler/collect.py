@@ -76,7 +76,7 @@ def collect(
         router_scores: keep so many of the largest router scores of every token; -1 keeps k + 8.
         similarity_every: level similarity runs all experts on one of so many tokens.
         errors_every: level errors runs each expert with narrower weights on one of so many of its tokens.
-        scores_every: router scores are kept of one of so many sequences, spread evenly over them.
+        scores_every: router scores are kept of one of so many sequences, drawn by a hash of their numbers.
         generate: answer each text with up to so many tokens of the model's own, and record prompt and decode; 0 for
             none. The corpus's token budget then counts both, and collecting ends after the batch that reaches it.
         sampling: how those tokens are chosen; the likeliest ones by default.

@@ -65,7 +65,7 @@ def watch(
         router_scores: keep so many of the largest router scores of every token; -1 keeps k + 8.
         similarity_every: level similarity runs all experts on one of so many tokens.
         errors_every: level errors runs each expert with narrower weights on one of so many of its tokens.
-        scores_every: router scores are kept of one of so many sequences, spread evenly over them.
+        scores_every: router scores are kept of one of so many sequences, drawn by a hash of their numbers.
         flush_seconds: write a shard at the end of the first forward after so many seconds; more where writing is slow.
         resume: go on with an interrupted run of that name.
         model_name: what the run calls the model; its folder or hub id if empty.

@@ -18,17 +18,20 @@ MORE_THAN_K = 8
 """How many scores beyond the selection are kept where nobody says how many."""
 
 
-_GOLDEN = 2654435769
-"""2^32 divided by the golden ratio."""
+_MIX = 0x45D9F3B
+"""An odd number by which the bits of a sequence's number are mixed twice."""
 
 
 def chosen_sequences(sequence: Tensor, every: int) -> Tensor:
     """Which sequences are among the one of ``every`` whose scores are kept: (n,) bool of their numbers (n,) int64.
 
-    Multiples of the golden ratio fall evenly on a circle, and so do every second or third of them: each stretch of
-    2.7 N sequences holds one, sequence 0 is one, and domains that take turns are hit alike.
+    By a hash of the number, so that it is the same in every session, and domains that take turns are hit alike: even
+    steps would miss some of them. Sequence 0 is one.
     """
-    return ((sequence * _GOLDEN) & 0xFFFFFFFF) * every < 1 << 32
+    mixed = sequence & 0xFFFFFFFF
+    for _ in range(2):
+        mixed = ((mixed ^ (mixed >> 16)) * _MIX) & 0xFFFFFFFF
+    return (mixed ^ (mixed >> 16)) * every < 1 << 32
 
 
 class ScoreRecorder:
