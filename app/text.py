@@ -10,8 +10,8 @@ import polars as pl
 
 from moescope.sizes import size as size
 
-_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
-"""What would move the cursor, colour the terminal or turn the direction of its text."""
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+"""What would move the cursor, colour the terminal or turn the direction of its text; halves of characters."""
 
 
 def table(frame: pl.DataFrame, *, rows: int | None = 60) -> str:

@@ -9,7 +9,7 @@ import re
 import shutil
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from moescope.errors import MoescopeError, RunError, StoreError
@@ -37,6 +37,11 @@ def replacing(path: Path, *, lasting: bool = True) -> Iterator[Path]:
     """
     temporary = temporary_for(path)
     try:
+        if b"\0" in os.fsencode(temporary):
+            raise ValueError
+    except ValueError:  # a zero byte, or half a character
+        raise OSError(errno.EINVAL, "it cannot be the name of a file") from None
+    try:
         yield temporary
         if lasting:
             sync(temporary)
@@ -45,7 +50,8 @@ def replacing(path: Path, *, lasting: bool = True) -> Iterator[Path]:
         remove(temporary)
         raise
     finally:
-        temporary.with_name(temporary.name + ".wal").unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.with_name(temporary.name + ".wal").unlink(missing_ok=True)
     if lasting:
         sync(path.parent)
         sweep(path.parent)
