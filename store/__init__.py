@@ -18,12 +18,13 @@ from store.examples import EXAMPLES, Example
 from store.info import IMPORTED, Badge, LayerInfo, Progress, RunInfo
 from store.parts import NUM_PARTS, part_of_sequence
 from store.plans import list_plans, plan_path, read_plan, read_plan_document, write_plan
-from store.run import Run, SequenceText, open_run, version_of
+from store.run import Run, SequenceText, open_run
 from store.schema import SCHEMA_VERSION, tables
 from store.scores import RouterScores, pack_scores
 from store.tokens import TokenIds
 from store.trace import CHUNK_TOKENS, LayerSelections, Trace, none_value, pack_trace
 from store.union import Union, attach
+from store.version import version_of
 from store.whole import refusal, replacing, write_whole
 from store.writer import RunWriter, lacking_metrics
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,14 +13,16 @@ import polars as pl
 from numpy.typing import NDArray
 
 from moescope.errors import StoreError
-from store import connection, derived, evaluations, live, stretch, text_search
+from store import connection, derived, live, stretch, text_search
 from store.damage import damage
-from store.info import Badge, LayerInfo, Progress, RunInfo, badge, require_version
-from store.schema import merge_query, quoted, tables, views
+from store.info import Badge, LayerInfo, Progress, RunInfo, badge
+from store.opening import open_file, open_folder
+from store.schema import quoted, tables
 from store.scores import LayerScores, RouterScores, unpack_layer_scores, unpack_scores
 from store.text_search import TextSearch
 from store.tokens import TokenIds, unpack_tokens
-from store.trace import CHUNK_TOKENS, LayerSelections, Trace, none_value, unpack_layer, unpack_trace
+from store.trace import CHUNK_TOKENS, LayerSelections, Trace, unpack_layer, unpack_trace
+from store.version import version_of
 from store.whole import listing
 
 FILE_SUFFIX = ".duckdb"
@@ -68,29 +70,6 @@ def open_run(path: str | Path, *, text: bool = True) -> Run:
     return Run(path, live_folder=False, text=text)
 
 
-def version_of(path: Path) -> tuple[object, ...]:
-    """What changes whenever the content of a run changes, or a measurement beside it: a key for caches.
-
-    However many shards there are, it asks about the last one only. A clock that was set back changes nothing: what
-    replaces a file has another inode, or another time.
-    """
-    measured = [Path(entry.path) for entry in listing(evaluations.folder_of(path)) if entry.name.endswith(".json")]
-    if path.name.endswith(live.SUFFIX):
-        shards = live.shards(path)  # the last one tells a collection from another that had the name before
-        return (str(path), len(shards), *_stamps([*shards[-1:], *measured]))
-    return (str(path), *_stamps([path, derived.path_of(path), *measured]))
-
-
-def _stamps(files: Iterable[Path]) -> Iterator[object]:
-    """What changes when one of the files is replaced, written over, added or deleted."""
-    for file in files:
-        try:
-            status = file.stat()
-        except OSError:  # not there, or just deleted
-            continue
-        yield from (file.name, status.st_mtime_ns, status.st_size, status.st_ino)
-
-
 class Run:
     """One profiling of one model on one corpus, opened for reading. Made by :func:`open_run`.
 
@@ -110,9 +89,9 @@ class Run:
         self.version = version_of(path)
         self.unreadable: tuple[str, ...] = ()
         if live_folder:
-            self._connection = _open_folder(path, self._hidden)
+            self._connection = open_folder(path, self._hidden)
         else:
-            self._connection, self.unreadable = _open_file(path, self._hidden)
+            self._connection, self.unreadable = open_file(path, self._hidden)
 
     def close(self) -> None:
         """Let go of the file."""
@@ -549,62 +528,3 @@ def _among(sequences: Sequence[int] | None) -> tuple[str, dict[str, list[int]]]:
     if sequences is None:
         return "", {}
     return " and sequence in (select unnest($sequences::uinteger[]))", {"sequences": [int(one) for one in sequences]}
-
-
-def _open_file(path: Path, hidden: Sequence[str]) -> tuple[duckdb.DuckDBPyConnection, tuple[str, ...]]:
-    beside = derived.path_of(path)
-    unreadable: tuple[str, ...] = ()
-    databases = {"data": path} | ({"derived": beside} if beside.exists() else {})
-    try:
-        opened = connection.connect(databases)
-    except StoreError:
-        opened, unreadable = connection.connect({"data": path}), (_spoilt(beside),)
-    attached = "derived" in databases and not unreadable
-    try:
-        version = opened.sql("select schema_version from data.run").fetchall()
-    except duckdb.Error as error:
-        raise StoreError(f"{path} is a DuckDB file but not a run of moescope") from error
-    require_version(version[0][0] if version else 0, path.name)
-    try:
-        experts = opened.sql("select coalesce(max(num_experts), 0) from data.layer").fetchall()[0][0]
-        for table in tables().values():
-            rows = connection.table_query(opened, "data", table)
-            opened.execute(f"create view {quoted(table.name)} as {_unless(table.name in hidden, rows)}")
-        _create_views(opened, experts)
-        derived.create_views(opened, attached=attached)
-    except duckdb.Error as error:
-        raise StoreError(f"{path} is damaged: put a copy in its place ({str(error).splitlines()[0]})") from error
-    connection.lock(opened)
-    return opened, unreadable
-
-
-def _spoilt(beside: Path) -> str:
-    name = beside.name.removesuffix(derived.SUFFIX)
-    return f"{beside.name} cannot be read, so the metrics are missing: moescope runs compute {name} makes them again"
-
-
-def _open_folder(path: Path, hidden: Sequence[str]) -> duckdb.DuckDBPyConnection:
-    require_version(live.read_info(path).schema_version, path.name)
-    opened = connection.connect({})
-    try:
-        content = live.contents(path)
-        for name, table in tables().items():
-            rows = merge_query(table, live.source(path, name, content))
-            opened.execute(f"create view {quoted(name)} as {_unless(name in hidden, rows)}")
-        experts = opened.sql("select coalesce(max(num_experts), 0) from layer").fetchall()[0][0]
-    except duckdb.Error as error:
-        raise damage(path, error) from error
-    _create_views(opened, experts)
-    derived.create_views(opened, attached=False)
-    connection.lock(opened, [path])
-    return opened
-
-
-def _unless(hidden: bool, rows: str) -> str:
-    """The rows, or none of them where the table is hidden."""
-    return f"select * from ({rows}) where false" if hidden else rows
-
-
-def _create_views(opened: duckdb.DuckDBPyConnection, num_experts: int) -> None:
-    for name, body in views().items():
-        opened.execute(f"create view {name} as {body.replace('no_expert()', str(none_value(num_experts)))}")
