@@ -71,7 +71,7 @@ def test_a_changed_sweep_is_damaged_or_read(run: store.Run) -> None:
     good["rules"] = good["rules"][:2]
     known = [place for place in places(good) if place[0] not in ("kind", "version")]
     drawn, said = random.Random(0), []
-    for place in [*((name,) for name in good if name not in ("kind", "version")), *drawn.sample(known, 100)]:
+    for place in [*((name,) for name in good if name not in ("kind", "version")), *drawn.sample(known, 40)]:
         changed = copy.deepcopy(good)
         part = changed
         for name in place[:-1]:
@@ -83,7 +83,7 @@ def test_a_changed_sweep_is_damaged_or_read(run: store.Run) -> None:
                 read(run if read.__module__.endswith("answers") else changed)
             except MoescopeError as error:
                 said.append(str(error))
-    assert len(said) > 50 and max(map(len, said)) < 400
+    assert len(said) > 30 and max(map(len, said)) < 400
 
 
 @pytest.mark.parametrize("name", EVIL_DOCUMENTS)
