@@ -94,7 +94,7 @@ class Subject:
     Attributes:
         run: the run.
         layers: of these.
-        sequences: on these (sequence, tokens), in order.
+        sequences: on these (sequence, domain, tokens), in order.
         run_tokens: tokens of the domain, whether the sequences hold them or not.
         scored: read router scores, too.
         gated_known: the run says whether experts have a gate projection.
@@ -148,7 +148,7 @@ class Subject:
         return cls(
             run,
             tuple(Layer(layer, costs[layer.layer, layer.step]) for layer in wanted),
-            _limited(chosen.select("sequence", "tokens"), limit_tokens),
+            _limited(chosen.select("sequence", "domain", "tokens"), limit_tokens),
             int(frame["tokens"].sum()),
             scored,
             gated is not None,
@@ -163,9 +163,17 @@ class Subject:
         return replace(self, layers=tuple(layers))
 
     def halves(self) -> tuple[Subject, Subject]:
-        """Every other sequence, and the others; twice the same where there is but one."""
-        even = np.arange(len(self.sequences)) % 2 == 0
-        return (self.part(even), self.part(~even)) if len(even) > 1 else (self, self)
+        """Every other sequence of each domain, and the others; twice the same where there is but one.
+
+        Domains often take turns: every other sequence of all would be one domain, and the rest the other.
+        """
+        if len(self.sequences) < 2:
+            return self, self
+        turn = self.sequences.select(turn=pl.int_range(pl.len()).over("domain"))["turn"].to_numpy()
+        even = turn % 2 == 0
+        if even.all():  # one sequence per domain
+            even = np.arange(len(even)) % 2 == 0
+        return self.part(even), self.part(~even)
 
     def blocks(self, layer: Layer, *, tokens: int = BLOCK_TOKENS) -> Iterator[Block]:
         """The tokens of one layer, some sequences at a time."""

@@ -55,10 +55,20 @@ def before(block: Block, layer: Layer, values: int) -> tuple[Tally, IntArray]:
     return tally, tally.add_router(block)
 
 
+_ROUNDED = 1.001
+"""A sum of probabilities up to which rounding is let be."""
+
+
 def probabilities(scores: Scores) -> FloatArray:
-    """(tokens, m) softmax over all experts, of those that are stored; 0 = none."""
+    """(tokens, m) softmax over all experts, of those that are stored; 0 = none.
+
+    Logits are stored in 16 bits and their logsumexp is not: where they span so much that the sum would be visibly above
+    1, it is 1.
+    """
     logits = scores.logits.astype(np.float64) - scores.log_partition.astype(np.float64)[:, None]
-    return np.where(scores.ids >= 0, np.exp(logits), 0.0)
+    found = np.where(scores.ids >= 0, np.exp(logits), 0.0)
+    total = found.sum(axis=1, keepdims=True)
+    return found / np.where(total > _ROUNDED, total, 1.0) if (total > _ROUNDED).any() else found
 
 
 def chosen_logits(block: Block) -> tuple[FloatArray, np.ndarray[tuple[int], np.dtype[np.bool_]]]:

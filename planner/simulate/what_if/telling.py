@@ -204,7 +204,7 @@ def _notes(
     most = int(tokens.max(initial=0))
     if most < subject.run_tokens:
         why = "; others have no router scores, or were not asked for" if scored else ""
-        why += "; values were found on every other sequence, the rest judge" if fitted else ""
+        why += "; values were found on every other sequence of each domain, the rest judge" if fitted else ""
         notes.append(f"Rests on {most:,} of {subject.run_tokens:,} tokens{why}.")
     worst = float(ratio(doubts.sum(1), tokens.sum(), empty=0.0).max(initial=0.0))
     if worst > 0:

@@ -198,7 +198,10 @@ def _logit_values(subject: Subject) -> Sequence[float]:
     """Logits between which the chosen experts of the first layer lie."""
     middle = subject.layers[len(subject.layers) // 2]
     parts = np.linspace(0.1, 0.9, 9) * middle.info.top_k
-    return [float(one) for one in np.unique(fitting.null_biases(subject, middle, parts))]
+    found = np.unique(fitting.null_biases(subject, middle, parts))
+    if np.isnan(found).any():
+        raise Refused("there are no values to try: no token of the middle layer has an expert with a score")
+    return [float(one) for one in found]
 
 
 def _layer_values(subject: Subject, method: Method, values: FloatArray, fitted: bool) -> FloatArray:

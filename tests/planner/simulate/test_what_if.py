@@ -13,6 +13,8 @@ from numpy.typing import NDArray
 
 import store
 from planner.simulate.what_if import METHODS, Refused, WhatIf, advice, what_if
+from planner.simulate.what_if.blocks import Scores
+from planner.simulate.what_if.choosing import probabilities
 from planner.simulate.what_if.outcome import quantile
 from planner.simulate.what_if.sinkhorn import batches
 from planner.simulate.what_if.smoothing import TEMPERATURE, WINDOW
@@ -407,8 +409,11 @@ def test_rounding_counts_tokens_near_a_border(run: store.Run) -> None:
 
 def test_odp_finds_medians_on_the_other_half(run: store.Run) -> None:
     found = what_if(run, "ratio", values=[1.0], fitted=True)
+    rows = run.table("sequence").sort("sequence")
+    fit = [number for domain in run.domains for number in rows.filter(pl.col("domain") == domain)["sequence"][::2]]
+    assert 0 < len(fit) < len(rows)
     for axis, (layer, _) in enumerate(found.layers):
-        fitting = run.layer_selections(layer=layer, sequences=[0, 2], weights=True)
+        fitting = run.layer_selections(layer=layer, sequences=sorted(fit), weights=True)
         assert fitting.weights is not None
         two = fitting.ids[:, 1] >= 0
         assert found.layer_values[0, axis] == pytest.approx(
@@ -531,3 +536,12 @@ def test_what_few_tokens_make_of_nothing_is_no_advice(tmp_path: Path, follows: f
     compute_and_store(path)
     found = {row.name: row for row in advice(store.open_run(path))}["memory"]
     assert found.holds is told and (found.observed < 0.1) is not told
+
+
+def test_probabilities_of_logits_far_apart_do_not_exceed_one() -> None:
+    logits = np.array([[50_000.0, 49_999.5], [3.0, 1.0]], np.float32)
+    # 16 bits over such a range are steps of a logit and more, so that the logsumexp, which is exact, does not fit.
+    scores = Scores(np.array([[0, 1], [0, 1]], np.int16), logits, np.array([49_999.0, 3.5], np.float32))
+    found = probabilities(scores)
+    assert found[0].sum() == pytest.approx(1.0) and found[0, 0] / found[0, 1] == pytest.approx(np.exp(0.5))
+    assert_allclose(found[1], np.exp([-0.5, -2.5]))
