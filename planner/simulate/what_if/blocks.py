@@ -163,16 +163,14 @@ class Subject:
         return replace(self, layers=tuple(layers))
 
     def halves(self) -> tuple[Subject, Subject]:
-        """Every other sequence of each domain, and the others; twice the same where there is but one.
+        """Every other sequence, domain by domain, and the others; twice the same where there is but one.
 
         Domains often take turns: every other sequence of all would be one domain, and the rest the other.
         """
         if len(self.sequences) < 2:
             return self, self
-        turn = self.sequences.select(turn=pl.int_range(pl.len()).over("domain"))["turn"].to_numpy()
-        even = turn % 2 == 0
-        if even.all():  # one sequence per domain
-            even = np.arange(len(even)) % 2 == 0
+        even = np.zeros(len(self.sequences), bool)
+        even[np.argsort(self.sequences["domain"].to_numpy(), kind="stable")[::2]] = True
         return self.part(even), self.part(~even)
 
     def blocks(self, layer: Layer, *, tokens: int = BLOCK_TOKENS) -> Iterator[Block]:
