@@ -12,6 +12,7 @@ from collections.abc import Iterator
 import pytest
 
 from app import heap
+from tests.loops import in_own_loop
 
 
 class Node:
@@ -61,10 +62,10 @@ def test_freed_memory_is_given_back_until_the_server_ends(monkeypatch: pytest.Mo
         with pytest.raises(asyncio.CancelledError):
             await giving
 
-    asyncio.run(asyncio.wait_for(some_time(), 10))
+    in_own_loop(asyncio.wait_for(some_time(), 10))
     assert set(trims) == {0}
 
 
 def test_a_library_that_cannot_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ctypes, "CDLL", lambda name: object())
-    asyncio.run(asyncio.wait_for(heap.give_back(), 10))
+    in_own_loop(asyncio.wait_for(heap.give_back(), 10))

@@ -125,8 +125,8 @@ def test_a_plan_follows_a_cut(run: store.Run) -> None:
 def test_older_runs_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     read = store.Run.table
 
-    def without(run: store.Run, name: str) -> pl.DataFrame:
-        frame = read(run, name)
+    def without(run: store.Run, name: str, **chosen: Any) -> pl.DataFrame:
+        frame = read(run, name, **chosen)
         if name != "expert_vector":
             return frame
         return frame.with_columns(input_max=pl.lit(None, frame.schema["input_max"]))

@@ -13,6 +13,7 @@ from websockets.exceptions import InvalidStatus
 
 from app.guard import HEADERS, Guard
 from benchmarks.page_client import Visitor, visitor
+from tests.loops import in_own_loop
 from tests.security.serving import Served
 
 
@@ -75,8 +76,8 @@ def test_a_websocket_from_another_page_is_refused(served: Served) -> None:
 
     for origin in ("http://evil.example", f"http://localhost:{served.port}", "http://127.0.0.1:9", "null"):
         with pytest.raises(InvalidStatus, match="403"):
-            asyncio.run(opened(origin))
-    asyncio.run(opened(f"http://127.0.0.1:{served.port}"))
+            in_own_loop(opened(origin))
+    in_own_loop(opened(f"http://127.0.0.1:{served.port}"))
 
 
 def test_every_answer_says_what_a_browser_may_load(served: Served) -> None:
@@ -138,13 +139,13 @@ def test_two_users_never_see_each_other(served: Served) -> None:
         await asyncio.gather(one.leave(), other.leave())
         return one, other
 
-    one, other = asyncio.run(both())
+    one, other = in_own_loop(both())
     assert one.errors == other.errors == []
 
 
 def test_the_server_talks_to_nobody(served: Served) -> None:
     """After all of the above, foreign origins included: for those, Streamlit alone would ask the internet."""
-    asyncio.run(_visit_all(served.url))
+    in_own_loop(_visit_all(served.url))
     noted = served.notes.read_text(encoding="utf-8").splitlines()
     foreign = {line for line in noted if not any(own in line for own in ("'127.0.0.1'", "'localhost'", "'::1'"))}
     assert foreign == {"began"}

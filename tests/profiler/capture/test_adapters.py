@@ -96,7 +96,8 @@ def test_the_example_of_the_page_works(adapters: dict[str, Adapter], tmp_path: P
     model = AcmeModel()
     with pytest.raises(ModelError, match=r"layer 0, layers\.0\.experts \(AcmeExperts\) cannot be watched"):
         profiler.find_moe_layers(model)
-    (block,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+    blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+    (block,) = [block for block in blocks if "ADAPTERS[" in block]
     exec(block, {})
     run = watched(model, tmp_path)
     assert run.badge.status == "valid", run.badge.reason

@@ -32,8 +32,8 @@ def recorded(folder: Path, name: str, texts: list[Any], domains: list[Any], **op
     flush = options.pop("flush", False)
     options = {"level": LEVELS, "router_scores": 3, "errors_every": 2, "tokenizer": tokenizer()} | options
     with torch.no_grad(), profiler.watch(build("qwen2_moe"), store=folder, name=name, **options) as session:
-        for inputs, domain in zip(texts, domains, strict=True):
-            session.label(domains=domain)
+        for number, (inputs, domain) in enumerate(zip(texts, domains, strict=True)):
+            session.label(domains=domain, text=number)
             session.model(**inputs)
             if flush:
                 session.flush()
@@ -98,7 +98,7 @@ def two_workers(tmp_path_factory: pytest.TempPathFactory) -> store.Run:
         options = {"level": LEVELS, "router_scores": 3, "errors_every": 2, "tokenizer": tokenizer()}
         session = profiler.watch(model, store=folder, name=f"worker{number}", **options)
         with torch.no_grad(), session.attached():
-            session.label(domains=["a", "b", "a"], sequences=range(3 * number, 3 * number + 3))
+            session.label(domains=["a", "b", "a"], sequences=range(3 * number, 3 * number + 3), text=number)
             model(**inputs)
         session.flush()
         sessions.append(session)

@@ -167,8 +167,9 @@ class Omni(nn.Module):
         config = omni_configs.Qwen3OmniMoeTalkerConfig(text_config=small | {"shared_expert_intermediate_size": 40})
         self.thinker = build("qwen3_omni_moe_text")
         self.talker = omni_models.Qwen3OmniMoeTalkerModel._from_config(config.text_config).eval()
-        for layer in self.talker.layers:
-            layer.mlp.gate.weight.data.normal_()  # zeros in a new model: all scores would tie
+        for parameter in self.talker.parameters():
+            if parameter.ndim > 1:  # the class leaves some as the memory was, which may hold NaN, and routers at zero
+                parameter.data.normal_(std=0.1)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         thought = self.thinker(input_ids=input_ids, attention_mask=attention_mask)[0]
