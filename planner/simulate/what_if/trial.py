@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
@@ -238,21 +239,27 @@ def _counter(method: Method, scored: bool, bias: Bias | None, skip_above: float,
 
 
 def _run(subject: Subject, layer_values: FloatArray, count: Count, block_tokens: int) -> list[Tally]:
-    """One tally per layer: blocks are read one after the other, and counted on all cores."""
+    """One tally per layer: blocks are counted on all cores while the next ones are read, of the next layer too."""
     cores = available_cores()
+    found: dict[int, Tally] = {}
+    waiting: deque[tuple[int, Future[Tally]]] = deque()
+
+    def take() -> None:
+        axis, counted = waiting.popleft()
+        found[axis] = _merged(found.get(axis), counted.result())
+
     with ThreadPoolExecutor(cores) as threads:
-        tallies = []
         for axis, layer in enumerate(subject.layers):
-            waiting: list[Future[Tally]] = []
-            total: Tally | None = None
             for block in subject.blocks(layer, tokens=block_tokens):
-                waiting.append(threads.submit(count, block, layer, layer_values[:, axis]))
+                waiting.append((axis, threads.submit(count, block, layer, layer_values[:, axis])))
                 if len(waiting) > cores:
-                    total = _merged(total, waiting.pop(0).result())
-            for one in waiting:
-                total = _merged(total, one.result())
-            tallies.append(total if total is not None else Tally.empty(len(layer_values), 1, layer.info.num_experts))
-    return tallies
+                    take()
+        while waiting:
+            take()
+    return [
+        found[axis] if axis in found else Tally.empty(len(layer_values), 1, layer.info.num_experts)
+        for axis, layer in enumerate(subject.layers)
+    ]
 
 
 def _merged(total: Tally | None, tally: Tally) -> Tally:
