@@ -175,14 +175,19 @@ class Subject:
 
     def blocks(self, layer: Layer, *, tokens: int = BLOCK_TOKENS) -> Iterator[Block]:
         """The tokens of one layer, some sequences at a time."""
-        numbers, lengths = (self.sequences[name].to_numpy().astype(np.int64) for name in ("sequence", "tokens"))
-        offsets = np.concatenate([[0], np.cumsum(lengths)])
-        for low, high in sequence_runs(offsets, tokens):
-            block = self._read(layer, numbers[low:high])
+        for numbers in self.pieces(tokens=tokens):
+            block = self.read(layer, numbers)
             if len(block.ids):
                 yield block
 
-    def _read(self, layer: Layer, numbers: IntArray) -> Block:
+    def pieces(self, *, tokens: int = BLOCK_TOKENS) -> list[IntArray]:
+        """Numbers of successive sequences of about so many tokens together."""
+        numbers, lengths = (self.sequences[name].to_numpy().astype(np.int64) for name in ("sequence", "tokens"))
+        offsets = np.concatenate([[0], np.cumsum(lengths)])
+        return [numbers[low:high] for low, high in sequence_runs(offsets, tokens)]
+
+    def read(self, layer: Layer, numbers: IntArray) -> Block:
+        """One layer's tokens of the sequences of these numbers; from any thread."""
         gapless = numbers[-1] - numbers[0] + 1 == len(numbers)
         of = {"layer": layer.info.layer, "step": layer.info.step, "first": int(numbers[0]), "last": int(numbers[-1])}
         only = None if gapless else numbers.tolist()

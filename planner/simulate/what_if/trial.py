@@ -18,7 +18,7 @@ from planner.simulate.what_if.outcome import Refused, Weights, WhatIf
 from planner.simulate.what_if.registry import Method, method_named
 from planner.simulate.what_if.tally import Tally
 from planner.simulate.what_if.telling import assemble
-from profiler.metrics._arrays import FloatArray
+from profiler.metrics._arrays import FloatArray, IntArray
 from profiler.metrics._trace import available_cores
 
 Count = Callable[[Block, Layer, FloatArray], Tally]
@@ -239,19 +239,26 @@ def _counter(method: Method, scored: bool, bias: Bias | None, skip_above: float,
 
 
 def _run(subject: Subject, layer_values: FloatArray, count: Count, block_tokens: int) -> list[Tally]:
-    """One tally per layer: blocks are counted on all cores while the next ones are read, of the next layer too."""
+    """One tally per layer: as many blocks as there are cores are read and counted at a time."""
     cores = available_cores()
     found: dict[int, Tally] = {}
-    waiting: deque[tuple[int, Future[Tally]]] = deque()
+    waiting: deque[tuple[int, Future[Tally | None]]] = deque()
+
+    def one(axis: int, numbers: IntArray) -> Tally | None:
+        block = subject.read(subject.layers[axis], numbers)
+        return count(block, subject.layers[axis], layer_values[:, axis]) if len(block.ids) else None
 
     def take() -> None:
         axis, counted = waiting.popleft()
-        found[axis] = _merged(found.get(axis), counted.result())
+        tally = counted.result()
+        if tally is not None:
+            found[axis] = _merged(found.get(axis), tally)
 
+    pieces = subject.pieces(tokens=block_tokens)
     with ThreadPoolExecutor(cores) as threads:
-        for axis, layer in enumerate(subject.layers):
-            for block in subject.blocks(layer, tokens=block_tokens):
-                waiting.append((axis, threads.submit(count, block, layer, layer_values[:, axis])))
+        for axis in range(len(subject.layers)):
+            for numbers in pieces:
+                waiting.append((axis, threads.submit(one, axis, numbers)))
                 if len(waiting) > cores:
                     take()
         while waiting:
