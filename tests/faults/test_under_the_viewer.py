@@ -69,7 +69,7 @@ def test_a_run_that_goes_and_comes_back(tmp_path: Path, monkeypatch: pytest.Monk
     assert "240 tokens · 3 sequences" in again and "cannot be read" not in again and not app.error
 
 
-@pytest.mark.parametrize("view", VIEWS[::2])
+@pytest.mark.parametrize("view", VIEWS)
 def test_a_collection_that_ends_while_a_page_reads_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, view: str
 ) -> None:
