@@ -17,7 +17,7 @@ VIEWS = [Path(page.file).stem for page in PAGES]
 SHAPES = {
     "one layer": Shape(layers=1, experts=8, top_k=2, tokens=2_000, traced=4),
     "top-1": Shape(layers=3, experts=8, top_k=1, tokens=2_000, traced=4),
-    "48 x 384": Shape(layers=48, experts=384, top_k=8, tokens=10_000, traced=1),
+    "94 x 384": Shape(layers=94, experts=384, top_k=8, tokens=10_000, traced=1),
     "counts only": Shape(layers=4, experts=16, top_k=2, tokens=10_000, traced=0, outputs=False),
 }
 
