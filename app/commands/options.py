@@ -29,6 +29,23 @@ def add_config(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", metavar="FILE", type=Path, help="TOML file of options, such as tokens = 100000")
 
 
+def add_memory_limit(parser: argparse.ArgumentParser) -> None:
+    """``--memory-limit SIZE``: what the command may hold; for ``moescope.memory.limited``."""
+    parser.add_argument(
+        "--memory-limit", metavar="SIZE", type=memory, help="what this process may hold at most, such as 4GiB"
+    )
+
+
+def memory(text: str) -> int:
+    """Bytes of ``3GiB``, ``500MB``, ``12g`` or a plain number."""
+    from moescope.memory import size_of
+
+    try:
+        return size_of(text)
+    except InputError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
 def positive(text: str) -> int:
     """A whole number above zero; also ``100k`` and ``1.5M``."""
     factors = {"k": 1_000, "m": 1_000_000, "g": 1_000_000_000}

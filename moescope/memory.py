@@ -1,0 +1,103 @@
+"""How much memory a command may take (``--memory-limit``), and how much it took.
+
+The limit holds for this process: what it allocates asks :func:`limit` or :func:`share` and makes its blocks so large.
+Workers on other processes get the limit of their own.
+"""
+
+from __future__ import annotations
+
+import re
+import resource
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from moescope.errors import InputError
+from moescope.sizes import size
+
+FLOOR = 512 << 20
+"""The least limit that is taken: Python with numpy, DuckDB, polars and compiled loops holds about half of it."""
+
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+_limit: int | None = None
+
+
+def size_of(text: str) -> int:
+    """Bytes of ``4GiB``, ``500MB``, ``12g`` (10^9 each) or a plain number.
+
+    Raises:
+        InputError: it is no size of memory, or nothing.
+    """
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:([KMGT])(I?))?B?\s*", text.upper())
+    if found is None:
+        raise InputError(f"{text!r} is no size of memory: write 3GiB, 500MiB or a number of bytes")
+    number, letter, binary = (part or "" for part in found.groups())
+    factor = 1024 ** ("KMGT".index(letter) + 1) if letter and binary else _UNITS[letter]
+    if (count := int(float(number) * factor)) < 1:
+        raise InputError(f"{text!r} must be more than nothing")
+    return count
+
+
+@contextmanager
+def limited(limit: int | None, *, floor: int = FLOOR) -> Iterator[None]:
+    """Work within so many bytes in this process; None = as before.
+
+    Raises:
+        InputError: fewer than ``floor``, or than this process holds already.
+    """
+    global _limit
+    if limit is not None and limit < (least := max(floor, held())):
+        raise InputError(
+            f"a memory limit of {size(limit)} is below the {size(least)} that this takes with the smallest blocks: "
+            f"give --memory-limit {-(-least >> 20)}MiB or more"
+        )
+    before, _limit = _limit, limit if limit is not None else _limit
+    try:
+        yield
+    finally:
+        _limit = before
+
+
+def limit() -> int | None:
+    """Bytes that this process may hold at most; None where nobody said so."""
+    return _limit
+
+
+def share(part: float, default: int) -> int:
+    """Bytes that something may take which gets a part (0..1) of what the limit leaves; at most ``default``.
+
+    What the floor stands for is held by programs and libraries; the rest, and an eighth of the floor, is shared out.
+    """
+    if _limit is None:
+        return default
+    return min(default, int(part * (max(_limit - FLOOR, 0) + FLOOR // 8)))
+
+
+def peak() -> int:
+    """Bytes that this process held at most since it began."""
+    found = _status("VmHWM")
+    if found is not None:
+        return found
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else most * 1024
+
+
+def held() -> int:
+    """Bytes that this process holds now; where the system does not say, the most that it held."""
+    found = _status("VmRSS")
+    return peak() if found is None else found
+
+
+def summary() -> str:
+    """The peak beside the limit, for the end of a command."""
+    of = "" if _limit is None else f" of {size(_limit)}"
+    return f"peak of memory: {size(peak())}{of}"
+
+
+def _status(name: str) -> int | None:
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:")), None)
