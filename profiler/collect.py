@@ -38,6 +38,7 @@ def collect(
     level: str = "routing",
     resume: bool = False,
     keep_text: bool = True,
+    keep_trace: bool = True,
     measure_overhead: bool = False,
     vectors_per_domain: bool = False,
     router_scores: int = 0,
@@ -70,6 +71,7 @@ def collect(
         resume: go on with the interrupted run of that name; the corpus must be the same. Of a run that lacks nothing
             but its metrics, they are computed.
         keep_text: False stores no text and no token ids.
+        keep_trace: False keeps the sums alone, which do not grow with the text: no selection token by token.
         measure_overhead: measure first by how much recording slows this model down; the result stands in the run's
             settings under ``overhead``.
         vectors_per_domain: keep vectors per neuron, channel and pair of experts apart by domain; else they are pooled.
@@ -104,7 +106,13 @@ def collect(
         name=name,
         directory=Path(store),
         options=RecordingOptions(
-            parse_levels(level), vectors_per_domain, router_scores, similarity_every, errors_every, scores_every
+            parse_levels(level),
+            vectors_per_domain,
+            router_scores,
+            similarity_every,
+            errors_every,
+            scores_every,
+            keep_trace,
         ),
         tokenizer=tokenizer if keep_text else None,
         domain="text",

@@ -50,6 +50,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--stack", metavar="NAME", help="which layers, where several stacks of the model have experts (encoder, vision)"
     )
     parser.add_argument("--no-text", action="store_true", help="store no text and no token ids")
+    parser.add_argument(
+        "--no-trace", action="store_true", help="store the sums alone, no selection token by token: the run stays small"
+    )
     parser.add_argument("--measure-overhead", action="store_true", help="measure what watching costs on this model")
     add_corpus(parser)
     _add_generation(parser)
@@ -133,6 +136,7 @@ def collect_run(options: argparse.Namespace) -> Path:
         tokenizer=tokenizer,
         resume=options.resume,
         keep_text=not options.no_text,
+        keep_trace=not options.no_trace,
         measure_overhead=options.measure_overhead,
         vectors_per_domain=options.vectors_per_domain,
         router_scores=options.router_scores,
@@ -185,6 +189,7 @@ def _stream(options: argparse.Namespace, name: str, corpus: Corpus, tokenizer: A
         tokenizer=tokenizer,
         resume=options.resume,
         keep_text=not options.no_text,
+        keep_trace=not options.no_trace,
         vectors_per_domain=options.vectors_per_domain,
         router_scores=options.router_scores,
         similarity_every=options.similarity_every,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from moescope.errors import InputError
 
@@ -32,6 +32,7 @@ class RecordingOptions:
         similarity_every: level similarity runs all experts on one token of so many.
         errors_every: level errors runs each expert with narrower weights on one of so many of its tokens.
         scores_every: router scores are kept of one of so many sequences, all of its tokens.
+        keep_trace: False keeps the sums alone: no selection token by token.
     """
 
     levels: Sequence[str] = ("routing",)
@@ -40,11 +41,12 @@ class RecordingOptions:
     similarity_every: int = 16
     errors_every: int = 16
     scores_every: int = 1
+    keep_trace: bool = True
 
     def settings(self) -> dict[str, int | bool]:
         """What differs from the default, for table ``run``."""
         defaults = RecordingOptions()
-        names = ("vectors_per_domain", "router_scores", "similarity_every", "errors_every", "scores_every")
+        names = [field.name for field in fields(self) if field.name != "levels"]
         return {name: getattr(self, name) for name in names if getattr(self, name) != getattr(defaults, name)}
 
 

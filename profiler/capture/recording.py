@@ -63,7 +63,6 @@ class Recording:
         self._described: set[LayerKey] = set()
         self._text = TextRecorder(tokenizer) if tokenizer is not None else None
         self.keeps_text = self._text is not None
-        self._trace = TraceRecorder(max(layer.num_experts for layer in layers))
         by_domain = options.vectors_per_domain
         self._routing: list[Any] = [
             LoadRecorder(),
@@ -71,8 +70,9 @@ class Recording:
             RouterRecorder(),
             RankRecorder(),
             PairRecorder(by_domain),
-            self._trace,
         ]
+        if options.keep_trace:
+            self._routing.append(TraceRecorder(max(layer.num_experts for layer in layers)))
         if options.router_scores:
             self._routing.append(ScoreRecorder(options.router_scores, options.scores_every))
         self._buffer = RoutingBuffer([self.checks, *self._routing])

@@ -22,6 +22,7 @@ def watch(
     domain: str = "text",
     token_budget: int | None = None,
     keep_text: bool = True,
+    keep_trace: bool = True,
     vectors_per_domain: bool = False,
     router_scores: int = 0,
     similarity_every: int = 16,
@@ -61,6 +62,7 @@ def watch(
         domain: label of the tokens, where :meth:`WatchSession.label` does not say otherwise.
         token_budget: stop recording (not the model) after the forward that reaches so many real tokens.
         keep_text: False keeps no token ids even if there is a tokenizer.
+        keep_trace: False keeps the sums alone, which do not grow with the text: no selection token by token.
         vectors_per_domain: keep vectors per neuron, channel and pair of experts apart by domain; else they are pooled.
         router_scores: keep so many of the largest router scores of every token; -1 keeps k + 8.
         similarity_every: level similarity runs all experts on one of so many tokens.
@@ -83,7 +85,13 @@ def watch(
         name=name,
         directory=Path(store),
         options=RecordingOptions(
-            parse_levels(level), vectors_per_domain, router_scores, similarity_every, errors_every, scores_every
+            parse_levels(level),
+            vectors_per_domain,
+            router_scores,
+            similarity_every,
+            errors_every,
+            scores_every,
+            keep_trace,
         ),
         tokenizer=tokenizer if keep_text else None,
         domain=domain,

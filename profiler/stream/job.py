@@ -38,6 +38,7 @@ def collect_streamed(
     level: str = "routing",
     resume: bool = False,
     keep_text: bool = True,
+    keep_trace: bool = True,
     vectors_per_domain: bool = False,
     router_scores: int = 0,
     similarity_every: int = 16,
@@ -70,6 +71,7 @@ def collect_streamed(
         level: comma list of levels; all but those in :data:`profiler.stream.levels.REFUSED`.
         resume: go on with the interrupted run of that name; the corpus must be the same.
         keep_text: False stores no text and no token ids.
+        keep_trace: False keeps the sums alone, which do not grow with the text: no selection token by token.
         vectors_per_domain: see :func:`profiler.collect.collect`.
         router_scores: see :func:`profiler.collect.collect`.
         similarity_every: see :func:`profiler.collect.collect`.
@@ -98,7 +100,13 @@ def collect_streamed(
         RunError: interrupted or failed half-way; finished layers are kept, and the message says how to go on.
     """
     options = RecordingOptions(
-        require_levels(level), vectors_per_domain, router_scores, similarity_every, errors_every, scores_every
+        require_levels(level),
+        vectors_per_domain,
+        router_scores,
+        similarity_every,
+        errors_every,
+        scores_every,
+        keep_trace,
     )
     if not resume:
         run_store.Catalog(store).require_free(name)

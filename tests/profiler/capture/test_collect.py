@@ -151,6 +151,27 @@ def test_without_text_neither_text_nor_ids_are_stored(texts: Path, tmp_path: Pat
     assert run.sequence_text(0) is None
 
 
+def test_without_a_trace_every_sum_is_the_same(texts: Path, tmp_path: Path) -> None:
+    model, options = build("olmoe"), {"level": "routing,activations", "router_scores": 4}
+    with_trace = store.open_run(collect(model, texts, tmp_path, "whole", **options))
+    run = store.open_run(collect(model, texts, tmp_path, "sums", keep_trace=False, **options))
+    assert with_trace.has_trace and not run.has_trace
+    assert run.info.settings["recording"]["keep_trace"] is False
+    assert run.badge.status == "valid", run.badge.reason
+    for table in (*STATISTICS, "score_chunk", "expert_pair", "expert_part"):
+        expected = with_trace.table(table) if table != "route_chunk" else with_trace.table(table).clear()
+        assert_frame_equal(run.table(table), expected, rel_tol=1e-12)
+    with pytest.raises(InputError, match="other options"):
+        interrupted(model, texts, tmp_path, **options)
+
+
+def interrupted(model: Any, texts: Path, folder: Path, **options: Any) -> None:
+    """Begin without a trace, stop, and go on with one."""
+    with pytest.raises(RunError, match="interrupted"):
+        collect(model, texts, folder, "cut", keep_trace=False, progress=interrupt_after(2), **options)
+    collect(model, texts, folder, "cut", resume=True, **options)
+
+
 def test_overhead_is_measured_on_request(texts: Path, tmp_path: Path) -> None:
     run = store.open_run(collect(build("olmoe"), texts, tmp_path, measure_overhead=True))
     overhead = run.info.settings["overhead"]
