@@ -1,0 +1,291 @@
+"""Ray, as far as moescope uses it: joined with deadlines, asked for workers, left without a trace.
+
+Ray is an extra and is imported inside functions. What Ray says of itself stays off the terminal; its usage statistics
+are off; a Ray that is started here listens on this machine alone and ends with the block that it was started for.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, TypeVar
+
+from moescope.errors import InputError, MoescopeError, RunError
+
+LOCAL = "local"
+TRIES = 3
+"""Workers that may be lost on one and the same piece of work before it is given up."""
+
+_PORT_SECONDS, _RAY_SECONDS = 2.5, 6.5
+"""In which a port, and then Ray behind it, must answer."""
+
+_ASK = "import sys; from ray._raylet import GcsClient; GcsClient(address=sys.argv[1])"
+"""What ``ray health-check`` does: ask the cluster's control service for the cluster's number."""
+
+_OBJECT_STORE = 1 << 30
+"""Bytes of a local Ray's object store: what is sent is small, and Ray's default takes a third of the memory."""
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+class Cluster:
+    """A Ray that has been joined; made by :func:`connected`.
+
+    Attributes:
+        ray: the module.
+        address: as it was asked for.
+        workers: how many run at once.
+        cpus: of each; a worker computes with so many threads.
+        gpus: of each.
+    """
+
+    def __init__(self, ray: Any, address: str, *, workers: int, cpus: float, gpus: float) -> None:
+        self.ray, self.address = ray, address
+        self.workers, self.cpus, self.gpus = workers, cpus, gpus
+
+    @property
+    def version(self) -> str:
+        """Of Ray."""
+        return str(self.ray.__version__)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What Ray has to give each worker."""
+        threads = str(max(1, int(self.cpus)))
+        names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "POLARS_MAX_THREADS")
+        variables = dict.fromkeys(names, threads)
+        if self.address == LOCAL:  # the modules of this process, wherever it found them
+            variables["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
+        return {"num_cpus": self.cpus, "num_gpus": self.gpus, "runtime_env": {"env_vars": variables}}
+
+    def actor(self, kind: type, *arguments: Any) -> Any:
+        """A worker with a state of its own; Ray does not start it again by itself."""
+        remote = self.ray.remote(kind).options(**self.options, max_restarts=0, max_task_retries=0)
+        return remote.remote(*arguments)
+
+    def room(self) -> int:
+        """Workers of this size for which the nodes that are alive have CPUs and GPUs, whoever uses them now."""
+        return sum(_fitting(node["Resources"], self.cpus, self.gpus) for node in self.ray.nodes() if node.get("Alive"))
+
+    def map(
+        self,
+        function: Callable[[Item], Result],
+        items: Sequence[Item],
+        tell: Callable[[int, int], None] | None = None,
+    ) -> Iterator[tuple[int, Result]]:
+        """Results of ``function`` on each item as they come, each exactly once, with the item's index.
+
+        Args:
+            function: importable, or a function that Ray can pickle; it may run twice on an item whose worker was lost.
+            items: small ones: each is sent when a worker is free for it.
+            tell: called with how many are done, and of how many.
+
+        Raises:
+            MoescopeError: what the function raised of ours, as it was.
+            RunError: the function failed otherwise, or its worker was lost again and again.
+        """
+        task = self.ray.remote(function).options(**self.options, max_retries=TRIES, retry_exceptions=False)
+        waiting = list(enumerate(items))[::-1]
+        running: dict[Any, int] = {}
+        done = 0
+        try:
+            while waiting or running:
+                while waiting and len(running) < self.workers:
+                    index, item = waiting.pop()
+                    running[task.remote(item)] = index
+                ready, _ = self.ray.wait(list(running), num_returns=1)
+                index = running.pop(ready[0])
+                try:
+                    result = self.ray.get(ready[0])
+                except Exception as error:
+                    raise failure(error, f"piece {index + 1} of {len(items)}") from error
+                done += 1
+                if tell is not None:
+                    tell(done, len(items))
+                yield index, result
+        finally:
+            for reference in running:
+                with suppress(Exception):
+                    self.ray.cancel(reference, force=True)
+
+
+@contextmanager
+def connected(
+    address: str, *, workers: int, cpus_per_worker: float = 1, gpus_per_worker: float = 0
+) -> Iterator[Cluster]:
+    """Join a Ray, or start one on this machine, and leave or end it afterwards.
+
+    Args:
+        address: ``local``, or ``HOST:PORT`` of a cluster's head.
+        workers: how many are to run at once.
+        cpus_per_worker: CPUs, and so threads, of each.
+        gpus_per_worker: GPUs of each; a part of one shares it.
+
+    Raises:
+        InputError: Ray is not installed, nobody answers, or there are fewer CPUs or GPUs than asked for.
+    """
+    if workers < 1 or cpus_per_worker <= 0 or gpus_per_worker < 0:
+        raise InputError(
+            f"{workers} workers of {cpus_per_worker:g} CPUs and {gpus_per_worker:g} GPUs: give at least one worker,"
+            " more than 0 CPUs, and no less than 0 GPUs"
+        )
+    ray = _module()
+    if address != LOCAL:
+        _require_answer(address)
+    if ray.is_initialized():
+        raise InputError("this process has joined a Ray already: leave it first (ray.shutdown())")
+    folder = Path(tempfile.mkdtemp(prefix="mray-", dir="/tmp" if os.path.isdir("/tmp") else None))
+    try:
+        _join(ray, address, folder)
+        joined = Cluster(ray, address, workers=workers, cpus=cpus_per_worker, gpus=gpus_per_worker)
+        _require_room(joined)
+        yield joined
+    finally:
+        with suppress(Exception):
+            ray.shutdown()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def failure(error: Exception, what: str) -> MoescopeError:
+    """The error for work that a worker did not finish.
+
+    Args:
+        error: what ``ray.get`` raised.
+        what: the piece of work, in words.
+    """
+    import ray.exceptions as known
+
+    cause = getattr(error, "cause", None)
+    if isinstance(cause, MoescopeError):
+        return cause
+    if isinstance(error, MoescopeError):
+        return error
+    if isinstance(error, known.RayTaskError):
+        return told(type(cause).__name__ if cause is not None else type(error).__name__, str(cause or error), what)
+    if isinstance(error, known.OutOfMemoryError):
+        return RunError(f"{what}: the worker's machine ran out of memory: give fewer --workers, or smaller pieces")
+    if isinstance(error, known.RayError):
+        return RunError(
+            f"{what}: its worker was lost ({type(error).__name__}) {TRIES + 1} times: if the machine is short of"
+            " memory, give fewer --workers, or smaller pieces"
+        )
+    return told(type(error).__name__, str(error), what)
+
+
+def told(kind: str, message: str, what: str) -> RunError:
+    """One line of an exception in a worker."""
+    lines = [line.strip() for line in message.splitlines() if line.strip()]
+    last = lines[-1].removeprefix(f"{kind}: ") if lines else "no message"
+    if kind == "ModuleNotFoundError":
+        last += "; install moescope, in this version, on every node"
+    return RunError(f"{what} failed ({kind}: {last[:300]})")
+
+
+# Joining
+
+
+def _module() -> Any:
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    try:
+        import ray
+    except ImportError:
+        raise InputError("--ray needs Ray, which is not installed: pip install 'moescope[ray]'") from None
+    return ray
+
+
+def _join(ray: Any, address: str, folder: Path) -> None:
+    quiet = {"log_to_driver": False, "logging_level": logging.CRITICAL}
+    own = {
+        "include_dashboard": False,
+        "_temp_dir": str(folder),
+        "num_cpus": _own_cpus(),
+        "object_store_memory": _OBJECT_STORE,
+    }
+    try:
+        if address == LOCAL:
+            with _loopback():
+                ray.init(address=LOCAL, **quiet, **own)
+        else:
+            ray.init(address=address, **quiet)
+    except Exception as error:
+        lines = str(error).strip().splitlines() or ["no message"]
+        raise InputError(f"Ray at {address} could not be joined ({type(error).__name__}: {lines[0][:300]})") from error
+
+
+@contextmanager
+def _loopback() -> Iterator[None]:
+    """While entered, a Ray that is started listens on 127.0.0.1 alone: Ray does so where it cannot make clusters."""
+    from ray._private import ray_constants
+
+    before = ray_constants.ENABLE_RAY_CLUSTER
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
+
+
+def _require_answer(address: str) -> None:
+    """Ask the port, and then Ray itself: ``ray.init`` alone waits for minutes."""
+    if address.startswith("ray://"):
+        raise InputError(
+            f"--ray {address}: Ray's client mode is not used, since it passes everything through one process: run"
+            " moescope on a node of the cluster, and give HOST:PORT of its head"
+        )
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal() or not 0 < int(port) < 65536:
+        raise InputError(f"--ray is {address!r}: give 'local', or HOST:PORT of a Ray cluster's head")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_PORT_SECONDS).close()
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise InputError(f"no Ray answers at {address} ({reason}): is it running, and is this its port?") from None
+    # In a process of its own: Ray's client has no deadline below 40 s, and cannot be stopped.
+    command = [sys.executable, "-c", _ASK, address]
+    try:
+        asked = subprocess.run(command, timeout=_RAY_SECONDS, capture_output=True, text=True, check=False)
+        lines = asked.stderr.strip().splitlines()
+        reason = "" if asked.returncode == 0 else (lines[-1][:300] if lines else f"exit code {asked.returncode}")
+    except subprocess.TimeoutExpired:
+        reason = f"no answer within {_RAY_SECONDS:g} s"
+    if reason:
+        raise InputError(
+            f"what listens at {address} does not answer as Ray does ({reason}): give HOST:PORT of the head"
+        )
+
+
+def _require_room(joined: Cluster) -> None:
+    """Compare what was asked for with what the nodes that are alive have, whoever uses it now."""
+    nodes = [node["Resources"] for node in joined.ray.nodes() if node.get("Alive")]
+    room = joined.room()
+    if room >= joined.workers:
+        return
+    cpus, gpus = (sum(node.get(kind, 0) for node in nodes) for kind in ("CPU", "GPU"))
+    has = "this machine has" if joined.address == LOCAL else f"the {len(nodes)} nodes of {joined.address} have"
+    raise InputError(
+        f"{joined.workers} workers of {joined.cpus:g} CPUs and {joined.gpus:g} GPUs do not fit: {has} {cpus:g} CPUs and"
+        f" {gpus:g} GPUs, room for {room}; give fewer --workers, or smaller --cpus-per-worker or --gpus-per-worker"
+    )
+
+
+def _fitting(resources: Mapping[str, float], cpus: float, gpus: float) -> int:
+    """Workers that fit on one node."""
+    rounding = 1e-9
+    fitting = [int(resources.get("CPU", 0) / cpus + rounding)]
+    if gpus:
+        fitting.append(int(resources.get("GPU", 0) / gpus + rounding))
+    return min(fitting)
+
+
+def _own_cpus() -> int:
+    """CPUs that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

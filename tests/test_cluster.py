@@ -1,0 +1,117 @@
+"""Joining a Ray: what is refused at once, and tasks whose workers die."""
+
+import http.server
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from moescope import cluster
+from moescope.errors import InputError, PlanError, RunError
+
+pytest.importorskip("ray")
+
+
+@pytest.fixture(scope="module")
+def joined() -> Iterator[cluster.Cluster]:
+    with cluster.connected("local", workers=2, cpus_per_worker=0.5) as found:
+        yield found
+
+
+def _square(item: tuple[int, str]) -> int:
+    """The square of a number; of 3, its worker dies the first time, of 13 always; 7 is refused, 8 fails."""
+    number, folder = item
+    if number == 13 or (number == 3 and not Path(folder, "died").exists()):
+        Path(folder, "died").touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    if number == 7:
+        raise PlanError("no 7")
+    if number == 8:
+        raise ZeroDivisionError("an eight")
+    return number * number
+
+
+def test_each_item_once_though_workers_die(joined: cluster.Cluster, tmp_path: Path) -> None:
+    told: list[tuple[int, int]] = []
+    items = [(number, str(tmp_path)) for number in range(6)]
+    found = list(joined.map(_square, items, lambda done, of: told.append((done, of))))
+    assert sorted(found) == [(number, number**2) for number in range(6)]
+    assert told == [(done, 6) for done in range(1, 7)]
+    assert (tmp_path / "died").exists()
+
+
+def test_what_goes_wrong_in_tasks_is_one_line(joined: cluster.Cluster, tmp_path: Path) -> None:
+    def outcome(number: int) -> None:
+        list(joined.map(_square, [(number, str(tmp_path))]))
+
+    with pytest.raises(PlanError, match="^no 7$"):
+        outcome(7)
+    with pytest.raises(RunError, match=r"^piece 1 of 1 failed \(ZeroDivisionError: an eight\)$"):
+        outcome(8)
+    with pytest.raises(RunError, match="^piece 1 of 1: its worker was lost .* fewer --workers"):
+        outcome(13)
+
+
+def test_a_local_ray_listens_on_this_machine_alone(joined: cluster.Cluster) -> None:
+    node = joined.ray.nodes()[0]
+    assert node["NodeManagerAddress"] == "127.0.0.1"
+    listening = {
+        line.split()[1].split(":")[0]
+        for line in _sockets()
+        if int(line.split()[1].split(":")[1], 16)
+        in {
+            node["NodeManagerPort"],
+            node["ObjectManagerPort"],
+            int(joined.ray.get_runtime_context().gcs_address.split(":")[1]),
+        }
+    }
+    assert listening <= {"0100007F", "0000000000000000FFFF00000100007F"} and listening
+    with pytest.raises(InputError, match="joined a Ray already"), cluster.connected("local", workers=1):
+        pass
+
+
+def _sockets() -> list[str]:
+    """Listening sockets, one line each: number, local address, ..."""
+    lines = [line for name in ("tcp", "tcp6") for line in Path(f"/proc/net/{name}").read_text().splitlines()[1:]]
+    return [line.strip() for line in lines if line.split()[3] == "0A"]
+
+
+def _refused(address: str, **options: float) -> str:
+    began = time.monotonic()
+    with pytest.raises(InputError) as caught, cluster.connected(address, **{"workers": 1, **options}):  # type: ignore[arg-type]
+        pass
+    assert time.monotonic() - began < 10
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_what_cannot_be_joined_is_told_within_ten_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    assert "no Ray answers" in _refused(f"127.0.0.1:{port}")
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), http.server.BaseHTTPRequestHandler) as server:
+        monkeypatch.setattr(http.server.BaseHTTPRequestHandler, "log_message", lambda *_: None)
+        monkeypatch.setattr(cluster, "_RAY_SECONDS", 2.0)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        assert "does not answer as Ray does" in _refused(f"127.0.0.1:{server.server_port}")
+        server.shutdown()
+    assert "client mode is not used" in _refused("ray://127.0.0.1:10001")
+    assert "give 'local', or HOST:PORT" in _refused("nonsense")
+    assert "at least one worker" in _refused("local", workers=0)
+    monkeypatch.setitem(sys.modules, "ray", None)
+    assert "pip install 'moescope[ray]'" in _refused("local")
+
+
+def test_more_than_the_machine_has_is_refused_with_the_numbers(joined: cluster.Cluster) -> None:
+    asked = cluster.Cluster(joined.ray, "local", workers=3, cpus=1, gpus=1)
+    with pytest.raises(
+        InputError, match="3 workers of 1 CPUs and 1 GPUs do not fit: this machine has .* 0 GPUs, room for 0"
+    ):
+        cluster._require_room(asked)
+    assert joined.room() >= 2
