@@ -45,6 +45,7 @@ def collect(
     similarity_every: int = 16,
     errors_every: int = 16,
     scores_every: int = 1,
+    trace_every: int = 1,
     generate: int = 0,
     sampling: Sampling | None = None,
     progress: ProgressCallback | None = None,
@@ -79,6 +80,7 @@ def collect(
         similarity_every: level similarity runs all experts on one of so many tokens.
         errors_every: level errors runs each expert with narrower weights on one of so many of its tokens.
         scores_every: router scores are kept of one of so many sequences, drawn by a hash of their numbers.
+        trace_every: selections are kept of one of so many sequences, drawn by the same hash.
         generate: answer each text with up to so many tokens of the model's own, and record prompt and decode; 0 for
             none. The corpus's token budget then counts both, and collecting ends after the batch that reaches it.
         sampling: how those tokens are chosen; the likeliest ones by default.
@@ -113,6 +115,7 @@ def collect(
             errors_every,
             scores_every,
             keep_trace,
+            trace_every,
         ),
         tokenizer=tokenizer if keep_text else None,
         domain="text",

@@ -16,7 +16,7 @@ from store.derived import write_metrics
 from store.evaluations import Document, evaluation_text, list_evaluations, read_evaluation, write_evaluation
 from store.examples import EXAMPLES, Example
 from store.info import IMPORTED, Badge, LayerInfo, Progress, RunInfo
-from store.parts import NUM_PARTS, part_of_sequence
+from store.parts import NUM_PARTS, in_every, part_of_sequence
 from store.plans import list_plans, plan_path, read_plan, read_plan_document, write_plan
 from store.run import Run, SequenceText, open_run
 from store.schema import SCHEMA_VERSION, tables
@@ -58,6 +58,7 @@ __all__ = [
     "console",
     "describe",
     "evaluation_text",
+    "in_every",
     "lacking_metrics",
     "list_evaluations",
     "list_plans",

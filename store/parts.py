@@ -1,4 +1,6 @@
-"""Which sixteenth of the text a sequence belongs to: what table ``expert_part`` keeps its sums by.
+"""Which sixteenth of the text a sequence belongs to, and which sequences a sample holds.
+
+Table ``expert_part`` keeps its sums by sixteenths.
 
 Consecutive numbers go to far apart parts (multiples of the golden ratio), not to one after the other: domains are often
 fed in turn, and with the number modulo 16 a part would hold a single one of 2, 4, 8 or 16 domains.
@@ -13,6 +15,9 @@ NUM_PARTS = 16
 
 _GOLDEN = 2654435769  # 2^32 / golden ratio
 
+_MIX = 0x45D9F3B
+"""An odd number by which the bits of a sequence's number are mixed twice."""
+
 Numbers = TypeVar("Numbers")
 """An int, or an int64 array of numpy or torch."""
 
@@ -25,3 +30,15 @@ def part_of_sequence(sequence: Numbers) -> Numbers:
     number: Any = sequence
     part: Numbers = ((number * _GOLDEN) & 0xFFFFFFFF) >> 28
     return part
+
+
+def in_every(sequence: Any, every: int) -> Any:
+    """Whether each sequence is among the one of ``every`` that is kept whole: bool of its number in the run.
+
+    By a hash of the number, so that it is the same in every session, and domains that take turns are hit alike: even
+    steps would miss some of them. Sequence 0 is one; those of a larger ``every`` are among those of a smaller one.
+    """
+    mixed = sequence & 0xFFFFFFFF
+    for _ in range(2):
+        mixed = ((mixed ^ (mixed >> 16)) * _MIX) & 0xFFFFFFFF
+    return (mixed ^ (mixed >> 16)) * every < 1 << 32

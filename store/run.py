@@ -17,6 +17,7 @@ from store import connection, derived, live, stretch, text_search
 from store.damage import damage
 from store.info import Badge, LayerInfo, Progress, RunInfo, badge
 from store.opening import open_file, open_folder
+from store.parts import in_every
 from store.schema import quoted, tables
 from store.scores import LayerScores, RouterScores, unpack_layer_scores, unpack_scores
 from store.text_search import TextSearch
@@ -216,6 +217,22 @@ class Run:
         return not self.query("select 1 from route_chunk limit 1").is_empty()
 
     @cached_property
+    def traced_sequences(self) -> pl.DataFrame:
+        """The sequences whose selections were to be kept (sequence, domain, tokens, prompt_tokens), in order: all of
+        them, or those of ``--trace-every``. Traces hold these, and no others.
+        """
+        return self._traced(
+            self.query("select sequence, domain, tokens, prompt_tokens from sequence order by sequence")
+        )
+
+    def _traced(self, sequences: pl.DataFrame) -> pl.DataFrame:
+        """Those rows of sequences whose selections were to be kept."""
+        every = int(self.info.settings.get("recording", {}).get("trace_every", 1))
+        if every == 1:
+            return sequences
+        return sequences.filter(in_every(sequences["sequence"].to_numpy().astype(np.int64), every))
+
+    @cached_property
     def omissions(self) -> dict[str, str]:
         """What this run cannot say, by subject (see table ``omission``), with the reason; empty for a watched model."""
         return dict(self.query("select subject, reason from omission order by subject").iter_rows())
@@ -240,7 +257,7 @@ class Run:
             StoreError: the run has no such domain or layer.
         """
         wanted = self._wanted_layers(layers)
-        chosen = self._wanted_sequences(domain, sequences, max_sequences)
+        chosen = self._wanted_sequences(domain, sequences, max_sequences, traced=True)
         numbers = chosen["sequence"].to_numpy().astype(np.int64)
         chunks = self._chunks(sorted({layer for layer, _ in wanted}), numbers.tolist())
         return unpack_trace(
@@ -262,7 +279,8 @@ class Run:
         Raises:
             StoreError: the run has no such layer.
         """
-        wanted, chosen = self._wanted_layers(layers), self._wanted_sequences(None, [sequence], None)
+        wanted = self._wanted_layers(layers)
+        chosen = self._wanted_sequences(None, [sequence], None, traced=True)
         if chosen.is_empty():
             return self.selections(sequences=[sequence], layers=layers)
         return stretch.trace(
@@ -300,7 +318,7 @@ class Run:
         among, numbers = _among(sequences)
         ranged = f"sequence between $first and $last{among} order by sequence"
         of = {"first": first, "last": last, **numbers}
-        chosen = self.query(f"select sequence, tokens from sequence where {ranged}", of)
+        chosen = self._traced(self.query(f"select sequence, tokens from sequence where {ranged}", of))
         names = "sequence, start, width, scale, experts" + (", weights" if weights else "")
         chunks = self.query(
             f"select {names} from route_chunk where layer = $layer and step = $step and {ranged}, start",
@@ -512,10 +530,13 @@ class Run:
             raise StoreError(f"run {self.name!r} has no MoE layer {missing[0]}; it has {known}")
         return [pair for pair in all_layers if pair[0] in set(layers)]
 
-    def _wanted_sequences(self, domain: str | None, sequences: Sequence[int] | None, limit: int | None) -> pl.DataFrame:
+    def _wanted_sequences(
+        self, domain: str | None, sequences: Sequence[int] | None, limit: int | None, *, traced: bool = False
+    ) -> pl.DataFrame:
         if domain is not None and domain not in self.domains:
             raise StoreError(f"run {self.name!r} has no domain {domain!r}; it has {', '.join(self.domains)}")
         frame = self.query("select sequence, domain, tokens from sequence order by sequence")
+        frame = self._traced(frame) if traced else frame
         if domain is not None:
             frame = frame.filter(pl.col("domain") == domain)
         if sequences is not None:

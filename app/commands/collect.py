@@ -51,6 +51,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--no-text", action="store_true", help="store no text and no token ids")
     parser.add_argument(
+        "--trace-every", type=positive, default=1, metavar="N",
+        help="keep the selections of one of N sequences, whole (default 1: of all); sums are of all",
+    )  # fmt: skip
+    parser.add_argument(
         "--no-trace", action="store_true", help="store the sums alone, no selection token by token: the run stays small"
     )
     parser.add_argument("--measure-overhead", action="store_true", help="measure what watching costs on this model")
@@ -143,6 +147,7 @@ def collect_run(options: argparse.Namespace) -> Path:
         similarity_every=options.similarity_every,
         errors_every=options.errors_every,
         scores_every=options.scores_every,
+        trace_every=options.trace_every,
         generate=options.generate,
         sampling=sampling,
         progress=show_progress,
@@ -195,6 +200,7 @@ def _stream(options: argparse.Namespace, name: str, corpus: Corpus, tokenizer: A
         similarity_every=options.similarity_every,
         errors_every=options.errors_every,
         scores_every=options.scores_every,
+        trace_every=options.trace_every,
         dtype=options.dtype,
         device=options.device,
         memory_limit=options.memory_limit,

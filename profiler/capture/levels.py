@@ -33,6 +33,7 @@ class RecordingOptions:
         errors_every: level errors runs each expert with narrower weights on one of so many of its tokens.
         scores_every: router scores are kept of one of so many sequences, all of its tokens.
         keep_trace: False keeps the sums alone: no selection token by token.
+        trace_every: selections are kept of one of so many sequences, all of its tokens.
     """
 
     levels: Sequence[str] = ("routing",)
@@ -42,6 +43,14 @@ class RecordingOptions:
     errors_every: int = 16
     scores_every: int = 1
     keep_trace: bool = True
+    trace_every: int = 1
+
+    def __post_init__(self) -> None:
+        if self.router_scores and self.keep_trace and self.scores_every < self.trace_every:
+            raise InputError(
+                f"router scores of one of {self.scores_every} sequences, selections of one of {self.trace_every}: scores"
+                f" say nothing without selections; give --scores-every {self.trace_every} or more"
+            )
 
     def settings(self) -> dict[str, int | bool]:
         """What differs from the default, for table ``run``."""

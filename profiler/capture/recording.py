@@ -72,7 +72,7 @@ class Recording:
             PairRecorder(by_domain),
         ]
         if options.keep_trace:
-            self._routing.append(TraceRecorder(max(layer.num_experts for layer in layers)))
+            self._routing.append(TraceRecorder(max(layer.num_experts for layer in layers), options.trace_every))
         if options.router_scores:
             self._routing.append(ScoreRecorder(options.router_scores, options.scores_every))
         self._buffer = RoutingBuffer([self.checks, *self._routing])

@@ -28,6 +28,7 @@ def watch(
     similarity_every: int = 16,
     errors_every: int = 16,
     scores_every: int = 1,
+    trace_every: int = 1,
     flush_seconds: float = 15.0,
     resume: bool = False,
     model_name: str = "",
@@ -68,6 +69,7 @@ def watch(
         similarity_every: level similarity runs all experts on one of so many tokens.
         errors_every: level errors runs each expert with narrower weights on one of so many of its tokens.
         scores_every: router scores are kept of one of so many sequences, drawn by a hash of their numbers.
+        trace_every: selections are kept of one of so many sequences, drawn by the same hash.
         flush_seconds: write a shard at the end of the first forward after so many seconds; more where writing is slow.
         resume: go on with an interrupted run of that name.
         model_name: what the run calls the model; its folder or hub id if empty.
@@ -92,6 +94,7 @@ def watch(
             errors_every,
             scores_every,
             keep_trace,
+            trace_every,
         ),
         tokenizer=tokenizer if keep_text else None,
         domain=domain,

@@ -87,7 +87,7 @@ def extra_memory(
         domains: labels of the text.
         phases: 2 where decoding is recorded as well.
     """
-    chosen = sum(layer.top_k for layer in found.layers) * 6 if options.keep_trace else 0
+    chosen = -(-sum(layer.top_k for layer in found.layers) * 6 // options.trace_every) if options.keep_trace else 0
     if options.router_scores:
         width = max(layer.top_k for layer in found.layers) + 8 if options.router_scores < 0 else options.router_scores
         chosen += -(-len(found.layers) * (6 * width + 4) // options.scores_every)

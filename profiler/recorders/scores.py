@@ -6,7 +6,6 @@ import numpy as np
 import polars as pl
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 import store
 from profiler.capture.batch import LayerKey, RoutingBatch
@@ -16,22 +15,6 @@ NONE = 65535
 
 MORE_THAN_K = 8
 """How many scores beyond the selection are kept where nobody says how many."""
-
-
-_MIX = 0x45D9F3B
-"""An odd number by which the bits of a sequence's number are mixed twice."""
-
-
-def chosen_sequences(sequence: Tensor, every: int) -> Tensor:
-    """Which sequences are among the one of ``every`` whose scores are kept: (n,) bool of their numbers (n,) int64.
-
-    By a hash of the number, so that it is the same in every session, and domains that take turns are hit alike: even
-    steps would miss some of them. Sequence 0 is one.
-    """
-    mixed = sequence & 0xFFFFFFFF
-    for _ in range(2):
-        mixed = ((mixed ^ (mixed >> 16)) * _MIX) & 0xFFFFFFFF
-    return (mixed ^ (mixed >> 16)) * every < 1 << 32
 
 
 class ScoreRecorder:
@@ -54,7 +37,7 @@ class ScoreRecorder:
         """
         if not len(batch.tokens) or batch.logits is None:
             return
-        wanted = chosen_sequences(batch.tokens.sequence, self.every).nonzero()[:, 0]
+        wanted = store.in_every(batch.tokens.sequence, self.every).nonzero()[:, 0]
         if not len(wanted):
             return
         whole = batch.logits if self.every == 1 else batch.logits.index_select(1, wanted.to(batch.logits.device))

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import polars as pl
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 import store
 from profiler.capture.batch import LayerKey, RoutingBatch
@@ -19,10 +21,11 @@ class TraceRecorder:
 
     Args:
         num_experts: the largest number of experts of any layer of the model; it chooses the type of the packed ids.
+        every: keep the selections of one of so many sequences.
     """
 
-    def __init__(self, num_experts: int) -> None:
-        self.num_experts = num_experts
+    def __init__(self, num_experts: int, every: int = 1) -> None:
+        self.num_experts, self.every = num_experts, every
         self.bytes_held = 0
         self._parts: dict[tuple[LayerKey, ...], list[tuple[NDArray[np.generic], ...]]] = defaultdict(list)
 
@@ -30,11 +33,20 @@ class TraceRecorder:
         """Add the selections of a batch."""
         if len(batch.tokens) == 0:
             return
-        ids = batch.ids.to(torch.int16).cpu().numpy()
-        weights = batch.weights.to(torch.float32).cpu().numpy()
-        sequence, position = batch.tokens.sequence.cpu().numpy(), batch.tokens.position.cpu().numpy()
-        self._parts[tuple(batch.keys)].append((sequence, position, ids, weights))
-        self.bytes_held += ids.nbytes + weights.nbytes
+        ids, weights = batch.ids.to(torch.int16), batch.weights.to(torch.float32)
+        sequence, position = batch.tokens.sequence, batch.tokens.position
+        if self.every > 1:
+            wanted = store.in_every(sequence, self.every).nonzero()[:, 0]
+            if not len(wanted):
+                return
+            ids, weights = (part.index_select(1, wanted.to(part.device)) for part in (ids, weights))
+            sequence, position = sequence[wanted], position[wanted]
+        self._keep(batch.keys, sequence, position, ids, weights)
+
+    def _keep(self, keys: Sequence[LayerKey], sequence: Tensor, position: Tensor, ids: Tensor, weights: Tensor) -> None:
+        part = tuple(tensor.cpu().numpy() for tensor in (sequence, position, ids, weights))
+        self._parts[tuple(keys)].append(part)
+        self.bytes_held += part[2].nbytes + part[3].nbytes
 
     def drain(self) -> dict[str, pl.DataFrame]:
         """Table ``route_chunk``: one row per layer and chunk of a sequence."""

@@ -44,6 +44,7 @@ def collect_streamed(
     similarity_every: int = 16,
     errors_every: int = 16,
     scores_every: int = 1,
+    trace_every: int = 1,
     dtype: str = "auto",
     device: str = "auto",
     memory_limit: int | str | None = None,
@@ -77,6 +78,7 @@ def collect_streamed(
         similarity_every: see :func:`profiler.collect.collect`.
         errors_every: see :func:`profiler.collect.collect`.
         scores_every: see :func:`profiler.collect.collect`.
+        trace_every: selections are kept of one of so many sequences, drawn by the same hash.
         dtype: type of the weights; ``auto`` as stored.
         device: where the layers run; ``auto`` is the GPU if there is one.
         memory_limit: what the process may take, as ``3GiB`` or in bytes; what is free now if None. It decides where
@@ -107,6 +109,7 @@ def collect_streamed(
         errors_every,
         scores_every,
         keep_trace,
+        trace_every,
     )
     if not resume:
         run_store.Catalog(store).require_free(name)

@@ -260,3 +260,24 @@ def test_code_of_a_checkpoint_is_never_run(checkpoint: Path) -> None:
     (checkpoint / "code.py").write_text("raise SystemExit('code of the checkpoint ran')")
     with pytest.raises(ModelError, match="never runs code that comes with a checkpoint"):
         profiler.load_model(checkpoint)
+
+
+def test_a_trace_of_some_sequences_is_that_part_of_the_whole(texts: Path, tmp_path: Path) -> None:
+    model = build("olmoe")
+    whole = store.open_run(collect(model, texts, tmp_path, "whole", router_scores=4))
+    part = store.open_run(collect(model, texts, tmp_path, "part", router_scores=4, trace_every=3, scores_every=6))
+    kept = [number for number in whole.table("sequence")["sequence"] if bool(store.in_every(np.int64(number), 3))]
+    assert part.traced_sequences["sequence"].to_list() == kept and 0 < len(kept) < whole.info.sequences
+    assert part.table("route_chunk")["sequence"].unique().sort().to_list() == kept
+    assert set(part.scored_sequences["sequence"]) <= set(kept)
+    for table in STATISTICS:
+        if table != "route_chunk":
+            assert_frame_equal(part.table(table), whole.table(table), rel_tol=1e-12)
+    assert_array_equal(part.selections().ids, whole.selections(sequences=kept).ids)
+    one = part.layer_selections(layer=1, weights=True)
+    assert_array_equal(one.ids, whole.layer_selections(layer=1, sequences=kept).ids)
+    assert one.sequences.tolist() == kept
+    left_out = next(number for number in whole.table("sequence")["sequence"] if number not in kept)
+    assert part.stretch(left_out).num_tokens == 0
+    with pytest.raises(InputError, match="--scores-every 3"):
+        collect(model, texts, tmp_path, "vain", router_scores=4, trace_every=3)

@@ -18,14 +18,15 @@ from profiler.capture.levels import RecordingOptions, parse_levels
 from profiler.capture.recording import Recording
 from profiler.collect import collect
 from profiler.inspect.memory import extra_memory, statistics_bytes
+from profiler.recorders.trace import TraceRecorder
 from tests.profiler.capture.tiny import batch, build, tokenizer
 
 
 def held_bytes(recording: Recording) -> int:
     """Bytes of all tensors, arrays and frames that recorders hold, but for what grows with every token."""
-    growing = (recording._trace, recording._text)
     recorders = [*recording._routing, *recording._staged, recording._weights]
-    return sum(_size(recorder, set()) for recorder in recorders if recorder not in growing and recorder is not None)
+    kept = [one for one in recorders if one is not None and not isinstance(one, TraceRecorder)]
+    return sum(_size(recorder, set()) for recorder in kept)
 
 
 def _size(value: Any, seen: set[int]) -> int:

@@ -17,7 +17,7 @@ from scipy.special import logsumexp, softmax
 import profiler
 import store
 from profiler.recorders.base import finite, row_maximum, row_norm
-from profiler.recorders.scores import chosen_sequences
+from store import in_every
 from tests.profiler.capture.tiny import batch, build
 from tests.profiler.recorders.tokenwise import Array, LayerTokens, Tokenwise, cosine, observe, watched
 
@@ -118,7 +118,7 @@ def test_router_scores_of_some_sequences(case: Case, tmp_path: Path) -> None:
     kept = watched(case.model, tmp_path, router_scores=SCORES, scores_every=3)
     assert kept.info.settings["recording"] == {"router_scores": SCORES, "scores_every": 3}
     scores, all_scores = kept.router_scores(), case.pooled.router_scores()
-    chosen = torch.arange(6)[chosen_sequences(torch.arange(6), 3)].tolist()
+    chosen = torch.arange(6)[in_every(torch.arange(6), 3)].tolist()
     assert scores.sequences.tolist() == chosen
     assert 0 < len(chosen) < 6
     place = np.searchsorted(all_scores.sequences, chosen)
@@ -129,7 +129,7 @@ def test_router_scores_of_some_sequences(case: Case, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("every", [1, 2, 16, 100])
 def test_sequences_with_scores_are_a_fair_sample(every: int) -> None:
-    chosen = chosen_sequences(torch.arange(100_000), every)
+    chosen = in_every(torch.arange(100_000), every)
     assert chosen[0]
     share = 1 / every
     for turns in (1, 2, 3, 7, 16):  # domains that take turns
