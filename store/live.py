@@ -107,6 +107,16 @@ def shards(folder: Path) -> list[Path]:
     return [folder / one.name for one in listing(folder) if one.name.startswith("shard-") and one.is_dir()]
 
 
+def shard_name(number: int) -> str:
+    """The name of a shard's folder."""
+    return f"shard-{number:06d}"
+
+
+def shard_number(shard: Path) -> int:
+    """The number of a shard by its folder's name."""
+    return int(shard.name.removeprefix("shard-"))
+
+
 def contents(folder: Path) -> dict[str, list[Path]]:
     """The Parquet files of each table that a shard holds, in the order of the shards; one look at each shard."""
     found: dict[str, list[Path]] = defaultdict(list)

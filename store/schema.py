@@ -32,6 +32,11 @@ class Column:
     rule: str
     meaning: str
 
+    @property
+    def shard_type(self) -> str:
+        """The type in shards: sums of vectors keep 64 bits until they are added up, and are rounded once."""
+        return "double[]" if self.type == "float[]" and self.rule == "sum" else self.type
+
 
 @dataclass(frozen=True)
 class Table:

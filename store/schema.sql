@@ -14,7 +14,7 @@
 -- or audio are kept under DOMAIN:image, DOMAIN:video and DOMAIN:audio. phase: prompt | decode.
 -- position: index among the real (not padding) tokens of a sequence, from 0. Means are never stored: divide sums.
 -- Tables of vectors (per neuron, channel or other expert) are pooled over domains: their domain is empty, unless the
--- collection was asked for vectors per domain. Vectors are summed in 64 bits and stored in 32.
+-- collection was asked for vectors per domain. Vectors are summed in 64 bits, in shards too, and stored here in 32.
 
 -- table run: where the run comes from. One row.
 create table run (

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import re
 from collections.abc import Collection, Mapping
@@ -17,8 +16,9 @@ from store.compaction import compact
 from store.damage import damage
 from store.info import Progress, RunInfo
 from store.schema import Table, literal, tables
+from store.shard_target import FolderTarget, ShardTarget
 from store.vectors import VECTOR_ROWS, holds_vectors
-from store.whole import code_of, refusal, remove, replacing, sweep, sync, temporary_for
+from store.whole import refusal, remove, replacing, sweep, temporary_for
 
 _NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._+-]{0,127}$")
 _POLARS: dict[str, pl.DataType] = {
@@ -76,7 +76,7 @@ class RunWriter:
         self.folder = folder
         self.info = info
         existing = live.shards(folder)
-        self._next = int(existing[-1].name.removeprefix("shard-")) + 1 if existing else 0
+        self._next = live.shard_number(existing[-1]) + 1 if existing else 0
         self._verdicts = live.next_verdicts(folder)
 
     @classmethod
@@ -191,30 +191,12 @@ class RunWriter:
         Raises:
             ShardError: an unknown table or column, a disk that refuses, or another process that writes the run too.
         """
-        filled = {name: _typed(tables(), name, frame) for name, frame in frames.items()}
-        filled = {name: frame for name, frame in filled.items() if len(frame)}
+        filled = filled_tables(frames)
         if not filled:
             return None
-        final = self.folder / f"shard-{self._next:06d}"
-        temporary = temporary_for(final)
-        try:
-            temporary.mkdir()
-            for name, frame in filled.items():
-                # Vectors are merged layer by layer: small row groups let the others be skipped.
-                rows = VECTOR_ROWS if holds_vectors(tables()[name]) else None
-                path = temporary / f"{name}.parquet"
-                frame.write_parquet(path, compression="zstd", compression_level=1, row_group_size=rows)
-                sync(path)
-            sync(temporary)
-            os.rename(temporary, final)  # a shard that is there is never replaced
-            sync(self.folder)
-        except (OSError, pl.exceptions.PolarsError) as error:
-            remove(temporary)
-            if code_of(error) in (errno.ENOTEMPTY, errno.EEXIST):
-                raise ShardError(
-                    f"{final} is there already: another process collects this run too; stop one"
-                ) from error
-            raise _kept(final, error) from error
+        final = self.folder / live.shard_name(self._next)
+        if not publish_shard(FolderTarget(self.folder), self._next, filled, final):
+            raise ShardError(f"{final} is there already: another process collects this run too; stop one")
         self._next += 1
         return final
 
@@ -244,6 +226,44 @@ class RunWriter:
     def close(self) -> None:
         """Let another process go on with the run."""
         lock.release(self.folder)
+
+
+def filled_tables(frames: Mapping[str, pl.DataFrame | Mapping[str, object]]) -> dict[str, pl.DataFrame]:
+    """The frames that have rows, as a shard holds them.
+
+    Raises:
+        ShardError: an unknown table or column.
+    """
+    typed = {name: _typed(tables(), name, frame) for name, frame in frames.items()}
+    return {name: frame for name, frame in typed.items() if len(frame)}
+
+
+def publish_shard(target: ShardTarget, number: int, filled: Mapping[str, pl.DataFrame], final: Path | str) -> bool:
+    """Write the tables of one shard, and hand it over.
+
+    Args:
+        filled: what :func:`filled_tables` gives.
+        final: what the shard is called if something goes wrong.
+
+    Returns:
+        False where a shard of that number is there already; it stays as it is.
+
+    Raises:
+        ShardError: the disk or the store refuses.
+    """
+    folder = None
+    try:
+        folder = target.stage(number)
+        for name, frame in filled.items():
+            # Vectors are merged layer by layer: small row groups let the others be skipped.
+            rows = VECTOR_ROWS if holds_vectors(tables()[name]) else None
+            path = folder / f"{name}.parquet"
+            frame.write_parquet(path, compression="zstd", compression_level=1, row_group_size=rows)
+        return target.publish(number, folder)
+    except (OSError, pl.exceptions.PolarsError) as error:
+        if folder is not None:
+            remove(folder)
+        raise _kept(Path(final), error) from error
 
 
 def settle(directory: Path, name: str) -> None:
@@ -311,7 +331,7 @@ def _typed(known: Mapping[str, Table], name: str, frame: pl.DataFrame | Mapping[
     if name not in known:
         raise ShardError(f"no table {name!r} in the schema; there are {', '.join(known)}")
     data = frame if isinstance(frame, pl.DataFrame) else pl.DataFrame(frame)
-    columns = {column.name: column.type for column in known[name].columns}
+    columns = {column.name: column.shard_type for column in known[name].columns}
     unknown = [column for column in data.columns if column not in columns]
     if unknown:
         raise ShardError(f"table {name} has no column {unknown[0]!r}; it has {', '.join(columns)}")
@@ -324,6 +344,13 @@ def _typed(known: Mapping[str, Table], name: str, frame: pl.DataFrame | Mapping[
         else:
             expressions.append(pl.col(column).cast(_polars_type(kind)))
     return data.select(expressions)
+
+
+def _row_group(name: str, frame: pl.DataFrame) -> int | None:
+    """Rows per row group of a shard: about a layer's where tables are merged layer by layer, so that others are skipped."""
+    if holds_vectors(tables()[name]):
+        return VECTOR_ROWS
+    return max(VECTOR_ROWS, len(frame) // frame["layer"].n_unique()) if name == "route_chunk" else None
 
 
 def _polars_type(kind: str) -> pl.DataType:

@@ -20,7 +20,7 @@ from profiler.capture.batch import BlockBatch, LayerKey
 from profiler.capture.discovery import MoELayer
 from profiler.capture.hooks import Hooks
 from profiler.capture.tap import ExpertsCall, TappedRows
-from profiler.recorders.base import float_lists, token_parts
+from profiler.recorders.base import double_lists, token_parts
 from profiler.recorders.staged import Staged
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ class MomentRecorder(Staged):
         held, self._sums = self._sums, {}
         frames = []
         for ((layer, step), domain, phase), (tokens, sums) in held.items():
-            frame = pl.DataFrame({"channel": range(len(sums)), "products": float_lists(sums)})
+            frame = pl.DataFrame({"channel": range(len(sums)), "products": double_lists(sums)})
             named = {"layer": layer, "step": step, "domain": domain, "phase": phase, "tokens": tokens}
             frames.append(frame.with_columns(**{name: pl.lit(value) for name, value in named.items()}))
         return {"moment": pl.concat(frames)} if frames else {}

@@ -26,7 +26,7 @@ from profiler.capture.check_rows import CheckRow
 from profiler.capture.discovery import MoELayer
 from profiler.capture.hooks import Hooks
 from profiler.capture.tap import ExpertsCall, TappedRows
-from profiler.recorders.base import double_lists, float_lists, token_parts
+from profiler.recorders.base import double_lists, token_parts
 from profiler.recorders.pairs import MAX_EXPERTS
 from profiler.recorders.staged import Staged
 from profiler.recorders.weight_similarity import WeightSimilarityRecorder
@@ -163,7 +163,7 @@ class SimilarityRecorder(Staged):
             frame = pl.DataFrame(
                 {
                     "expert": range(len(state.cosines)),
-                    "output_sum": float_lists(state.outputs),
+                    "output_sum": double_lists(state.outputs),
                     "cosine_sum": double_lists(state.cosines),
                     "product_sum": double_lists(state.products),
                     "hsic_sum": double_lists(state.hsic),

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from profiler.capture.batch import ExpertRows, LayerKey
-from profiler.recorders.base import float_lists, vector_domain
+from profiler.recorders.base import double_lists, float_lists, vector_domain
 from profiler.recorders.staged import Staged
 
 VectorKey = tuple[LayerKey, str, str, str]
@@ -53,7 +53,7 @@ class _State:
 
 
 class VectorSums(Staged):
-    """Sums and maxima of (experts, width) values in float64 on the data's device; drained as lists of 32 bits.
+    """Sums and maxima of (experts, width) values in float64 on the data's device; drained as lists of 64 and 32 bits.
 
     Args:
         by_domain: keep domains apart.
@@ -90,7 +90,8 @@ class VectorSums(Staged):
         frames = []
         for ((layer, step), kind, domain, phase), state in states.items():
             used = state.tokens.nonzero()[:, 0]
-            columns = {name: float_lists(values[used]) for name, values in (state.sums | state.maxima).items()}
+            columns = {name: double_lists(values[used]) for name, values in state.sums.items()}
+            columns |= {name: float_lists(values[used]) for name, values in state.maxima.items()}
             frame = pl.DataFrame({"expert": used.cpu().numpy(), "tokens": state.tokens[used].cpu().numpy(), **columns})
             named = {"kind": pl.lit(kind), "domain": pl.lit(domain), "phase": pl.lit(phase)}
             frames.append(frame.with_columns(layer=pl.lit(layer), step=pl.lit(step), **named))
