@@ -31,8 +31,9 @@ from planner.place.methods import pass_loads
 from planner.place.moetuner import moetuner, solve_clusters
 from planner.place.pairs import coactivations, transitions
 from planner.place.rebalance import balanced_packing
-from planner.place.score import Score, balancedness, score, uniform
+from planner.place.score import Score, balancedness, score
 from planner.place.slots import contiguous
+from planner.place.stream import uniform
 from planner.place.verdict import sentence
 from planner.place.windows import split
 from planner.simulate.workload import Workload, decode, workload_of

@@ -32,8 +32,8 @@ from planner.importance.statistics import Statistics
 from planner.place.methods import Problem, find
 from planner.place.score import score
 from planner.place.slots import Placement, check_slots
-from planner.place.windows import routed_only, split
-from planner.simulate.workload import Workload, workload_of
+from planner.place.stream import Requests, Stream
+from planner.simulate.reading import Reading
 from planner.source import source_of, value_bytes
 from profiler.metrics._arrays import IntArray
 
@@ -54,8 +54,8 @@ class Text:
         load: (layers, E) tokens of each expert in the text of the fit; of the whole run where there is no trace.
     """
 
-    fit: Workload | None
-    later: Workload | None
+    fit: Requests | None
+    later: Requests | None
     load: IntArray
 
 
@@ -200,8 +200,8 @@ def text_of(
     if not 0 < train_part < 1:
         raise PlanError(f"part {train_part:g} is outside (0, 1): give the part to fit on, such as 0.5")
     if run.has_trace:
-        work = routed_only(workload_of(run, domains=domains, max_tokens=max_tokens), experts)
-        fit, later = split(work, train_part)
+        reading = Reading.of(run, domains=domains, max_tokens=max_tokens).with_passes()
+        fit, later = Stream(reading, experts).split(train_part)
         return Text(fit, later, fit.counts()[:, :experts])
     frames = [Statistics(run, level="routing", domain=one).experts("expert_load", "tokens") for one in domains]
     load = sum(frame["tokens"].to_numpy().astype(np.int64) for frame in frames)

@@ -17,8 +17,8 @@ from planner.place.methods import find
 from planner.placing import BATCH, placeable
 
 METHOD = "eplb"
-TOKENS = 200_000
-"""Of a trace that is read, so that pages and reports stay quick; the command takes all."""
+TOKENS, SELECTIONS = 200_000, 10_000_000
+"""Of a trace that are read at most, so that pages and reports stay quick; the command takes all."""
 ATTENTION_MS, BANDWIDTH_GB, FREE_SLOTS = 0.5, 50.0, 1
 """Of methods that copy experts while attention runs, where nobody says."""
 
@@ -59,12 +59,18 @@ def asked(
     known = find(method)
     found: dict[str, Any] = {"method": method, "nodes": nodes}
     found["devices"] = frames_of.first_devices(run) if devices is None else devices
-    found |= {"max_tokens": TOKENS, "batch": requests} if run.has_trace else {}
+    found |= {"max_tokens": tokens_of(run), "batch": requests} if run.has_trace else {}
     found |= {"redundant": redundant} if known.replicates and redundant else {}
     if known.required == ("attention", "bandwidth"):
         found["options"] = (("attention", attention / 1e3), ("bandwidth", bandwidth * 1e9), ("free_slots", free_slots))
     names = domains_of(run, domains)
     return found | ({"domains": names} if names else {}) | ({"allow_invalid": True} if allow_invalid else {})
+
+
+def tokens_of(run: store.Run) -> int:
+    """Tokens of a trace that are read at most: fewer of a model of many layers."""
+    each = sum(layer.top_k for layer in run.layers)
+    return max(min(TOKENS, SELECTIONS // max(each, 1)), 1)
 
 
 def _of_placement(draw: Callable[..., Exhibit]) -> Callable[..., Exhibit]:

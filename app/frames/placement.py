@@ -15,8 +15,9 @@ from compressor.plan import Plan
 from planner.entry import domains_of
 from planner.place.methods import METHODS, Method
 from planner.place.passes import Passes, passes
-from planner.place.score import Score, balancedness, uniform
+from planner.place.score import Score, balancedness
 from planner.place.slots import Placement, check_slots, contiguous
+from planner.place.stream import chance
 from planner.place.verdict import Verdict, saved, verdict
 from planner.placing import BATCH, expert_bytes, place, placeable, placement_of, text_of
 from profiler.metrics._arrays import FloatArray
@@ -113,7 +114,7 @@ def placed(
     by_pass = {}
     if text.later is not None:
         works = {"before": (text.later, first), "after": (text.later, placement),
-                 "chance": (uniform(text.later), placement)}  # fmt: skip
+                 "chance": (chance(text.later), placement)}  # fmt: skip
         by_pass = {name: passes(*both, batch=batch) for name, both in works.items()}
     cut = max_tokens is not None and text.later is not None and run.info.tokens > max_tokens
     return Placed(

@@ -42,7 +42,7 @@ def routes(placement: Placement) -> IntArray:
 
 def devices_of(
     placement: Placement, route: IntArray, layer: int, *, token: IntArray, expert: IntArray, home: IntArray,
-    dispatch: Dispatch = "local",
+    dispatch: Dispatch = "local", before: int = 0,
 ) -> IntArray:  # fmt: skip
     """(pairs,) the device that computes each pair of a token and one of its experts.
 
@@ -54,6 +54,7 @@ def devices_of(
         expert: (pairs,).
         home: (pairs,) home device of the token.
         dispatch: which replica is taken.
+        before: tokens of the text before the first of these.
 
     Raises:
         PlanError: an unknown way to dispatch.
@@ -66,7 +67,7 @@ def devices_of(
     order = np.argsort(slots, kind="stable")
     count = np.bincount(slots, minlength=placement.num_experts)
     first = np.cumsum(count) - count
-    return np.asarray(placement.device_of_slot[order[first[expert] + token % count[expert]]])
+    return np.asarray(placement.device_of_slot[order[first[expert] + (token + before) % count[expert]]])
 
 
 def homes_of(work: Workload, devices: int) -> IntArray:

@@ -21,7 +21,7 @@ from planner.place.moetuner import Objective as Cost
 from planner.place.pairs import coactivations, transitions
 from planner.place.rebalance import eplb
 from planner.place.slots import Placement, contiguous
-from planner.simulate.workload import Workload
+from planner.place.stream import Requests, parts_of
 from profiler.metrics._arrays import FloatArray, IntArray
 
 
@@ -41,7 +41,7 @@ class Problem:
     """
 
     load: IntArray
-    work: Workload | None
+    work: Requests | None
     devices: int
     nodes: int = 1
     redundant: int = 0
@@ -218,16 +218,19 @@ def _hecate(
     return Found(Placement(placement.experts, experts, problem.devices, problem.nodes), tuple(notes))
 
 
-def pass_loads(work: Workload, *, batch: int) -> FloatArray:
+def pass_loads(work: Requests, *, batch: int) -> FloatArray:
     """(passes, layers, E) tokens of each expert in each pass of ``batch`` requests."""
-    turn = passes_of(work, batch=batch)
-    count = int(turn.max(initial=-1)) + 1
-    loads = np.zeros((count, work.num_layers, work.num_experts))
-    for layer, ids in enumerate(work.ids):
-        token, rank = np.nonzero(ids >= 0)
-        keys = turn[token] * work.num_experts + ids[token, rank]
-        loads[:, layer] = np.bincount(keys, minlength=count * work.num_experts).reshape(count, -1)
-    return loads
+    found = []
+    for part in (one.work for one in parts_of(work, multiple=batch)):
+        turn = passes_of(part, batch=batch)
+        count = int(turn.max(initial=-1)) + 1
+        loads = np.zeros((count, part.num_layers, part.num_experts))
+        for layer, ids in enumerate(part.ids):
+            token, rank = np.nonzero(ids >= 0)
+            keys = turn[token] * part.num_experts + ids[token, rank]
+            loads[:, layer] = np.bincount(keys, minlength=count * part.num_experts).reshape(count, -1)
+        found.append(loads)
+    return np.concatenate(found)
 
 
 METHODS: tuple[Method, ...] = (

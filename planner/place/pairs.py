@@ -5,11 +5,12 @@ from __future__ import annotations
 import numpy as np
 
 from moescope.errors import PlanError
+from planner.place.stream import Requests, parts_of
 from planner.simulate.workload import Workload
 from profiler.metrics._arrays import IntArray
 
 
-def transitions(work: Workload) -> IntArray:
+def transitions(work: Requests) -> IntArray:
     """R of MoETuner: (layers - 1, E, E) tokens that use expert i of a layer and j of the next; all k x k pairs count.
 
     Raises:
@@ -17,15 +18,16 @@ def transitions(work: Workload) -> IntArray:
     """
     from profiler.metrics._pairs import count_pairs
 
-    require_tokens(work)
     counts = np.zeros((max(work.num_layers - 1, 0), 1, work.num_experts, work.num_experts), np.int64)
-    part = np.zeros(work.num_requests, np.int64)
-    for first, second, table in zip(work.ids[:-1], work.ids[1:], counts, strict=True):
-        count_pairs(np.ascontiguousarray(first), np.ascontiguousarray(second), work.offsets, part, table)
+    for mine in (part.work for part in parts_of(work)):
+        require_tokens(mine)
+        alike = np.zeros(mine.num_requests, np.int64)
+        for first, second, table in zip(mine.ids[:-1], mine.ids[1:], counts, strict=True):
+            count_pairs(np.ascontiguousarray(first), np.ascontiguousarray(second), mine.offsets, alike, table)
     return counts[:, 0]
 
 
-def coactivations(work: Workload) -> IntArray:
+def coactivations(work: Requests) -> IntArray:
     """(layers, E, E) tokens that use both experts of a layer; symmetric, 0 on the diagonal.
 
     Raises:
@@ -33,11 +35,12 @@ def coactivations(work: Workload) -> IntArray:
     """
     from profiler.metrics._pairs import count_own_pairs
 
-    require_tokens(work)
     counts = np.zeros((work.num_layers, 1, work.num_experts, work.num_experts), np.int64)
-    part = np.zeros(work.num_requests, np.int64)
-    for ids, table in zip(work.ids, counts, strict=True):
-        count_own_pairs(np.ascontiguousarray(ids), work.offsets, part, table)
+    for mine in (part.work for part in parts_of(work)):
+        require_tokens(mine)
+        alike = np.zeros(mine.num_requests, np.int64)
+        for ids, table in zip(mine.ids, counts, strict=True):
+            count_own_pairs(np.ascontiguousarray(ids), mine.offsets, alike, table)
     both: IntArray = counts[:, 0] + counts[:, 0].transpose(0, 2, 1)
     both[:, np.arange(work.num_experts), np.arange(work.num_experts)] = 0
     return both

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from planner.place.dispatch import Dispatch, devices_of, homes_of, passes_of, routes
+from planner.place.dispatch import Dispatch, devices_of, passes_of, routes
 from planner.place.slots import Placement
-from planner.simulate.workload import Workload
+from planner.place.stream import Requests, parts_of
 from profiler.metrics._arrays import FloatArray, IntArray, ratio
 
 
@@ -34,23 +34,28 @@ class Passes:
 
 
 def passes(
-    work: Workload, placement: Placement, *, batch: int = 64, chunk: int | None = None, dispatch: Dispatch = "local"
+    work: Requests, placement: Placement, *, batch: int = 64, chunk: int | None = None, dispatch: Dispatch = "local"
 ) -> Passes:
     """What :func:`planner.place.score.score` adds up over passes, before it is added up; arguments as there.
 
     Raises:
         PlanError: as :func:`planner.place.dispatch.passes_of`.
     """
-    turn = passes_of(work, batch=batch, chunk=chunk)
-    count, devices = int(turn.max(initial=-1)) + 1, placement.devices
-    home, route = homes_of(work, devices), routes(placement)
-    pairs, largest = np.zeros(count, np.int64), np.zeros(count, np.int64)
-    for layer, ids in enumerate(work.ids):
-        token, rank = np.nonzero(ids >= 0)
-        device = devices_of(
-            placement, route[layer], layer, token=token, expert=ids[token, rank], home=home[token], dispatch=dispatch
-        )
-        load = np.bincount(turn[token] * devices + device, minlength=count * devices).reshape(count, devices)
-        pairs += load.sum(axis=1)
-        largest += load.max(axis=1)
-    return Passes(np.bincount(turn, minlength=count).astype(np.int64), pairs, largest, devices)
+    devices, route = placement.devices, routes(placement)
+    found = []
+    for part in parts_of(work, multiple=batch if chunk is None else 1):
+        turn = passes_of(part.work, batch=batch, chunk=chunk)
+        count, home = int(turn.max(initial=-1)) + 1, (part.work.request_of_pass + part.first) % devices
+        pairs, largest = np.zeros(count, np.int64), np.zeros(count, np.int64)
+        for layer, ids in enumerate(part.work.ids):
+            token, rank = np.nonzero(ids >= 0)
+            device = devices_of(
+                placement, route[layer], layer, token=token, expert=ids[token, rank], home=home[token],
+                dispatch=dispatch, before=part.before,
+            )  # fmt: skip
+            load = np.bincount(turn[token] * devices + device, minlength=count * devices).reshape(count, devices)
+            pairs += load.sum(axis=1)
+            largest += load.max(axis=1)
+        found.append((np.bincount(turn, minlength=count).astype(np.int64), pairs, largest))
+    tokens, every, most = (np.concatenate(kind) for kind in zip(*found, strict=True))
+    return Passes(tokens, every, most, devices)

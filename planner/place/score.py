@@ -6,17 +6,16 @@ All fields are sums, so that scores of several pieces of text add up; rates are 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
 from moescope.errors import PlanError
-from planner.place.dispatch import Dispatch, devices_of, homes_of, passes_of, routes
+from planner.place.dispatch import Dispatch, devices_of, passes_of, routes
 from planner.place.slots import Placement
-from planner.place.windows import By, windows
-from planner.simulate.workload import Workload
+from planner.place.stream import Part, Requests, parts_of
+from planner.place.windows import By
 from profiler.metrics._arrays import FloatArray, IntArray, ratio
-from profiler.metrics.controls import uniform_tokens
 
 
 @dataclass(frozen=True)
@@ -116,7 +115,7 @@ def tensorrt_imbalance(load: IntArray | FloatArray) -> FloatArray:
 
 
 def score(
-    work: Workload, placement: Placement, *, count: int = 4, by: By = "requests", batch: int = 64,
+    work: Requests, placement: Placement, *, count: int = 4, by: By = "requests", batch: int = 64,
     chunk: int | None = None, dispatch: Dispatch = "local",
 ) -> Score:  # fmt: skip
     """Replay a workload on a placement.
@@ -124,7 +123,7 @@ def score(
     Requests are dealt to home devices in turn, and their tokens are sent from there.
 
     Args:
-        work: one token per pass: later text than the placement was made from.
+        work: one token per pass, at once or in parts: later text than the placement was made from.
         placement: of the same layers and experts.
         count: windows that loads are added up over; fewer where there are fewer requests.
         by: what windows are cut by.
@@ -141,18 +140,33 @@ def score(
             f" {placement.num_layers} of {placement.num_experts}"
         )
     whole = work.num_requests if by == "requests" else work.num_passes
-    cut = [part.num_passes for part in windows(work, max(min(count, whole), 1), by=by)]
-    window = np.repeat(np.arange(len(cut)), cut)
-    turn = passes_of(work, batch=batch, chunk=chunk)
-    home, route = homes_of(work, placement.devices), routes(placement)
+    windows = max(min(count, whole), 1)
+    edges = np.array([whole * one // windows for one in range(1, windows + 1)])
+    parts = []
+    for part in parts_of(work, multiple=batch if chunk is None else 1):
+        owner = part.work.request_of_pass + part.first
+        window = np.searchsorted(edges, owner if by == "requests" else _numbers(part), side="right")
+        turn = passes_of(part.work, batch=batch, chunk=chunk)
+        parts.append(_of_part(part, placement, home=owner % placement.devices, turn=turn, window=window,
+                              windows=windows, dispatch=dispatch))  # fmt: skip
+    return Score(**{name: np.sum([getattr(one, name) for one in parts], axis=0) for name in vars(parts[0])})
+
+
+def _of_part(
+    part: Part, placement: Placement, *, home: IntArray, turn: IntArray, window: IntArray, windows: int,
+    dispatch: Dispatch,
+) -> Score:  # fmt: skip
+    """Sums over one part; home, turn, window (tokens,): home device, pass and window of each token."""
+    route, shape = routes(placement), (windows, placement.devices, placement.nodes)
     loads, sums, adjacent, stays = [], [], [], []
     before: IntArray | None = None
-    for layer, ids in enumerate(work.ids):
+    for layer, ids in enumerate(part.work.ids):
         token, rank = np.nonzero(ids >= 0)
         device = devices_of(
-            placement, route[layer], layer, token=token, expert=ids[token, rank], home=home[token], dispatch=dispatch
-        )
-        load, row, held = _layer(token, device, home, turn, window, (len(cut), placement.devices, placement.nodes))
+            placement, route[layer], layer, token=token, expert=ids[token, rank], home=home[token], dispatch=dispatch,
+            before=part.before,
+        )  # fmt: skip
+        load, row, held = _layer(token, device, home, turn, window, shape)
         loads.append(load)
         sums.append(row)
         if before is not None:
@@ -167,20 +181,17 @@ def score(
     )  # fmt: skip
 
 
+def _numbers(part: Part) -> IntArray:
+    """(passes,) numbers of the passes of a part in the whole text."""
+    return np.arange(part.work.num_passes) + part.before
+
+
 def added(scores: Sequence[Score]) -> Score:
     """Scores of several pieces of text as one; windows stand one behind another."""
     sums = {
         name: np.sum([getattr(one, name) for one in scores], axis=0) for name in vars(scores[0]) if name != "load"
     }  # fmt: skip
     return Score(load=np.concatenate([one.load for one in scores]), **sums)
-
-
-def uniform(work: Workload, *, seed: int = 0) -> Workload:
-    """The control: as many experts for every token, all distinct, drawn uniformly; what chance alone unbalances."""
-    ids = np.stack(
-        [uniform_tokens(layer, work.num_experts, seed=[seed, number]) for number, layer in enumerate(work.ids)]
-    )
-    return replace(work, ids=ids)
 
 
 def _layer(

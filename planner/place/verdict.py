@@ -12,10 +12,11 @@ from compressor.plan import Plan
 from moescope.errors import PlanError
 from planner.place.dispatch import Dispatch
 from planner.place.lpt import lpt
-from planner.place.score import Score, score, uniform
+from planner.place.score import Score, score
 from planner.place.slots import Placement, contiguous
+from planner.place.stream import Requests
+from planner.place.stream import chance as by_chance
 from planner.placing import BATCH, WINDOWS, Text, expert_bytes, placement_of, text_of
-from planner.simulate.workload import Workload
 
 WORTH = 0.05
 """Part of the MoE layers' time that a placement must save to be advised; ours."""
@@ -109,13 +110,13 @@ def verdict(
     first = contiguous(num_layers=layers, num_experts=experts, devices=devices, nodes=nodes, slots=experts + spare)
     start = contiguous(num_layers=layers, num_experts=experts, devices=devices, nodes=nodes, slots=placement.slots)
 
-    def on(one: Placement, work: Workload = later) -> Score:
+    def on(one: Placement, work: Requests = later) -> Score:
         return score(work, one, count=WINDOWS, batch=batch, chunk=chunk, dispatch=dispatch)
 
     before, after = on(first), on(placement)
     packed = on(lpt(load=text.load, devices=devices, nodes=nodes, redundant=spare))
     best = on(lpt(load=later.counts(), devices=devices, nodes=nodes, redundant=spare))
-    chance = on(placement, uniform(later, seed=seed))
+    chance = on(placement, by_chance(later, seed=seed))
     texts = {name: later.of_domain(name) for name in sorted(set(later.domains))}
     replicas = placement.slots - experts - spare
     return Verdict(

@@ -139,6 +139,7 @@ def workload_of(
     domains: Sequence[str] | None = None,
     phase: str = "any",
     max_tokens: int | None = None,
+    weights: bool = True,
 ) -> Workload:
     """Each token of a run as a pass of its own, as an engine decodes it: sequences one after another.
 
@@ -149,30 +150,14 @@ def workload_of(
         domains: whose sequences count; None = all.
         phase: ``any`` = all tokens; ``decode`` = those that the model generated; ``prompt`` = all others.
         max_tokens: about as many tokens at most: whole sequences, spread over all domains; None = all.
+        weights: read the gate weights too.
 
     Raises:
         PlanError: the run has no trace or no such domain, its layers are not of its decoder, or no token is left.
     """
-    _require_trace(run)
-    known = run.domains if domains is None else list(domains)
-    for name in known:
-        if name not in run.domains:
-            raise PlanError(f"run {run.name!r} has no domain {name!r}; it has {', '.join(run.domains)}")
-    chosen = _in_turn(run, known, max_tokens)
-    trace = run.selections(sequences=chosen)
-    place = {int(number): index for index, number in enumerate(trace.sequences)}
-    order = np.array([place[number] for number in chosen if number in place], np.int64)
-    lengths = dict(run.table("sequence").select("sequence", "prompt_tokens").iter_rows())
-    prompts = np.array([lengths.get(int(number)) or 0 for number in trace.sequences[order]], np.int64)
-    ids, weights = trace.ids[:, order], trace.weights[:, order]
-    if phase != "any":
-        after = np.arange(ids.shape[2])[None, :] >= prompts[:, None]
-        ids = np.where((after if phase == "decode" else ~after)[None, :, :, None], ids, np.int16(-1))
-    counts = [layer.num_experts for layer in run.layers]
-    return decode(
-        selections=ids, weights=weights, num_experts=max(counts), domains=[trace.domains[one] for one in order],
-        sequences=trace.sequences[order], layers=trace.layers, top_k=[layer.top_k for layer in run.layers],
-    )  # fmt: skip
+    from planner.simulate.reading import Reading
+
+    return Reading.of(run, domains=domains, phase=phase, max_tokens=max_tokens).workload(weights=weights)
 
 
 def decode(
@@ -304,34 +289,3 @@ def united(workload: Workload, groups: list[list[list[int]]], domains: list[str]
         pass_tokens=np.array([len(members) for members in passes], np.int64), domains=tuple(domains),
         sequences=np.asarray(sequences, np.int64),
     )  # fmt: skip
-
-
-def _require_trace(run: store.Run) -> None:
-    if run.live:
-        raise PlanError(f"run {run.name!r} is still being collected: replay it when it is finished")
-    if not run.has_trace:
-        raise PlanError(
-            f"run {run.name!r} holds counts and no trace, so nothing can be replayed: caches depend on the order of"
-            " tokens. Record or import selections token by token; placement needs counts alone"
-        )
-    other = [layer for layer in run.layers if layer.stack != "decoder"]
-    if other:
-        raise PlanError(f"run {run.name!r} has MoE layers in its {other[0].stack}; replays take decoder layers only")
-
-
-def _in_turn(run: store.Run, domains: Sequence[str], max_tokens: int | None) -> list[int]:
-    """Sequences of the domains, spread evenly by their place in their domain; as many as make ``max_tokens``."""
-    table = run.table("sequence").sort("sequence")
-    keyed, lengths = [], {}
-    for order, name in enumerate(domains):
-        mine = [(int(number), int(tokens)) for number, domain, tokens in
-                table.select("sequence", "domain", "tokens").iter_rows() if domain == name]  # fmt: skip
-        for place, (number, tokens) in enumerate(mine):
-            keyed.append(((place + 0.5) / len(mine), order, number))
-            lengths[number] = tokens
-    numbers = [number for _, _, number in sorted(keyed)]
-    if max_tokens is None or sum(lengths.values()) <= max_tokens:
-        return numbers
-    part = max_tokens / max(sum(lengths.values()), 1)  # every so many of them, so that the text stays mixed
-    wanted = max(2, round(part * len(numbers)))
-    return [numbers[int(at)] for at in np.linspace(0, len(numbers) - 1, min(wanted, len(numbers))).round()]

@@ -13,8 +13,9 @@ from compressor.plan import PlaceStep, Plan
 from moescope.errors import PlanError
 from planner.place.lpt import lpt
 from planner.place.methods import METHODS
-from planner.place.score import score, uniform
+from planner.place.score import score
 from planner.place.slots import contiguous
+from planner.place.stream import uniform
 from planner.place.verdict import saved, sentence, verdict
 from planner.placing import place, placement_of, text_of
 from planner.simulate.workload import decode

@@ -15,9 +15,9 @@ from planner.place.score import (
     score,
     sglang_balancedness,
     tensorrt_imbalance,
-    uniform,
 )
 from planner.place.slots import Placement, by_device, contiguous
+from planner.place.stream import uniform
 from planner.place.windows import routed_only, split, windows
 from planner.simulate.workload import Workload, batched, decode, prefill
 
