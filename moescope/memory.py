@@ -16,8 +16,14 @@ from pathlib import Path
 from moescope.errors import InputError
 from moescope.sizes import size
 
-FLOOR = 512 << 20
-"""The least limit that is taken: Python with numpy, DuckDB, polars and compiled loops holds about half of it."""
+FLOOR = 640 << 20
+"""The least limit that is taken."""
+
+BASE = 448 << 20
+"""What is not shared out: Python with numpy, polars, DuckDB and compiled loops, and what these allocate unasked."""
+
+DATABASE = 0.5
+"""The part of the rest (see :func:`share`) that DuckDB may take, for pages that it keeps and for what it sorts."""
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _limit: int | None = None
@@ -64,14 +70,11 @@ def limit() -> int | None:
     return _limit
 
 
-def share(part: float, default: int) -> int:
-    """Bytes that something may take which gets a part (0..1) of what the limit leaves; at most ``default``.
-
-    What the floor stands for is held by programs and libraries; the rest, and an eighth of the floor, is shared out.
-    """
+def share(part: float, most: int) -> int:
+    """Bytes for something that gets a part (0..1) of what the limit leaves beside :data:`BASE`; at most ``most``."""
     if _limit is None:
-        return default
-    return min(default, int(part * (max(_limit - FLOOR, 0) + FLOOR // 8)))
+        return most
+    return min(most, int(part * max(_limit - BASE, FLOOR - BASE)))
 
 
 def peak() -> int:

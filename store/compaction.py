@@ -7,12 +7,13 @@ from pathlib import Path
 import duckdb
 import polars as pl
 
+from moescope import memory
 from moescope.errors import ShardError
 from store import live
 from store.damage import damage
 from store.info import RunInfo
 from store.schema import Table, literal, merge_query, quoted, tables, views
-from store.trace import none_value
+from store.trace import CHUNK_TOKENS, none_value
 from store.vectors import holds_vectors, merged_layers
 from store.whole import code_of, refusal, replacing
 
@@ -22,10 +23,15 @@ BLOCK_SIZE = 16384
 ROW_GROUP_SIZE = 4096
 """Rows of a table that one thread packs: a trace has few and long rows, which DuckDB's default leaves to one thread."""
 
-MEMORY_LIMIT = "2GB"
-"""For sorting the trace; what is larger goes to files in the folder of the shards."""
+MEMORY = 2 << 30
+"""Bytes for DuckDB while it sorts, where no memory limit says less; some of what is larger goes to files beside the
+shards."""
+
+SORTED_PART = 8
+"""DuckDB's memory by the bytes of trace that are sorted at once: rows of long lists stay in memory while they move."""
 
 _TRACE = "route_chunk"
+_ENTRY_BYTES = 2  # of an id and its weight
 
 
 def compact(folder: Path, target: Path, info: RunInfo) -> None:
@@ -38,11 +44,14 @@ def compact(folder: Path, target: Path, info: RunInfo) -> None:
     """
     try:
         with replacing(target) as temporary, duckdb.connect() as connection:
-            connection.execute(f"set memory_limit = '{MEMORY_LIMIT}'")
+            within = memory.share(memory.DATABASE, MEMORY)
+            connection.execute(f"set memory_limit = '{within}B'")
+            if memory.limit() is not None:  # each thread unpacks a part of a shard of its own
+                connection.execute("set threads = 1")
             connection.execute(f"set temp_directory = {literal(folder / '.sorting')}")
             sizes = f"block_size {BLOCK_SIZE}, row_group_size {ROW_GROUP_SIZE}"
             connection.execute(f"attach {literal(temporary)} as data ({sizes})")
-            _fill(connection, folder, info)
+            _fill(connection, folder, info, within // SORTED_PART)
             connection.execute("checkpoint data")
             connection.execute("detach data")
     except (duckdb.Error, OSError) as error:
@@ -51,7 +60,7 @@ def compact(folder: Path, target: Path, info: RunInfo) -> None:
         raise damage(folder, error) from error
 
 
-def _fill(connection: duckdb.DuckDBPyConnection, folder: Path, info: RunInfo) -> None:
+def _fill(connection: duckdb.DuckDBPyConnection, folder: Path, info: RunInfo, sorted_bytes: int) -> None:
     content = live.contents(folder)
     for name, table in tables().items():
         if name in ("run", _TRACE):
@@ -65,7 +74,7 @@ def _fill(connection: duckdb.DuckDBPyConnection, folder: Path, info: RunInfo) ->
         connection.execute(f"insert into data.{quoted(name)} {query}{order}")
     num_experts = connection.sql("select coalesce(max(num_experts), 0) from data.layer").fetchall()[0][0]
     id_type = "utinyint" if none_value(num_experts) == 255 else "usmallint"
-    _create_trace(connection, tables()[_TRACE], folder, id_type)
+    _create_trace(connection, tables()[_TRACE], live.source(folder, _TRACE, content), id_type, sorted_bytes)
     # To read one sequence without unpacking its neighbours: a scan decodes 2048 chunks of a layer to find one.
     for name in (_TRACE, "sequence_token"):
         connection.execute(f"create index {name}_by_sequence on data.{name} (sequence)")
@@ -84,15 +93,40 @@ def _fill_vectors(connection: duckdb.DuckDBPyConnection, table: Table, files: li
         connection.execute(f"insert into data.{quoted(table.name)} select * from part")
 
 
-def _create_trace(connection: duckdb.DuckDBPyConnection, table: Table, folder: Path, id_type: str) -> None:
-    # In one "create table as", ordered by layer: DuckDB then packs the lists into 14 bytes per token-layer at top-8;
-    # the same rows appended batch by batch take 28.
+def _create_trace(
+    connection: duckdb.DuckDBPyConnection, table: Table, source: str, id_type: str, sorted_bytes: int
+) -> None:
+    # By "create table as", ordered by layer: DuckDB then packs the lists into 14 bytes per token-layer at top-8; the
+    # same rows appended batch by batch take 28. What cannot be sorted at once is sorted some layers at a time; in one
+    # transaction, so that row groups fill up across them and the file comes out the same.
     columns = ", ".join(
         f"{column.name}::{id_type + '[]' if column.name == 'experts' else column.type} as {column.name}"
         for column in table.columns
     )
-    query = f"select {columns} from {live.source(folder, _TRACE)} order by layer, step, sequence, start"
-    connection.execute(f"create table data.{_TRACE} as {query}")
+    connection.execute("begin")
+    begin = f"create table data.{_TRACE} as"
+    for first, last in _layer_runs(connection, source, sorted_bytes) or [(0, 0)]:
+        some = f"select {columns} from {source} where layer between {first} and {last}"
+        connection.execute(f"{begin} {some} order by layer, step, sequence, start")
+        begin = f"insert into data.{_TRACE}"
+    connection.execute("commit")
+
+
+def _layer_runs(connection: duckdb.DuckDBPyConnection, source: str, sorted_bytes: int) -> list[tuple[int, int]]:
+    """First and last of successive layers whose part of the trace takes so many bytes, or one layer's that takes more.
+
+    A chunk's bytes are an upper bound: those of a full one.
+    """
+    of_layer = f"select layer, sum(width::bigint) * {CHUNK_TOKENS * _ENTRY_BYTES} from {source} group by 1 order by 1"
+    runs: list[tuple[int, int]] = []
+    held = 0
+    for layer, size in connection.sql(of_layer).fetchall():
+        if runs and held + size <= sorted_bytes:
+            runs[-1], held = (runs[-1][0], layer), held + size
+        else:
+            runs.append((layer, layer))
+            held = size
+    return runs
 
 
 def _insert_run(connection: duckdb.DuckDBPyConnection, info: RunInfo) -> None:

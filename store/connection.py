@@ -10,10 +10,14 @@ from typing import Any
 import duckdb
 import polars as pl
 
+from moescope import memory
 from moescope.errors import StoreError
 from store.schema import Table, literal, quoted
 
 Parameters = Sequence[Any] | Mapping[str, Any] | None
+
+READING = 1 << 30
+"""Bytes for DuckDB that reads, where a memory limit leaves more: pages of the file, kept for the next reader."""
 
 _settings: dict[str, str] = {}
 _NO_EXTENSIONS = {"autoinstall_known_extensions": "false", "autoload_known_extensions": "false"}
@@ -29,7 +33,7 @@ def connect(databases: Mapping[str, Path]) -> duckdb.DuckDBPyConnection:
     Raises:
         StoreError: a file is no DuckDB file, or another program holds it open for writing.
     """
-    connection = duckdb.connect(":memory:", config={**_NO_EXTENSIONS, **_settings})
+    connection = duckdb.connect(":memory:", config={**_NO_EXTENSIONS, **_settings, **_limited()})
     for alias, path in databases.items():
         try:
             connection.execute(f"attach {literal(path)} as {alias} (read_only)")
@@ -45,6 +49,13 @@ def connect(databases: Mapping[str, Path]) -> duckdb.DuckDBPyConnection:
 def confine(**settings: str) -> None:
     """DuckDB settings, such as a memory limit, for all connections that this process opens from now on."""
     _settings.update(settings)
+
+
+def _limited() -> dict[str, str]:
+    """What keeps DuckDB within a memory limit, where there is one (:mod:`moescope.memory`)."""
+    if memory.limit() is None:
+        return {}
+    return {"memory_limit": f"{memory.share(memory.DATABASE, READING)}B", "threads": "1"}
 
 
 def table_query(connection: duckdb.DuckDBPyConnection, database: str, table: Table) -> str:

@@ -255,9 +255,8 @@ def publish_shard(target: ShardTarget, number: int, filled: Mapping[str, pl.Data
     try:
         folder = target.stage(number)
         for name, frame in filled.items():
-            # Vectors are merged layer by layer: small row groups let the others be skipped.
-            rows = VECTOR_ROWS if holds_vectors(tables()[name]) else None
             path = folder / f"{name}.parquet"
+            rows = _row_group(name, frame)
             frame.write_parquet(path, compression="zstd", compression_level=1, row_group_size=rows)
         return target.publish(number, folder)
     except (OSError, pl.exceptions.PolarsError) as error:
@@ -347,7 +346,7 @@ def _typed(known: Mapping[str, Table], name: str, frame: pl.DataFrame | Mapping[
 
 
 def _row_group(name: str, frame: pl.DataFrame) -> int | None:
-    """Rows per row group of a shard: about a layer's where tables are merged layer by layer, so that others are skipped."""
+    """Rows per row group of a shard: about a layer's where shards are merged by layer, so that others are skipped."""
     if holds_vectors(tables()[name]):
         return VECTOR_ROWS
     return max(VECTOR_ROWS, len(frame) // frame["layer"].n_unique()) if name == "route_chunk" else None
