@@ -47,6 +47,12 @@ class Probe(Protocol):
     def discard(self) -> None:
         """The forward has failed."""
 
+    def end_batch(self) -> None:
+        """A batch of a corpus has ended: the next one is other text."""
+
+    def begin_part(self, of_model: bool) -> None:
+        """A part of a corpus begins, whose shard depends on it alone; ``of_model``: with tables about the weights."""
+
     def drain(self) -> dict[str, pl.DataFrame]:
         """The sums since the last drain, by table; they start again from nothing."""
 

@@ -124,6 +124,27 @@ class Recording:
         for recorder in self._staged:
             recorder.discard()
 
+    def end_batch(self) -> None:
+        """A batch of a corpus has ended: what is worked on together does not reach over it, wherever shards end."""
+        self._buffer.flush()
+        for probe in self.probes:
+            probe.end_batch()
+
+    def begin_part(self, *, of_model: bool) -> None:
+        """A part of a corpus begins, whose shard is to depend on that part alone.
+
+        Args:
+            of_model: whether tables about the weights come with it: they are read once per corpus.
+        """
+        self._top_k.clear()
+        self._described.clear()
+        if self._text is not None:
+            self._text.begin_part()
+        if self._weights is not None:
+            self._weights.wanted = of_model
+        for probe in self.probes:
+            probe.begin_part(of_model)
+
     def drain(self) -> dict[str, list[pl.DataFrame]]:
         """The sums since the last drain, as parts of the tables of a shard."""
         self._buffer.flush()

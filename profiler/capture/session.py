@@ -267,6 +267,10 @@ class WatchSession:
         self._open_ended = False
         self._flush_when_due()
 
+    def end_batch(self) -> None:
+        """A batch of a corpus has been fed: sums are the same then, whenever shards are written."""
+        self._recording.end_batch()
+
     def flush(self, *, final: bool = False) -> None:
         """Write what was recorded since the last shard, and the verdicts of the checks so far.
 
@@ -275,16 +279,7 @@ class WatchSession:
         """
         began = time.monotonic()
         self._observer.whole = False
-        frames = self._recording.drain()
-        sequences, labels = self._tracker.drain()
-        self.checks.empty_sequences += sum(row["tokens"] == 0 for row in sequences)
-        if sequences:
-            frames["sequence"] = [pl.DataFrame(sequences)]
-        if labels:
-            frames["sequence_label"] = [pl.DataFrame(labels)]
-        self.checks.findings = self._tracker.findings
-        self._add_checks(frames, final)
-        self.writer.write_shard({table: pl.concat(parts, how="diagonal_relaxed") for table, parts in frames.items()})
+        self.writer.write_shard(self._drained(final))
         self._observer.whole = True
         self._tokens_written = self.tokens
         self._publish_checks()
@@ -294,6 +289,19 @@ class WatchSession:
         spent = self._flushed - began
         self._pause = max(self._flush_seconds, spent / WRITING_SHARE, self._seconds * LOSS_SHARE)
         self._write_progress("collecting")
+
+    def _drained(self, final: bool) -> dict[str, pl.DataFrame]:
+        """The tables of a shard: what was recorded since the last one."""
+        frames = self._recording.drain()
+        sequences, labels = self._tracker.drain()
+        self.checks.empty_sequences += sum(row["tokens"] == 0 for row in sequences)
+        if sequences:
+            frames["sequence"] = [pl.DataFrame(sequences)]
+        if labels:
+            frames["sequence_label"] = [pl.DataFrame(labels)]
+        self.checks.findings = self._tracker.findings
+        self._add_checks(frames, final)
+        return {table: pl.concat(parts, how="diagonal_relaxed") for table, parts in frames.items()}
 
     def _add_checks(self, frames: dict[str, list[pl.DataFrame]], final: bool) -> None:
         """Verdicts that belong into the shard itself: none, where they are about the whole of what has been seen."""

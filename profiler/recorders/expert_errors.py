@@ -102,6 +102,7 @@ class ExpertErrorRecorder(Staged):
         self._taken: dict[_Name, int] = {}
         self._left_out: dict[_Name, int] = {}
         self._gridded: set[_Name] = set()
+        self._grids = True
         self._differences: dict[LayerKey, float] = {}
 
     def attach(self, observer: Observer, hooks: Hooks, stack: ExitStack) -> None:
@@ -167,6 +168,10 @@ class ExpertErrorRecorder(Staged):
         super().commit()
         self._chosen = None
 
+    def begin_part(self, of_model: bool) -> None:
+        """See :meth:`~profiler.recorders.staged.Staged.begin_part`."""
+        self._grids = of_model
+
     def checks(self) -> list[CheckRow]:
         """That experts in pieces are the experts, and what was left out."""
         rows = []
@@ -197,7 +202,8 @@ class ExpertErrorRecorder(Staged):
                 rows[table].append(row)
             for table, found in rows.items():
                 frames[table].append(pl.DataFrame(found, schema_overrides=_TYPES[table]))
-            self._gridded.add(name)
+            if self._grids:
+                self._gridded.add(name)
         return {table: pl.concat(parts) for table, parts in frames.items()}
 
     def _work_off(self, name: _Name, sample: _Sample) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -206,7 +212,8 @@ class ExpertErrorRecorder(Staged):
         inputs, ids, gates, groups = map(torch.cat, (sample.inputs, sample.ids, sample.gates, sample.groups))
         for number in range(sample.experts.count):
             token, slot = torch.where(ids == number)
-            if name in self._gridded and not len(token):
+            on_grid = self._grids and name not in self._gridded
+            if not on_grid and not len(token):
                 continue
             weights, gate = sample.experts.weights(number), finite(gates[token, slot])
             narrowed: Narrowed | None = None
@@ -221,7 +228,7 @@ class ExpertErrorRecorder(Staged):
             keys = {"layer": layer, "step": step, "expert": number, "kind": kind}
             for row in self._error_rows(changes, gate, groups[token]) if changes is not None else ():
                 yield "expert_error", keys | row
-            for part, weight in weights.items() if name not in self._gridded else ():
+            for part, weight in weights.items() if on_grid else ():
                 yield "expert_grid", keys | {"part": part} | _grid_row(weight, grids_of(weights).group_size, grid[part])
 
     def _error_rows(self, changes: Changes, gate: Tensor, groups: Tensor) -> Iterator[dict[str, Any]]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -34,6 +35,9 @@ SUMS = (
 COUNTS = ("tokens", "shifted_tokens")
 MAXIMA = ("output_max", "gated_output_max", "first_routed_output_max", "input_max")
 PLACES = ("output_max_channel", "output_max_sequence", "output_max_position")
+
+POSITION_BITS = 31
+"""A place in the text as one number: the sequence, and the position in so many bits."""
 
 
 @dataclass
@@ -114,16 +118,20 @@ class ExpertOutputRecorder(Staged):
 
     @staticmethod
     def _places(batch: ExpertRows, keys: Tensor, largest: Tensor, maxima: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(keys,) channel, sequence and position of the largest output of each key; of the first row among equals."""
-        rows = torch.arange(len(keys), device=keys.device)
-        hits = torch.where(largest == maxima[keys], rows, len(keys))
-        row = torch.full_like(maxima, len(keys), dtype=torch.int64).scatter_reduce(0, keys, hits, "amin")
-        row = row.clamp_max(len(keys) - 1)
+        """(keys,) channel, sequence and position of the largest output of each key; of the earliest among equals.
+
+        Equals are common: the first token of every sequence is the same.
+        """
+        device, never = keys.device, torch.iinfo(torch.int64).max
+        when = (batch.tokens.sequence << POSITION_BITS | batch.tokens.position).to(device)[batch.token]
+        when = torch.where(largest == maxima[keys], when, never)
+        earliest = torch.full_like(maxima, never, dtype=torch.int64).scatter_reduce(0, keys, when, "amin")
+        rows = torch.arange(len(keys), device=device)
+        hits = torch.where(when == earliest[keys], rows, len(keys))
+        row = torch.full_like(earliest, len(keys)).scatter_reduce(0, keys, hits, "amin").clamp_max(len(keys) - 1)
         where = row if batch.real is None else batch.real[row]
         channel = batch.output[where].abs().argmax(1)
-        token = batch.token[row]
-        device = token.device
-        return channel, batch.tokens.sequence.to(device)[token], batch.tokens.position.to(device)[token]
+        return channel, earliest >> POSITION_BITS, earliest & ((1 << POSITION_BITS) - 1)
 
     def _take(self, name: tuple[LayerKey, str], tokens: Tokens, table: NDArray[np.float64]) -> None:
         split = np.split(table, [len(SUMS), len(SUMS) + len(MAXIMA)], axis=-1)
@@ -136,6 +144,7 @@ class ExpertOutputRecorder(Staged):
                 continue
             state.sums += sums
             higher = maxima[:, 0] > state.maxima[:, 0]
+            higher |= (maxima[:, 0] == state.maxima[:, 0]) & earlier(places[:, 1:], state.places[:, 1:])
             state.places[higher] = places[higher].astype(np.int64)
             np.maximum(state.maxima, maxima, out=state.maxima)
 
@@ -161,6 +170,14 @@ class ExpertOutputRecorder(Staged):
             )
         self._states.clear()
         return {"expert_output": pl.concat(frames, how="vertical_relaxed")} if frames else {}
+
+
+def earlier(first: NDArray[Any], second: NDArray[Any]) -> NDArray[np.bool_]:
+    """Whether (..., 2) sequence and position stand before others in the text: of equal maxima, the first is named."""
+    before: NDArray[np.bool_] = (first[..., 0] < second[..., 0]) | (
+        (first[..., 0] == second[..., 0]) & (first[..., 1] < second[..., 1])
+    )
+    return before
 
 
 def _scatter_max(keys: Tensor, values: Tensor, size: int) -> Tensor:

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from profiler.capture.batch import Group, ResidualBatch, Tokens
 from profiler.recorders.base import finite, row_maximum, row_norm, scatter_sum
+from profiler.recorders.expert_output import POSITION_BITS, earlier
 from profiler.recorders.staged import Staged
 
 _COLUMNS = (
@@ -45,8 +46,13 @@ class ResidualRecorder(Staged):
         empty = torch.full((size,), -math.inf, device=device)
         top = empty.scatter_reduce(0, group, largest, "amax")
         later = empty.scatter_reduce(0, group, torch.where(position > 0, largest, -math.inf), "amax")
+        # Of equal maxima the earliest in the text: the first token of every sequence is the same.
+        never = torch.iinfo(torch.int64).max
+        when = (tokens.sequence << POSITION_BITS | tokens.position).to(device)
+        when = torch.where(largest == top[group], when, never)
+        earliest = torch.full((size,), never, device=device).scatter_reduce(0, group, when, "amin")
         index = torch.arange(len(tokens), device=device)
-        hits = torch.where(largest == top[group], index, len(tokens))
+        hits = torch.where(when == earliest[group], index, len(tokens))
         first = torch.full((size,), len(tokens), device=device).scatter_reduce(0, group, hits, "amin")
         first = first.clamp_max(len(tokens) - 1)
         there = batch.hidden[first if tokens.keep is None else tokens.keep.to(device)[first]].abs().float()
@@ -81,7 +87,8 @@ class ResidualRecorder(Staged):
             if old is None:
                 self._rows[key] = new.copy()
                 continue
-            merged = np.where(new[3] > old[3], new, old)  # the places of the larger maximum
+            larger = new[3] > old[3] or (new[3] == old[3] and earlier(new[6:8], old[6:8]))
+            merged = np.where(larger, new, old)  # the places of the larger maximum
             merged[:3] = old[:3] + new[:3]
             merged[3:5] = np.maximum(old[3:5], new[3:5])
             self._rows[key] = merged

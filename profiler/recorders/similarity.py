@@ -8,7 +8,8 @@ token of 16 costs as much as the model's own experts where E / k is 16.
 For CKA, which asks whether two experts tell the same tokens apart, sampled tokens are compared in groups: those of one
 forward, cut into parts of at most ``GROUP_TOKENS``. HSIC is summed over groups before the ratio is taken (Nguyen et al.
 2020), each group with the weight of its tokens. A forward with fewer than ``LEAST_TOKENS`` sampled ones (decoding)
-leaves them for the next forward of the same domain and phase; what is left when a shard is written is in no group.
+leaves them for the next forward of the same domain and phase; what is left at the end of a batch of a corpus, or when a
+shard is written, is in no group.
 """
 
 from __future__ import annotations
@@ -149,6 +150,14 @@ class SimilarityRecorder(Staged):
         """The forward has ended well."""
         super().commit()
         self._sample = None
+
+    def end_batch(self) -> None:
+        """What comes is other text: groups do not go on with it."""
+        self._left.clear()
+
+    def begin_part(self, of_model: bool) -> None:
+        """See :meth:`~profiler.recorders.staged.Staged.begin_part`."""
+        self._weights.wanted = of_model
 
     def checks(self) -> list[CheckRow]:
         """Which layers' weights could not be compared, or not in all pairs."""

@@ -26,6 +26,16 @@ class Staged:
     def saw_rows(self, batch: ExpertRows) -> None:
         """Rows inside the experts; most probes need none."""
 
+    def end_batch(self) -> None:
+        """A batch of a corpus has ended: the next one is other text."""
+
+    def begin_part(self, of_model: bool) -> None:
+        """A part of a corpus begins, whose shard depends on that part alone.
+
+        Args:
+            of_model: whether tables about the weights are written with it; they are with one part of each corpus.
+        """
+
     def checks(self) -> list[CheckRow]:
         """What a probe proves about itself; most have nothing to say."""
         return []

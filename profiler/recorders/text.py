@@ -48,8 +48,12 @@ class TextRecorder:
         self._parts.append(tuple(part.astype(np.int64) for part in parts))
         self.bytes_held += sum(part.nbytes for part in self._parts[-1])
 
+    def begin_part(self) -> None:
+        """What comes is described anew: another part may be lost, or be read by others."""
+        self._written.clear()
+
     def drain(self) -> dict[str, pl.DataFrame]:
-        """Tables ``sequence_token`` and ``vocabulary``; a token id is described once per session."""
+        """Tables ``sequence_token`` and ``vocabulary``; a token id is described once per session or part."""
         if not self._parts:
             return {}
         columns = [np.concatenate([part[index] for part in self._parts]) for index in range(5)]

@@ -34,16 +34,21 @@ Matrices = dict[str, NDArray[np.float32]]
 
 
 class WeightSimilarityRecorder:
-    """Compares each layer's experts once, when they first run: then their weights are where they can be read."""
+    """Compares each layer's experts once, when they first run: then their weights are where they can be read.
+
+    Attributes:
+        wanted: whether to compare at all.
+    """
 
     def __init__(self) -> None:
+        self.wanted = True
         self._seen: set[LayerKey] = set()
         self._frames: list[pl.DataFrame] = []
         self._left_out: list[tuple[MoELayer, str]] = []
 
     def update(self, layer: MoELayer) -> None:
         """Compare the experts of a layer that has not been seen yet."""
-        if layer.key in self._seen:
+        if layer.key in self._seen or not self.wanted:
             return
         self._seen.add(layer.key)
         reason = _unreadable(layer)

@@ -16,15 +16,20 @@ _SELECTION_BIASES = ("e_score_correction_bias", "expert_bias", "balancing_biases
 
 
 class WeightRecorder:
-    """Reads each layer's weights once, when its experts first run: then they are where they can be read."""
+    """Reads each layer's weights once, when its experts first run: then they are where they can be read.
+
+    Attributes:
+        wanted: whether to read at all.
+    """
 
     def __init__(self) -> None:
+        self.wanted = True
         self._seen: set[LayerKey] = set()
         self._frames: dict[str, list[pl.DataFrame]] = {}
 
     def update(self, layer: MoELayer) -> None:
         """Read a layer that has not been read yet; weights that are not in memory are left out."""
-        if layer.key in self._seen:
+        if layer.key in self._seen or not self.wanted:
             return
         self._seen.add(layer.key)
         with torch.no_grad():
