@@ -26,6 +26,11 @@ from store import Catalog, Entry, Run
 
 STORE_VARIABLE = "MOESCOPE_STORE"
 
+RUN_BYTES = 512 << 20
+"""Of an open run that its reader may hold: pages of the file that were read once, kept for the next visit."""
+
+store.confine(memory_limit=f"{RUN_BYTES}B")
+
 _BUDGET = Budget()
 
 _OPENED: dict[str, tuple[object, ...]] = {}

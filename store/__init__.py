@@ -11,6 +11,7 @@
 from store.answering import Answer
 from store.browse import Filter, browse, describe
 from store.catalog import Catalog, Entry
+from store.connection import confine
 from store.console import Console, console
 from store.derived import write_metrics
 from store.evaluations import Document, evaluation_text, list_evaluations, read_evaluation, write_evaluation
@@ -21,12 +22,13 @@ from store.plans import list_plans, plan_path, read_plan, read_plan_document, wr
 from store.run import Run, SequenceText, open_run
 from store.schema import SCHEMA_VERSION, tables
 from store.scores import RouterScores, pack_scores
+from store.shard_target import ShardTarget, shard_target
 from store.tokens import TokenIds
 from store.trace import CHUNK_TOKENS, LayerSelections, Trace, none_value, pack_trace
 from store.union import Union, attach
 from store.version import version_of
 from store.whole import refusal, replacing, write_whole
-from store.writer import RunWriter, lacking_metrics
+from store.writer import RunWriter, filled_tables, lacking_metrics, publish_shard
 
 __all__ = [
     "CHUNK_TOKENS",
@@ -50,14 +52,17 @@ __all__ = [
     "RunInfo",
     "RunWriter",
     "SequenceText",
+    "ShardTarget",
     "TokenIds",
     "Trace",
     "Union",
     "attach",
     "browse",
+    "confine",
     "console",
     "describe",
     "evaluation_text",
+    "filled_tables",
     "in_every",
     "lacking_metrics",
     "list_evaluations",
@@ -68,11 +73,13 @@ __all__ = [
     "pack_trace",
     "part_of_sequence",
     "plan_path",
+    "publish_shard",
     "read_evaluation",
     "read_plan",
     "read_plan_document",
     "refusal",
     "replacing",
+    "shard_target",
     "tables",
     "version_of",
     "write_evaluation",

@@ -20,6 +20,7 @@ from store.opening import open_file, open_folder
 from store.parts import in_every
 from store.schema import quoted, tables
 from store.scores import LayerScores, RouterScores, unpack_layer_scores, unpack_scores
+from store.sparse import Sparse
 from store.text_search import TextSearch
 from store.tokens import TokenIds, unpack_tokens
 from store.trace import CHUNK_TOKENS, LayerSelections, Trace, unpack_layer, unpack_trace
@@ -318,12 +319,18 @@ class Run:
         among, numbers = _among(sequences)
         ranged = f"sequence between $first and $last{among} order by sequence"
         of = {"first": first, "last": last, **numbers}
-        chosen = self._traced(self.query(f"select sequence, tokens from sequence where {ranged}", of))
-        names = "sequence, start, width, scale, experts" + (", weights" if weights else "")
-        chunks = self.query(
-            f"select {names} from route_chunk where layer = $layer and step = $step and {ranged}, start",
-            {"layer": layer, "step": step, **of},
-        )
+        chosen = self.query(f"select sequence, tokens from sequence where {ranged}", of)
+        if sequences is not None and self._sparse.suits(sequences):
+            rows = self._sparse.chunks(sequences)
+            mine = (pl.col("layer") == layer) & (pl.col("step") == step)
+            chunks = rows.filter(mine & pl.col("sequence").is_between(first, last))
+            chunks = chunks if weights else chunks.drop("weights")
+        else:
+            names = "sequence, start, width, scale, experts" + (", weights" if weights else "")
+            chunks = self.query(
+                f"select {names} from route_chunk where layer = $layer and step = $step and {ranged}, start",
+                {"layer": layer, "step": step, **of},
+            )
         return unpack_layer(
             chunks=chunks,
             sequences=chosen["sequence"].to_numpy().astype(np.int64),
@@ -508,10 +515,24 @@ class Run:
             # Found through the index, which a second condition in the query would keep DuckDB from using.
             one = self.query(f"select * from {table} where sequence = ? {order}", sequences)
             return one.filter(pl.col("layer").is_in(layers))
-        return self.query(
-            f"select * from {table} where layer in (select unnest($layers))"
-            f" and sequence in (select unnest($sequences)) {order}",
-            {"layers": layers, "sequences": sequences},
+        if table == "route_chunk" and self._sparse.suits(sequences):
+            few = self._sparse.chunks(sequences)
+            return few.filter(pl.col("layer").is_in(layers))
+        # Layer by layer: rows lie in the order of layers, and of the others DuckDB then reads nothing.
+        among = "sequence between $first and $last and sequence in (select unnest($sequences::uinteger[]))"
+        of = {"first": min(sequences, default=0), "last": max(sequences, default=0), "sequences": sequences}
+        read = [
+            self.query(f"select * from {table} where layer = $layer and {among} {order}", {"layer": layer, **of})
+            for layer in layers or [-1]
+        ]
+        return pl.concat(read)
+
+    @cached_property
+    def _sparse(self) -> Sparse:
+        wide = sum(layer.top_k for layer in self.layers)
+        tokens = self.info.tokens / max(self.info.sequences, 1)
+        return Sparse(
+            self.query, sequences=0 if self.live else self.info.sequences, sequence_bytes=round(4 * wide * tokens)
         )
 
     def _layer(self, layer: int, step: int) -> LayerInfo:
