@@ -2,11 +2,12 @@
 
     python -m benchmarks.many_machines [--layers 48] [--experts 128] [--top-k 8] [--tokens 10e9] [--gpus 100]
         [--tokens-per-second 10000] [--price 2.5] [--network 10e9] [--part-tokens 4e6]
+        [--weights 61e9] [--gpus-per-worker 1] [--trace-every 1000]
 
 Measured in this run, at that shape, on generated routing: bytes that a shard and a run file take per token and layer,
 bytes of the sums of one part, and how fast this machine merges both. Given, since nothing here can measure them: the
-speed of one GPU, its price per hour, and the bits per second at which all machines together write. The rest is
-multiplication.
+speed of one GPU, its price per hour, the bytes of the weights that each worker loads, and the bits per second at which all
+machines together read and write. The rest is multiplication.
 """
 
 from __future__ import annotations
@@ -27,6 +28,9 @@ from store.schema import tables
 
 SAMPLE_TOKENS = 32_768
 TRACE = "route_chunk"
+TEXT_BYTES = 4
+"""Of a token's id in a shard, before it is compressed."""
+
 FEW, MANY = 8, 40
 """Parts that are merged: the difference of the two times is that of the parts, without what every merge takes."""
 
@@ -89,7 +93,7 @@ def report(rates: Rates, options: argparse.Namespace) -> None:
     parts = -(-tokens // options.part_tokens)
     hours = tokens / (gpus * speed) / 3600
     trace = rates.shard_bytes * options.layers
-    text, sums = 5.0, rates.sum_bytes / options.part_tokens
+    sums = rates.sum_bytes / options.part_tokens
     print(
         f"measured: {rates.shard_bytes:.1f} bytes per token and layer in shards, {rates.run_bytes:.1f} in the run file"
     )
@@ -98,27 +102,36 @@ def report(rates: Rates, options: argparse.Namespace) -> None:
     cost = gpus * hours * options.price
     print(f"forwards: {hours:.2f} h on {gpus} GPUs at {speed:,.0f} tokens/s each, {cost:,.0f} in all;")
     print(f"  {cost / tokens * 1e9:,.2f} per billion tokens at {options.price:g} per GPU and hour")
-    print(f"{'':28}{'with the trace':>18}{'sums alone':>14}")
-    for words, whole, alone in (
-        ("bytes per token", trace + text + sums, sums),
-        ("MB/s of one GPU", (trace + text + sums) * speed / 1e6, sums * speed / 1e6),
-        ("GB in all", (trace + text + sums) * tokens / 1e9, sums * tokens / 1e9),
-        ("hours to write", (trace + text + sums) * tokens * 8 / options.network / 3600,
-         sums * tokens * 8 / options.network / 3600),
-        ("hours to merge", (tokens * options.layers / rates.trace_rate + parts * rates.sum_seconds) / 3600,
-         parts * rates.sum_seconds / 3600),
-        ("GB of the run file", (rates.run_bytes * options.layers + text) * tokens / 1e9, rates.sum_bytes / 1e9),
-    ):  # fmt: skip
-        print(f"{words:28}{whole:18,.3f}{alone:14,.3f}")
+    kept = [1.0, 1.0 / options.trace_every, 0.0]
+    heads = ["whole trace", f"one of {options.trace_every:,}", "sums alone"]
+    print(f"{'':30}" + "".join(f"{head:>16}" for head in heads))
+    bytes_each = [part * trace + (part > 0) * TEXT_BYTES + sums for part in kept]
+    merging = [part * tokens * options.layers / rates.trace_rate + parts * rates.sum_seconds for part in kept]
+    run = [(part * rates.run_bytes * options.layers + (part > 0) * TEXT_BYTES) * tokens for part in kept]
+    for words, values in (
+        ("bytes per token", bytes_each),
+        ("MB/s of one GPU", [each * speed / 1e6 for each in bytes_each]),
+        ("GB of shards", [each * tokens / 1e9 for each in bytes_each]),
+        ("hours to write them", [each * tokens * 8 / options.network / 3600 for each in bytes_each]),
+        (
+            "hours to load the weights",
+            [gpus / options.gpus_per_worker * options.weights * 8 / options.network / 3600] * 3,
+        ),
+        ("hours of forwards", [hours] * 3),
+        ("hours to merge", [seconds / 3600 for seconds in merging]),
+        ("GB of the run file", [(size + rates.sum_bytes) / 1e9 for size in run]),
+    ):
+        print(f"{words:30}" + "".join(f"{value:16,.3f}" for value in values))
 
 
 def main() -> None:
     """Measure, and print the arithmetic."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for flag, default in (("--layers", 48), ("--experts", 128), ("--top-k", 8), ("--gpus", 100)):
+    for flag, default in (("--layers", 48), ("--experts", 128), ("--top-k", 8), ("--gpus", 100),
+                          ("--gpus-per-worker", 1), ("--trace-every", 1000)):  # fmt: skip
         parser.add_argument(flag, type=int, default=default)
     for flag, size in (("--tokens", 10e9), ("--tokens-per-second", 10e3), ("--price", 2.5), ("--network", 10e9),
-                       ("--part-tokens", 4e6)):  # fmt: skip
+                       ("--weights", 61e9), ("--part-tokens", 4e6)):  # fmt: skip
         parser.add_argument(flag, type=float, default=size)
     options = parser.parse_args()
     rates = measure(layers=options.layers, experts=options.experts, top_k=options.top_k)
