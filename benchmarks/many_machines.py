@@ -6,8 +6,8 @@
 
 Measured in this run, at that shape, on generated routing: bytes that a shard and a run file take per token and layer,
 bytes of the sums of one part, and how fast this machine merges both. Given, since nothing here can measure them: the
-speed of one GPU, its price per hour, the bytes of the weights that each worker loads, and the bits per second at which all
-machines together read and write. The rest is multiplication.
+speed of one GPU, its price per hour, the bytes of the weights that each worker loads, and the bits per second at which
+all machines together read and write. The rest is multiplication.
 """
 
 from __future__ import annotations
