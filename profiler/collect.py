@@ -162,7 +162,11 @@ def compute_metrics(path: Path, session: WatchSession, progress: ProgressCallbac
 
 @dataclass
 class Job:
-    """One collection: the session, what it is fed, and whom to tell."""
+    """One collection: the session, what it is fed, and whom to tell.
+
+    Attributes:
+        shape: (sequences, length) of the batch that ran last.
+    """
 
     session: WatchSession
     corpus: Corpus
@@ -176,7 +180,7 @@ class Job:
         self._phases = 1
         self._run_batch = self._run_bare = self._forward
         self._compare: Callable[[Tensor, Tensor], None] = self._compare_outputs
-        self._shape: tuple[int, ...] = ()
+        self.shape: tuple[int, ...] = ()
 
     def answer(self, new_tokens: int, sampling: Sampling) -> None:
         """Let the model answer the texts, instead of only reading them."""
@@ -226,7 +230,7 @@ class Job:
         except KeyboardInterrupt:
             raise self._stopped("was interrupted") from None
         except torch.OutOfMemoryError as error:
-            shape = "x".join(map(str, self._shape))
+            shape = "x".join(map(str, self.shape))
             raise self._stopped(f"ran out of memory on a batch of {shape} (use a smaller --batch-size)") from error
         except MoescopeError:
             raise
@@ -240,16 +244,19 @@ class Job:
         done = self.session.writer.sequences_done if self.session.resuming else set()
         batches = self.corpus.batches(skip=done)
         batch = next(batches, None)
-        bare = None
-        if batch is not None:
-            with self.session.memory.bare_forward():
-                bare = self._run_bare(batch)
-            self._expect_predictions(batch)
-            self._state_memory(batch)
+        bare = None if batch is None else self.try_out(batch)
         with self.session:
             while batch is not None and not self._enough():
-                self._feed(batch, bare)
+                self.feed(batch, bare)
                 bare, batch = None, next(batches, None)
+
+    def try_out(self, batch: TokenBatch) -> Tensor:
+        """Run the first batch without the profiler; what comes out is for :meth:`feed` to compare with."""
+        with self.session.memory.bare_forward():
+            bare = self._run_bare(batch)
+        self._expect_predictions(batch)
+        self._state_memory(batch)
+        return bare
 
     def _expect_predictions(self, batch: TokenBatch) -> None:
         """Ask the whole model about the first text, so that the recorded predictions can be held against its logits."""
@@ -282,11 +289,13 @@ class Job:
             self.session.add_setting("overhead", result.as_dict())
             self._tell(detail=str(result))
 
-    def _feed(self, batch: TokenBatch, bare: Tensor | None) -> None:
+    def feed(self, batch: TokenBatch, bare: Tensor | None = None) -> None:
+        """Run and record a batch; ``bare`` is what it gave without the profiler, where that is known."""
         self._label(batch)
         output = self._run_batch(batch)
         if bare is not None:
             self._compare(bare, output)
+        self.session.end_batch()
         self._tell()
 
     def _compare_outputs(self, bare: Tensor, watched: Tensor) -> None:
@@ -314,7 +323,7 @@ class Job:
         return torch.from_numpy(batch.input_ids).to(self.device), torch.from_numpy(batch.attention_mask).to(self.device)
 
     def _require_vocabulary(self, batch: TokenBatch) -> None:
-        self._shape = batch.input_ids.shape
+        self.shape = batch.input_ids.shape
         known = int(getattr(embeddings_of(self.session.model), "num_embeddings", 0))
         largest = int(batch.input_ids.max(initial=0))
         if known and largest >= known:

@@ -76,7 +76,8 @@ class RunWriter:
         self.folder = folder
         self.info = info
         existing = live.shards(folder)
-        self._next = live.shard_number(existing[-1]) + 1 if existing else 0
+        reserved = int(info.settings.get("workers", {}).get("next_shard", 0))  # numbers below are those of parts
+        self._next = max(live.shard_number(existing[-1]) + 1 if existing else 0, reserved)
         self._verdicts = live.next_verdicts(folder)
 
     @classmethod
@@ -147,6 +148,11 @@ class RunWriter:
                 return {int(row[0]) for row in connection.sql(query).fetchall()}
         except duckdb.Error as error:
             raise damage(self.folder, error) from error
+
+    @property
+    def next_shard(self) -> int:
+        """The number that the next shard of this process will have."""
+        return self._next
 
     @property
     def shard_names(self) -> list[str]:

@@ -145,6 +145,16 @@ class Recording:
         for probe in self.probes:
             probe.begin_part(of_model)
 
+    def drain_tokens(self) -> dict[str, list[pl.DataFrame]]:
+        """What grows with every token, packed; sums go on."""
+        self._buffer.flush()
+        frames: dict[str, list[pl.DataFrame]] = defaultdict(list)
+        for recorder in (*self._routing, self._text):
+            if hasattr(recorder, "bytes_held"):
+                for table, frame in recorder.drain().items():
+                    frames[table].append(frame)
+        return frames
+
     def drain(self) -> dict[str, list[pl.DataFrame]]:
         """The sums since the last drain, as parts of the tables of a shard."""
         self._buffer.flush()

@@ -136,6 +136,11 @@ class WatchSession:
         return self._writer
 
     @property
+    def seconds(self) -> float:
+        """Wall time of the forwards so far."""
+        return self._seconds
+
+    @property
     def budget_reached(self) -> bool:
         """Whether the token budget is used up; nothing more is recorded then."""
         return self._budget is not None and self.tokens >= self._budget

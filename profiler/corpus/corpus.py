@@ -138,17 +138,28 @@ class Corpus:
         Batches are formed before the sequences in ``skip`` are left out: a resumed run sees the batches that an
         uninterrupted run would have seen.
         """
+        for planned in self.plan():
+            sequences = [sequence for sequence in planned if sequence not in skip]
+            if sequences:
+                yield self.batch(sequences)
+
+    def plan(self) -> Iterator[list[int]]:
+        """The numbers of the sequences of each batch, in the order of :meth:`batches`."""
         size = self.options.batch_size
-        lengths = np.diff(self._schedule.starts)
+        lengths = self.lengths
         for first in range(0, self.num_sequences, size * BATCHES_SORTED):
             window = lengths[first : first + size * BATCHES_SORTED]
             order = first + np.argsort(-window, kind="stable")
             for start in range(0, len(order), size):
-                sequences = [int(sequence) for sequence in order[start : start + size] if int(sequence) not in skip]
-                if sequences:
-                    yield self._batch(sequences)
+                yield order[start : start + size].tolist()
 
-    def _batch(self, sequences: list[int]) -> TokenBatch:
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """(sequences,) tokens of each."""
+        return np.diff(self._schedule.starts)
+
+    def batch(self, sequences: list[int]) -> TokenBatch:
+        """These sequences as one batch."""
         schedule, tokenizer = self._schedule, self._cutter.tokenizer
         rows = [schedule.tokens[schedule.starts[i] : schedule.starts[i + 1]] for i in sequences]
         padding = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if isinstance(i, int)), 0)
