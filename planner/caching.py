@@ -10,6 +10,7 @@ import numpy as np
 
 import store
 from compressor.plan import Plan
+from moescope.cluster import Cluster
 from moescope.sizes import size
 from planner.cache.bound import Bound
 from planner.cache.published import sch_place, srp_place
@@ -18,6 +19,7 @@ from planner.cache.setting import Setting, notes_of, setting_of
 from planner.cache.study import CurvePoint, DomainFigures, Study, WayFigures
 from planner.cache.verdict import SizePoint, judge
 from planner.cache.ways import RESIDENT, SWEPT, WAYS, Served, Way, serve, way_of
+from planner.cache.whole import WholeCurves, whole_curves
 from planner.machine import Machine
 from planner.simulate.bounds import bounds
 from planner.simulate.controls import UNIFORM, decompose
@@ -42,6 +44,8 @@ def study(
     *,
     plan: Plan | None = None,
     seed: int = 0,
+    whole: bool = False,
+    cluster: Cluster | None = None,
     tell: Callable[[str], None] = lambda _: None,
     **asked: Any,
 ) -> Study:
@@ -55,6 +59,8 @@ def study(
         machine: on which.
         plan: what is done to the checkpoint first.
         seed: of controls and resampling.
+        whole: hit-rate curves are of all the trace, read layer by layer; ways are timed on the steps asked for.
+        cluster: whose workers take layers of the whole trace.
         tell: told what is being worked out.
         asked: context, batch, chunk, other_weights, domains, phase, steps: as :func:`planner.cache.setting.setting_of`.
 
@@ -66,7 +72,17 @@ def study(
     slots = min(setting.slots, setting.all_slots)
     shuffled = setting.controls(seed=seed)
     tell("replaying caches of all sizes")
-    curves = {"observed": _curves(setting)} | {name: _curves(one, few=True) for name, one in shuffled.items()}
+    curves: Mapping[str, Mapping[str, Curve]]
+    extent: tuple[str, ...] = ()
+    if whole:
+        every = whole_curves(
+            run, setting, domains=asked.get("domains"), phase=asked.get("phase", "any"), seed=seed, cluster=cluster,
+            tell=tell,
+        )  # fmt: skip
+        curves, owners, extent = every.curves, every.domains, (_extent(every, setting),)
+    else:
+        curves = {"observed": _curves(setting)} | {name: _curves(one, few=True) for name, one in shuffled.items()}
+        owners = setting.test.domains
     tell("timing ways to serve")
     served = [serve(setting, way, slots=slots) for way in _ways(setting, slots)]
     chance = {one.way.name: serve(shuffled[UNIFORM], one.way, slots=slots).ms
@@ -86,8 +102,8 @@ def study(
         run=run.name, machine=(machine.name, machine.title), tokens=int(setting.test.pass_tokens.sum()),
         requests=setting.test.num_requests, layers=setting.test.num_layers, experts=setting.test.num_experts,
         slots=slots, all_slots=setting.all_slots, memory=_memory(setting),
-        notes=(*_doubts(run), *notes_of(setting), *_outside(setting, str(asked.get("phase", "any")))),
-        curves=tuple(_curve_points(curves, setting, seed)), parts=parts, points=tuple(points), ways=figures,
+        notes=(*_doubts(run), *extent, *notes_of(setting), *_outside(setting, str(asked.get("phase", "any")))),
+        curves=tuple(_curve_points(curves, owners, seed)), parts=parts, points=tuple(points), ways=figures,
         domains=_domains(setting, traced), bound_ms=bound.ms(slots), resident_ms=served[0].clock.resident_ms,
         srp=srp, sch=sch,
         verdict=judge(
@@ -95,7 +111,7 @@ def study(
             room=setting.budget.left, total=setting.sizes.total, shared=machine.shares_memory, told=why,
         ),
         asked={name: list(value) if isinstance(value, tuple) else value
-               for name, value in asked.items() if value is not None},
+               for name, value in asked.items() if value is not None} | ({"curves": "all tokens"} if whole else {}),
     )  # fmt: skip
 
 
@@ -109,13 +125,23 @@ def _curves(setting: Setting, few: bool = False) -> dict[str, Curve]:
     return found | {"lfu": curve(setting.test, policy="lfu", overflow=True), **bounds(setting.test)}
 
 
-def _curve_points(curves: Mapping[str, Mapping[str, Curve]], setting: Setting, seed: int) -> list[CurvePoint]:
+def _extent(every: WholeCurves, setting: Setting) -> str:
+    """On how much of the trace what rests."""
+    steps = setting.test.num_passes * setting.test.num_layers
+    return (
+        f"Hit-rate curves, and what they are made of, are of all the trace: {every.tokens:,} tokens of"
+        f" {every.requests:,} requests in every layer, as many for fitting. Times, and the hit rates of ways, rest on"
+        f" {steps:,} layer-steps of {setting.test.num_requests:,} of the requests: time takes all layers at once."
+    )
+
+
+def _curve_points(curves: Mapping[str, Mapping[str, Curve]], domains: tuple[str, ...], seed: int) -> list[CurvePoint]:
     points = []
     for control, found in curves.items():
         for name, one in found.items():
             rates, ends = one.rates(), None
             if control == "observed" and name in ("lru", "static"):
-                ends = hit_rate_interval(one, domains=setting.test.domains, seed=seed, num_resamples=400)
+                ends = hit_rate_interval(one, domains=domains, seed=seed, num_resamples=400)
             for at in np.flatnonzero(np.isfinite(rates)).tolist():
                 low, high = (None, None) if ends is None else (float(ends.lower[at]), float(ends.upper[at]))
                 points.append(CurvePoint(name, control, at + 1, float(rates[at]), low, high))

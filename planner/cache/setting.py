@@ -16,7 +16,7 @@ from planner.estimate.dense import DensePart, dense_part
 from planner.estimate.memory import ExpertSizes, MemoryBudget, expert_sizes, memory_budget
 from planner.estimate.speed import step_costs
 from planner.machine import Machine
-from planner.simulate.controls import UNIFORM, controls
+from planner.simulate.controls import CONTROLS, UNIFORM, control
 from planner.simulate.prefetch.cross_layer_gate import Recorded, recall_of
 from planner.simulate.timeline import StepCosts
 from planner.simulate.workload import Workload, batched, prefill, strata, workload_of
@@ -131,21 +131,32 @@ class Setting:
         Tokens are shuffled and experts drawn before sequences are put together. Random experts of a layer are among
         those that it has.
         """
-        pairs = [controls(one, seed=seed + at) for at, one in enumerate(self.apart or (self.train, self.test))]
-        for at, pair in enumerate(pairs):
-            pair[UNIFORM] = self._among_own(pair[UNIFORM], seed=seed + at)
-        return {name: self.on(pairs[0][name], pairs[1][name]) for name in pairs[0]}
-
-    def _among_own(self, work: Workload, *, seed: int) -> Workload:
-        """Random experts drawn anew in layers that have fewer than others: none that they lack."""
         counts = (self.sizes.bytes > 0).sum(axis=1).tolist()
-        fewer = {layer: count for layer, count in enumerate(counts) if count < work.num_experts}
-        if not fewer:
-            return work
-        ids = work.ids.copy()
-        for layer, count in fewer.items():
-            ids[layer] = uniform_tokens(ids[layer], count, seed=[seed, 3, layer])
-        return replace(work, ids=ids)
+        pair = self.apart or (self.train, self.test)
+        return {
+            name: self.on(*(control_among(one, name, counts, seed=seed + at) for at, one in enumerate(pair)))
+            for name in CONTROLS
+        }
+
+
+def control_among(work: Workload, name: str, counts: Sequence[int], *, seed: int, first: int = 0) -> Workload:
+    """A control of a workload, random experts of a layer among those that it has.
+
+    Args:
+        work: single tokens.
+        name: of the control.
+        counts: (layers,) experts that each of its layers has.
+        seed: of shuffles and draws.
+        first: place of its first layer in the model.
+    """
+    found = control(work, name, seed=seed, first=first)
+    if name != UNIFORM or min(counts) >= work.num_experts:
+        return found
+    ids = found.ids.copy()
+    for layer, count in enumerate(counts):
+        if count < work.num_experts:
+            ids[layer] = uniform_tokens(ids[layer], count, seed=[seed, 3, first + layer])
+    return replace(found, ids=ids)
 
 
 def setting_of(
@@ -197,7 +208,7 @@ def setting_of(
     budget = _budget(machine, rest, source, context, batch, chunk, 8.0 * weight, other_weights)
     _require_room(budget, source, sizes, narrow)
     work = workload_of(run, domains=domains, phase=phase, max_tokens=max(2 * steps // max(len(run.layers), 1), 2))
-    apart = _halves(_with_weights(work, sizes), run.name)
+    apart = halves(with_weights(work, sizes.bytes > 0), run.name)
     train, test = (_together(half, batch, chunk) for half in apart)
     costs = _costs(test, machine, sizes, rest, context, 8.0 * weight, other_weights, chunk)
     return Setting(
@@ -235,20 +246,23 @@ def _recorded(run: store.Run, work: Workload) -> Recorded | None:
     return found if wide and found.tokens.shape[1] == work.num_layers else None
 
 
-def _with_weights(work: Workload, sizes: ExpertSizes) -> Workload:
-    """Without experts that hold no weights, such as those that pass a token on: they take no room and no time."""
+def with_weights(work: Workload, held: NDArray[np.bool_]) -> Workload:
+    """Without experts that hold no weights, such as those that pass a token on: they take no room and no time.
+
+    held: (layers, E) which do.
+    """
     exists = np.zeros((work.num_layers, work.num_experts), np.bool_)
-    width = min(work.num_experts, sizes.bytes.shape[1])
-    exists[:, :width] = sizes.bytes[:, :width] > 0
+    width = min(work.num_experts, held.shape[1])
+    exists[:, :width] = held[:, :width]
     there = (work.ids >= 0) & exists[np.arange(work.num_layers)[:, None, None], np.maximum(work.ids, 0)]
     return replace(
         work, ids=np.where(there, work.ids, np.int16(-1)), tokens=np.where(there, work.tokens, np.uint16(0)),
         weights=None if work.weights is None else np.where(there, work.weights, np.float32(0)),
-        num_experts=sizes.bytes.shape[1],
+        num_experts=held.shape[1],
     )  # fmt: skip
 
 
-def _halves(work: Workload, name: str) -> tuple[Workload, Workload]:
+def halves(work: Workload, name: str) -> tuple[Workload, Workload]:
     """Requests to fit on and requests to judge by, of every domain; domains of one request count as one together."""
     if work.num_requests < 2:
         raise PlanError(

@@ -24,6 +24,7 @@ from profiler.metrics.controls import uniform_tokens
 PART_BYTES = 128 << 20
 """What a part may take, if that is a whole batch, unless a memory limit leaves less."""
 
+_PART = 0.4  # of what a memory limit leaves
 _PER_SELECTION = 6  # bytes of an id and its count of tokens in a workload, and of an id while it is read
 _PER_PAIR = 72  # bytes of a token and one of its experts while a layer is counted
 
@@ -143,7 +144,7 @@ class Stream:
     def _tokens(self, multiple: int) -> int:
         """Tokens of a part."""
         least = int(np.add.reduceat(self.reading.lengths, np.arange(0, self.num_requests, multiple)).max())
-        held = memory.share(0.75, max(PART_BYTES, least * self._token_bytes))
+        held = memory.share(_PART, max(PART_BYTES, least * self._token_bytes))
         if held < least * self._token_bytes:
             raise PlanError(
                 f"{multiple:,} requests that run together hold {least:,} tokens, which take"

@@ -20,10 +20,22 @@ from profiler.metrics.controls import uniform_tokens
 SHUFFLED_WITHIN = "shuffled_within_requests"
 SHUFFLED_OVER_ALL = "shuffled_over_all"
 UNIFORM = "uniform_experts"
+CONTROLS = (SHUFFLED_WITHIN, SHUFFLED_OVER_ALL, UNIFORM)
 
 
-def controls(workload: Workload, *, seed: int) -> dict[str, Workload]:
-    """The three controls of a workload, of its shape and with as many experts in every step.
+def controls(workload: Workload, *, seed: int, first: int = 0) -> dict[str, Workload]:
+    """The three controls of a workload by name, of its shape and with as many experts in every step: :func:`control`.
+
+    Args:
+        workload: passes in order.
+        seed: of the shuffles and draws.
+        first: place of its first layer in the model: a layer is drawn alike whether others are there or not.
+    """
+    return {name: control(workload, name, seed=seed, first=first) for name in CONTROLS}
+
+
+def control(workload: Workload, name: str, *, seed: int, first: int = 0) -> Workload:
+    """One control of a workload.
 
     ``shuffled_within_requests``: the passes of each request in random order. ``shuffled_over_all``: all passes in
     random order; requests keep their lengths. All layers of a pass stay together, and so do weights and tokens.
@@ -34,17 +46,19 @@ def controls(workload: Workload, *, seed: int) -> dict[str, Workload]:
 
     Args:
         workload: passes in order.
-        seed: of the shuffles and draws.
+        name: one of :data:`CONTROLS`.
+        seed, first: as :func:`controls`.
     """
-    generator = np.random.default_rng([seed, 0])
-    keys = workload.request_of_pass + generator.random(workload.num_passes)
-    everywhere = np.random.default_rng([seed, 1]).permutation(workload.num_passes)
-    drawn = [uniform_tokens(ids, workload.num_experts, seed=[seed, 2, layer]) for layer, ids in enumerate(workload.ids)]
-    return {
-        SHUFFLED_WITHIN: _reordered(workload, np.argsort(keys, kind="stable")),
-        SHUFFLED_OVER_ALL: _reordered(workload, everywhere),
-        UNIFORM: replace(workload, ids=np.stack(drawn)),
-    }
+    if name == SHUFFLED_WITHIN:
+        keys = workload.request_of_pass + np.random.default_rng([seed, 0]).random(workload.num_passes)
+        return _reordered(workload, np.argsort(keys, kind="stable"))
+    if name == SHUFFLED_OVER_ALL:
+        return _reordered(workload, np.random.default_rng([seed, 1]).permutation(workload.num_passes))
+    drawn = [
+        uniform_tokens(ids, workload.num_experts, seed=[seed, 2, layer])
+        for layer, ids in enumerate(workload.ids, first)
+    ]
+    return replace(workload, ids=np.stack(drawn))
 
 
 def _reordered(workload: Workload, order: NDArray[np.int64]) -> Workload:

@@ -35,6 +35,7 @@ class Reading:
         prompts: (requests,) tokens that the model was given; the others it generated.
         domains: (requests,) of each.
         phase: ``any``, ``prompt`` or ``decode``: which tokens count.
+        known: (tokens,) those that are passes, where that was found out before; see :attr:`kept`.
     """
 
     run: store.Run
@@ -43,6 +44,7 @@ class Reading:
     prompts: IntArray
     domains: tuple[str, ...]
     phase: str = "any"
+    known: BoolArray | None = None
 
     @staticmethod
     def of(
@@ -79,6 +81,8 @@ class Reading:
     @cached_property
     def kept(self) -> BoolArray:
         """(tokens,) those that are passes: of the phase, and using an expert in any layer."""
+        if self.known is not None:
+            return self.known
         if self.num_tokens > _KEPT_TOKENS and self.num_requests > 1:
             parts = [part.kept for _, part in self.parts(_KEPT_TOKENS)]
             return np.asarray(np.concatenate(parts), np.bool_)
@@ -105,7 +109,7 @@ class Reading:
         order = np.asarray(chosen, np.int64)
         return replace(
             self, numbers=self.numbers[order], lengths=self.lengths[order], prompts=self.prompts[order],
-            domains=tuple(self.domains[one] for one in order.tolist()),
+            domains=tuple(self.domains[one] for one in order.tolist()), known=None,
         )  # fmt: skip
 
     def with_passes(self) -> Reading:
