@@ -21,7 +21,8 @@ import time
 from pathlib import Path
 
 from benchmarks.shaped_run import SEQUENCE, Shape, write
-from profiler.headline import PARTS, hit_rate_rows
+from profiler.headline import PARTS
+from profiler.headline.hit_rates import OWN_CACHES, shared_cache_rows
 from sample_data import RUN
 
 BOUNDS = {"sample": (10.0, 7.0), "large": (60.0, 7.0)}
@@ -35,7 +36,7 @@ def large_run(directory: Path, *, layers: int, experts: int, top_k: int, tokens:
     if path.exists():
         return path
     shape = Shape(layers, experts, top_k, tokens, traced=max(tokens // SEQUENCE, 1), similarity=True)
-    parts = [part for part in PARTS if hit_rates or part is not hit_rate_rows]
+    parts = [part for part in PARTS if hit_rates or part not in (OWN_CACHES, shared_cache_rows)]
     return write(directory, name, shape, parts=parts, tell=lambda sentence: print(sentence, file=sys.stderr))
 
 

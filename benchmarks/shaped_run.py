@@ -17,9 +17,9 @@ from numpy.typing import NDArray
 import store
 from profiler.headline import Part, Tell, compute
 from profiler.headline.coverage import coverage_rows
-from profiler.headline.load import load_rows
-from profiler.headline.local_consistency import segment_rows
-from profiler.headline.repetition import repetition_rows
+from profiler.headline.load import LOAD
+from profiler.headline.local_consistency import SEGMENTS
+from profiler.headline.repetition import REPETITION
 from profiler.headline.similarity import similarity_rows
 from profiler.headline.super_experts import super_expert_rows
 from store import LayerInfo, RunInfo, RunWriter
@@ -35,7 +35,7 @@ QUANTITIES = {
 }  # fmt: skip
 
 QUICK: tuple[Part, ...] = (
-    load_rows, segment_rows, super_expert_rows, repetition_rows, similarity_rows, coverage_rows,
+    LOAD, SEGMENTS, super_expert_rows, REPETITION, similarity_rows, coverage_rows,
 )  # fmt: skip
 """Metrics that a run of the largest shape gets within a minute."""
 

@@ -6,6 +6,7 @@ Workers on other processes get the limit of their own.
 
 from __future__ import annotations
 
+import ctypes
 import re
 import resource
 import sys
@@ -25,8 +26,13 @@ BASE = 448 << 20
 DATABASE = 0.5
 """The part of the rest (see :func:`share`) that DuckDB may take, for pages that it keeps and for what it sorts."""
 
+BLOCKS = 0.25
+"""The part that blocks of a trace may take."""
+
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+_MMAP_THRESHOLD, _ARENA_MAX = -3, -8  # as malloc.h numbers them
 _limit: int | None = None
+_worker_peak = 0
 
 
 def size_of(text: str) -> int:
@@ -58,11 +64,23 @@ def limited(limit: int | None, *, floor: int = FLOOR) -> Iterator[None]:
             f"a memory limit of {size(limit)} is below the {size(least)} that this takes with the smallest blocks: "
             f"give --memory-limit {-(-least >> 20)}MiB or more"
         )
-    before, _limit = _limit, limit if limit is not None else _limit
+    before = _limit
+    if limit is not None:
+        _limit = limit
+        _give_back_at_once()
     try:
         yield
     finally:
         _limit = before
+
+
+def _give_back_at_once() -> None:
+    """Let arrays that are freed leave this process: the C library keeps room for as many as there once were."""
+    library = ctypes.CDLL(None) if sys.platform == "linux" else None
+    option = getattr(library, "mallopt", None)
+    if option is not None:
+        option(_MMAP_THRESHOLD, 1 << 18)
+        option(_ARENA_MAX, 2)
 
 
 def limit() -> int | None:
@@ -77,6 +95,11 @@ def share(part: float, most: int) -> int:
     return min(most, int(part * max(_limit - BASE, FLOOR - BASE)))
 
 
+def needed(count: int, part: float) -> int:
+    """The least limit of which :func:`share` gives ``count`` bytes to something that gets ``part``."""
+    return max(FLOOR, BASE + -(-int(count / part) >> 20 << 20))
+
+
 def peak() -> int:
     """Bytes that this process held at most since it began."""
     found = _status("VmHWM")
@@ -84,6 +107,17 @@ def peak() -> int:
         return found
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return most if sys.platform == "darwin" else most * 1024
+
+
+def report_worker(count: int) -> None:
+    """Take note of the peak of a worker in another process, for :func:`summary`."""
+    global _worker_peak
+    _worker_peak = max(_worker_peak, count)
+
+
+def worker_peak() -> int:
+    """The largest peak that workers reported; 0 where there were none."""
+    return _worker_peak
 
 
 def held() -> int:
@@ -95,7 +129,8 @@ def held() -> int:
 def summary() -> str:
     """The peak beside the limit, for the end of a command."""
     of = "" if _limit is None else f" of {size(_limit)}"
-    return f"peak of memory: {size(peak())}{of}"
+    workers = f", of a worker {size(_worker_peak)}" if _worker_peak else ""
+    return f"peak of memory: {size(peak())}{of}{workers}"
 
 
 def _status(name: str) -> int | None:

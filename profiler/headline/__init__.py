@@ -7,7 +7,9 @@ nothing.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import polars as pl
 
@@ -15,30 +17,38 @@ import store
 from moescope.errors import StoreError
 from profiler.headline.axes import axis_distance_rows
 from profiler.headline.coverage import coverage_rows
-from profiler.headline.flow import flow_rows
+from profiler.headline.flow import PAIRS, lookahead_rows, transition_rows
+from profiler.headline.hit_rates import OWN_CACHES, shared_cache_rows
 from profiler.headline.layer_memory import layer_memory_rows, step_repeat_rows
-from profiler.headline.load import load_rows
-from profiler.headline.local_balance import local_balance_rows
-from profiler.headline.local_consistency import hit_rate_rows, segment_rows
+from profiler.headline.layerwise import LayerPart
+from profiler.headline.load import LOAD
+from profiler.headline.local_balance import LOCAL_BALANCE
+from profiler.headline.local_consistency import SEGMENTS
 from profiler.headline.neighbours import neighbour_rows
-from profiler.headline.repetition import repetition_rows
+from profiler.headline.repetition import REPETITION
 from profiler.headline.similarity import similarity_rows
 from profiler.headline.specialization import specialization_rows
 from profiler.headline.subject import Rows, Subject
 from profiler.headline.super_experts import super_expert_rows
 from profiler.metrics.registry import METRICS
 
+if TYPE_CHECKING:
+    from moescope.cluster import Cluster
+
 Part = Callable[[Subject], Rows]
 """One part of the headline metrics: a finished run in, rows of its metrics out."""
 
 PARTS: tuple[Part, ...] = (
-    load_rows,
-    local_balance_rows,
-    segment_rows,
-    hit_rate_rows,
+    LOAD,
+    LOCAL_BALANCE,
+    SEGMENTS,
+    OWN_CACHES,
+    shared_cache_rows,
     super_expert_rows,
-    repetition_rows,
-    flow_rows,
+    REPETITION,
+    PAIRS,
+    transition_rows,
+    lookahead_rows,
     layer_memory_rows,
     step_repeat_rows,
     neighbour_rows,
@@ -55,37 +65,73 @@ Tell = Callable[[str], None]
 """Told in a few words what is being computed."""
 
 
-def compute_and_store(path: str | Path, *, tell: Tell | None = None) -> Path:
+def compute_and_store(
+    path: str | Path, *, whole: bool = False, joined: Cluster | None = None, tell: Tell | None = None
+) -> Path:
     """Compute the headline metrics of a finished run and store them beside it.
+
+    Args:
+        whole: hit rates of every layer's own cache on all tokens, instead of a sample.
+        joined: a Ray whose workers do the computing; they find the run under its path.
 
     Raises:
         StoreError: there is no such run, or it is still being collected.
     """
+    if joined is not None:
+        from profiler.headline.spread import compute_on
+
+        frame, vectors = compute_on(joined, path, whole=whole, tell=tell)
+        return store.write_metrics(path, frame, vectors)
     with store.open_run(path) as run:
-        if run.live:
-            raise StoreError(f"run {run.name!r} is still being collected: its metrics come when it is finished")
-        frame, vectors = compute(run, tell=tell)
+        require_finished(run)
+        frame, vectors = compute(run, whole=whole, tell=tell)
     return store.write_metrics(path, frame, vectors)
 
 
+def require_finished(run: store.Run) -> None:
+    """Refuse a run that is still being collected.
+
+    Raises:
+        StoreError: it is.
+    """
+    if run.live:
+        raise StoreError(f"run {run.name!r} is still being collected: its metrics come when it is finished")
+
+
 def compute(
-    run: store.Run, *, parts: Sequence[Part] = PARTS, tell: Tell | None = None
+    run: store.Run, *, parts: Sequence[Part] = PARTS, whole: bool = False, tell: Tell | None = None
 ) -> tuple[pl.DataFrame, pl.DataFrame]:
     """The headline metrics of a run as rows of the tables ``metric_value`` and ``metric_vector``.
 
     A part hands over rows of both; those with a list ("values") are vectors.
     """
-    subject = Subject(run)
+    subject = Subject(run, whole=whole)
     rows: Rows = []
     for number, part in enumerate(parts, 1):
         if tell is not None:
             tell(f"computing metrics, {number} of {len(parts)}: {words(part)}")
-        rows += part(subject)
+        with one_thread():
+            rows += part(subject)
+    return frames(rows)
+
+
+def one_thread() -> AbstractContextManager[object]:
+    """One thread for matrix products: they are small, and a product's last bit depends on how many there are."""
+    from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
+
+    limits: AbstractContextManager[object] = threadpool_limits(1, "blas")
+    return limits
+
+
+def frames(rows: Rows) -> tuple[pl.DataFrame, pl.DataFrame]:
+    """Rows as the tables that they belong to."""
     return _frame([row for row in rows if "values" not in row]), _frame([row for row in rows if "values" in row])
 
 
 def words(part: Part) -> str:
     """What a part computes, from its name."""
+    if isinstance(part, LayerPart):
+        return part.name
     return part.__name__.removesuffix("_rows").replace("_", " ")
 
 

@@ -16,6 +16,7 @@ import polars as pl
 from numpy.typing import NDArray
 
 import store
+from profiler.headline.layerwise import LayerPart, joined
 from profiler.headline.similarity_kinds import SimilarityTables
 from profiler.headline.subject import BLOCK_TOKENS, SEED, Groups, Rows, Sample, Subject, as_text
 from profiler.metrics import co_activation, layer_memory, lookahead, transitions
@@ -43,11 +44,6 @@ Ids = NDArray[np.int16]
 Sums = NDArray[np.float64]
 
 
-def flow_rows(subject: Subject) -> Rows:
-    """Pairs beyond popularity, transition information and recall beside popularity and controls, lookahead recall."""
-    return [*_pair_rows(subject), *_transition_rows(subject), *_lookahead_rows(subject.run)]
-
-
 def parts_of(groups: Groups) -> NDArray[np.int64]:
     """(groups,) the part of each group: every domain is spread over all parts, in random order."""
     lot = np.random.default_rng(SEED).permutation(groups.count)
@@ -56,25 +52,30 @@ def parts_of(groups: Groups) -> NDArray[np.int64]:
     return part
 
 
-def _pair_rows(subject: Subject) -> Rows:
-    rows: Rows = []
-    for axis, layer in enumerate(subject.run.layers):
-        if layer.num_experts > MOST_EXPERTS:
-            continue
-        parts = _pairs(subject, axis)
-        total = parts.sum(axis=0)
-        value = co_activation.pair_excess(pairs=total)
-        if np.isnan(value):
-            continue
-        place: Place = {"metric": "pair_excess", "layer": layer.layer, "step": layer.step}
-        place["at"] = float((total.sum() - np.trace(total)) // 2)
-        if subject.has_trace:
-            place |= {"tokens": int(subject.lengths.sum()), "sequences": len(subject.lengths)}
-        without = [co_activation.pair_excess(pairs=total - part) for part in parts if part.any()]
-        rows.append({**place, "value": value, **_jackknifed(value, without)})
-        low, middle, high = np.quantile(co_activation.chance_excess(pairs=total, seed=SEED), [0.025, 0.5, 0.975])
-        rows.append({**place, "control": "popularity", "value": float(middle), "low": float(low), "high": float(high)})
-    return rows
+def pair_layer(subject: Subject, axis: int) -> Rows:
+    """Pairs of experts of one layer beyond popularity, beside what popularity gives."""
+    layer = subject.run.layers[axis]
+    if layer.num_experts > MOST_EXPERTS:
+        return []
+    parts = _pairs(subject, axis)
+    total = parts.sum(axis=0)
+    value = co_activation.pair_excess(pairs=total)
+    if np.isnan(value):
+        return []
+    place: Place = {"metric": "pair_excess", "layer": layer.layer, "step": layer.step}
+    place["at"] = float((total.sum() - np.trace(total)) // 2)
+    if subject.has_trace:
+        place |= {"tokens": int(subject.lengths.sum()), "sequences": len(subject.lengths)}
+    without = [co_activation.pair_excess(pairs=total - part) for part in parts if part.any()]
+    low, middle, high = np.quantile(co_activation.chance_excess(pairs=total, seed=SEED), [0.025, 0.5, 0.975])
+    return [
+        {**place, "value": value, **_jackknifed(value, without)},
+        {**place, "control": "popularity", "value": float(middle), "low": float(low), "high": float(high)},
+    ]
+
+
+PAIRS = LayerPart("pair", pair_layer, joined, needs_trace=False)
+"""Pairs beyond popularity, layer by layer."""
 
 
 def _pairs(subject: Subject, axis: int) -> NDArray[np.int64]:
@@ -86,11 +87,10 @@ def _pairs(subject: Subject, axis: int) -> NDArray[np.int64]:
         known = np.zeros((layer.num_experts,) * 2) if sums is None else np.nan_to_num(sums)
         return known[None].astype(np.int64)
     counts = np.zeros((PARTS, layer.num_experts, layer.num_experts), np.int64)
-    part = parts_of(subject.groups)
-    for block in subject.blocks:
-        mine = part[subject.groups.of_block(subject.blocks, block.number)]
+    part, text = parts_of(subject.groups), subject.everything
+    for mine, block, ids in text.pieces(axis):
         counts += co_activation.pair_counts(
-            ids=subject.ids(axis, block), offsets=block.offsets, num_experts=layer.num_experts, part=mine,
+            ids=ids, offsets=block.offsets, num_experts=layer.num_experts, part=part[text.group[mine]],
             num_parts=PARTS,
         )  # fmt: skip
     return counts
@@ -122,7 +122,7 @@ class _Text:
         return len(np.unique(self.of_group % 2)) == 2
 
 
-def _transition_rows(subject: Subject) -> Rows:
+def transition_rows(subject: Subject) -> Rows:
     """Every MoE layer from the three before it, and, without a layer, all of them from the one before."""
     layers = subject.run.layers
     cost = sum(layer.num_experts * layer.top_k for layer in layers)
@@ -229,9 +229,10 @@ def _add(totals: dict[tuple[str, str], Sums], key: tuple[str, str], sums: Sums) 
     totals[key] = totals.get(key, 0) + sums
 
 
-def _lookahead_rows(run: store.Run) -> Rows:
+def lookahead_rows(subject: Subject) -> Rows:
     """Recall of routers that were run early, all text but first positions; recorded sums have no interval."""
     rows: Rows = []
+    run = subject.run
     experts = {(layer.layer, layer.step): layer.num_experts - layer.top_k for layer in run.layers}
     for one in lookahead_sums(run.table("lookahead").filter(~pl.col("first"))).iter_rows(named=True):
         place: Place = {"layer": one["layer"], "step": one["step"], "tokens": one["tokens"]}

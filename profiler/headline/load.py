@@ -10,6 +10,7 @@ import polars as pl
 from numpy.typing import NDArray
 
 import store
+from profiler.headline.layerwise import LayerPart, joined
 from profiler.headline.subject import SEED, Rows, Subject
 from profiler.metrics import load
 from profiler.metrics._intervals import Resamples, interval
@@ -31,32 +32,39 @@ Counts = NDArray[np.int64]
 Values = dict[str, NDArray[np.float64]]
 
 
-def load_rows(subject: Subject) -> Rows:
-    """Balance of every MoE layer, over all text and per domain; with intervals where there is a trace."""
-    frame = subject.run.table("expert_load").filter(pl.col("kind") == "routed")
-    drawn = _Drawn(subject) if subject.has_trace else None
+def load_layer(subject: Subject, axis: int) -> Rows:
+    """Balance of one MoE layer, over all text and per domain; with intervals where there is a trace."""
+    layer = subject.run.layers[axis]
+    part = subject.once(_loads).filter((pl.col("layer") == layer.layer) & (pl.col("step") == layer.step))
+    drawn = subject.once(_Drawn) if subject.has_trace else None
+    resampled = drawn.counts(axis) if drawn is not None else {}
     rows: Rows = []
-    for axis, layer in enumerate(subject.run.layers):
-        part = frame.filter((pl.col("layer") == layer.layer) & (pl.col("step") == layer.step))
-        resampled = drawn.counts(axis) if drawn is not None else {}
-        for domain in [None, *subject.run.domains]:
-            counts = layer_counts(part if domain is None else part.filter(pl.col("domain") == domain), layer)[None]
-            if not counts.sum():
-                continue
-            tokens = subject.tokens_of(domain)
-            place = {"domain": domain, "layer": layer.layer, "step": layer.step, "tokens": tokens}
-            estimate = _measures(counts, layer, float(tokens))
-            if domain not in resampled:
-                rows += [{"metric": name, "value": float(value[0]), **place} for name, value in estimate.items()]
-                continue
-            each = resampled[domain]
-            ends = _ends(estimate, _measures(each, layer, tokens * each.sum(1) / counts.sum()), layer.num_experts)
-            place["sequences"] = drawn.sequences(domain) if drawn is not None else None
-            rows += [
-                {"metric": name, "value": float(value[0]), "low": ends[name][0], "high": ends[name][1], **place}
-                for name, value in estimate.items()
-            ]
+    for domain in [None, *subject.run.domains]:
+        counts = layer_counts(part if domain is None else part.filter(pl.col("domain") == domain), layer)[None]
+        if not counts.sum():
+            continue
+        tokens = subject.tokens_of(domain)
+        place = {"domain": domain, "layer": layer.layer, "step": layer.step, "tokens": tokens}
+        estimate = _measures(counts, layer, float(tokens))
+        if domain not in resampled:
+            rows += [{"metric": name, "value": float(value[0]), **place} for name, value in estimate.items()]
+            continue
+        each = resampled[domain]
+        ends = _ends(estimate, _measures(each, layer, tokens * each.sum(1) / counts.sum()), layer.num_experts)
+        place["sequences"] = drawn.sequences(domain) if drawn is not None else None
+        rows += [
+            {"metric": name, "value": float(value[0]), "low": ends[name][0], "high": ends[name][1], **place}
+            for name, value in estimate.items()
+        ]
     return rows
+
+
+LOAD = LayerPart("load", load_layer, joined, needs_trace=False)
+"""Load, layer by layer."""
+
+
+def _loads(subject: Subject) -> pl.DataFrame:
+    return subject.run.table("expert_load").filter(pl.col("kind") == "routed")
 
 
 @dataclass

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from profiler.headline.layerwise import LayerPart, joined
 from profiler.headline.load import CONFIDENCE, NUM_RESAMPLES
-from profiler.headline.subject import SEED, Block, Rows, Subject, as_text
+from profiler.headline.subject import SEED, Rows, Sample, Subject, as_text
 from profiler.metrics import load
 from profiler.metrics._intervals import Resamples, interval
 from profiler.metrics.controls import uniform_tokens
@@ -24,50 +24,36 @@ CONTROL_TOKENS = 1 << 17
 SEQUENCES_AT_ONCE = 4096
 
 
-def local_balance_rows(subject: Subject) -> Rows:
+def local_balance_layer(subject: Subject, axis: int) -> Rows:
     """Evenness inside single sequences, averaged; beside sequences of shuffled tokens and of uniformly random experts.
 
     The controls rest on a sample of sequences (``CONTROL_TOKENS``), as large as the rows say.
     """
-    rows: Rows = []
-    if not subject.has_trace:
-        return rows
-    total = sum(len(block.lengths) for block in subject.blocks)
-    resamples = Resamples.of(total, num_resamples=NUM_RESAMPLES, seed=SEED)
-    sample = _Sample.of(subject)
-    for axis, layer in enumerate(subject.run.layers):
-        measured = [_local(subject.ids(axis, block), block.offsets, layer.num_experts) for block in subject.blocks]
-        values = np.concatenate(measured)
-        place = {"metric": "local_balance", "layer": layer.layer, "step": layer.step}
-        rows += _local_rows(values, resamples, place)
-        for control, ids in sample.controls(subject, axis):
-            values = _local(ids, sample.offsets, layer.num_experts)
-            rows += _local_rows(values, None, {**place, "control": control, "tokens": int(sample.offsets[-1])})
+    layer = subject.run.layers[axis]
+    measured = [_local(subject.ids(axis, block), block.offsets, layer.num_experts) for block in subject.blocks]
+    values = np.concatenate(measured)
+    place = {"metric": "local_balance", "layer": layer.layer, "step": layer.step}
+    rows = _local_rows(values, subject.once(_resamples), place)
+    sample = subject.sample(CONTROL_TOKENS)
+    for control, ids in _controls(sample, axis, layer.num_experts):
+        values = _local(ids, sample.block.offsets, layer.num_experts)
+        rows += _local_rows(values, None, {**place, "control": control, "tokens": sample.block.tokens})
     return rows
 
 
-@dataclass(frozen=True)
-class _Sample:
-    """Some sequences of the first block, drawn at random: places of their tokens, and where each begins among them."""
+LOCAL_BALANCE = LayerPart("local balance", local_balance_layer, joined)
+"""Evenness inside single sequences, layer by layer."""
 
-    block: Block
-    tokens: NDArray[np.int64]
-    offsets: NDArray[np.int64]
 
-    @classmethod
-    def of(cls, subject: Subject) -> _Sample:
-        block = subject.blocks[0]
-        order = np.random.default_rng(SEED).permutation(len(block.lengths))
-        fitting = max(1, int(np.searchsorted(np.cumsum(block.lengths[order]), CONTROL_TOKENS)))
-        drawn = np.sort(order[:fitting])
-        tokens = np.concatenate([np.arange(block.offsets[place], block.offsets[place + 1]) for place in drawn])
-        return cls(block, tokens, np.concatenate([[0], np.cumsum(block.lengths[drawn])]).astype(np.int64))
+def _resamples(subject: Subject) -> Resamples:
+    return Resamples.of(len(subject.lengths), num_resamples=NUM_RESAMPLES, seed=SEED)
 
-    def controls(self, subject: Subject, axis: int) -> Iterator[tuple[str, NDArray[np.int16]]]:
-        """The sample's selections in one layer with its tokens shuffled over all sequences, and with random experts."""
-        ids = subject.ids(axis, self.block)[self.tokens]
-        yield "shuffled", ids[np.random.default_rng(SEED).permutation(len(ids))]
-        yield "uniform", uniform_tokens(ids, subject.run.layers[axis].num_experts, seed=(SEED, axis))
+
+def _controls(sample: Sample, axis: int, num_experts: int) -> Iterator[tuple[str, NDArray[np.int16]]]:
+    """A sample's selections in one layer with its tokens shuffled over all sequences, and with random experts."""
+    ids = sample.ids(axis)
+    yield "shuffled", ids[np.random.default_rng(SEED).permutation(len(ids))]
+    yield "uniform", uniform_tokens(ids, num_experts, seed=(SEED, axis))
 
 
 def _local(ids: NDArray[Any], offsets: NDArray[np.int64], num_experts: int) -> NDArray[np.float64]:

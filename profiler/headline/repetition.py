@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 from numpy.typing import NDArray
 
+from profiler.headline.layerwise import LayerPart, joined
 from profiler.headline.subject import CONTROLS, SEED, Rows, Subject
 from profiler.metrics import temporal
 from profiler.metrics._intervals import interval, resample_weights
@@ -22,38 +21,40 @@ NUM_RESAMPLES = 1000
 CONFIDENCE = 0.95
 
 
-def repetition_rows(subject: Subject) -> Rows:
-    """Repeat rates of every MoE layer with intervals over sequences, and of its controls."""
+def repetition_layer(subject: Subject, axis: int) -> Rows:
+    """Repeat rates of one MoE layer with intervals over sequences, and of its controls."""
     rows: Rows = []
-    if not subject.has_trace or int(subject.lengths.max(initial=0)) < 2:
+    longest = int(subject.lengths.max(initial=0))
+    if longest < 2:
         return rows
-    lags = [lag for lag in LAGS if lag < int(subject.lengths.max())]
-    weights = resample_weights(num_sequences=subject.groups.count, num_resamples=NUM_RESAMPLES, seed=SEED)
-    for axis, layer in enumerate(subject.run.layers):
-        for control in CONTROLS:
-            wanted = lags if control in ("observed", "shuffled") else lags[:1]
-            sums = _sums(subject, axis, control, wanted)
-            place = {"control": control, "layer": layer.layer, "step": layer.step}
-            for index, lag in enumerate(wanted):
-                rows += _rows(sums[index], weights if control == "observed" else None, {**place, "at": float(lag)})
+    layer, lags = subject.run.layers[axis], [lag for lag in LAGS if lag < longest]
+    for control in CONTROLS:
+        wanted = lags if control in ("observed", "shuffled") else lags[:1]
+        sums = _sums(subject, axis, control, wanted)
+        place = {"control": control, "layer": layer.layer, "step": layer.step}
+        weights = subject.once(_weights) if control == "observed" else None
+        for index, lag in enumerate(wanted):
+            rows += _rows(sums[index], weights, {**place, "at": float(lag)})
     return rows
+
+
+REPETITION = LayerPart("repetition", repetition_layer, joined)
+"""Repeat rates, layer by layer."""
+
+
+def _weights(subject: Subject) -> NDArray[np.float64]:
+    return resample_weights(num_sequences=subject.groups.count, num_resamples=NUM_RESAMPLES, seed=SEED)
 
 
 def _sums(subject: Subject, axis: int, control: str, lags: list[int]) -> NDArray[np.float64]:
     """(lags, groups, 4) as ``temporal.repeat_sums``: over all blocks, or, of a control, over a sample."""
     sums = np.zeros((len(lags), subject.groups.count, 4))
-    common: dict[str, Any] = {
-        "num_experts": subject.run.layers[axis].num_experts,
-        "lags": lags,
-        "num_groups": subject.groups.count,
-    }
-    if control != "observed":
-        sample = subject.sample(CONTROL_TOKENS)
-        ids = sample.ids(axis, control=control)
-        return temporal.repeat_sums(ids=ids, offsets=sample.block.offsets, group=sample.group, **common)
-    for block in subject.blocks:
-        group = subject.groups.of_block(subject.blocks, block.number)
-        sums += temporal.repeat_sums(ids=subject.ids(axis, block), offsets=block.offsets, group=group, **common)
+    text = subject.everything if control == "observed" else subject.sample(CONTROL_TOKENS)
+    for mine, block, ids in text.pieces(axis, control):
+        sums += temporal.repeat_sums(
+            ids=ids, offsets=block.offsets, num_experts=subject.run.layers[axis].num_experts, lags=lags,
+            group=text.group[mine], num_groups=subject.groups.count,
+        )  # fmt: skip
     return sums
 
 

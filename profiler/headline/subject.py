@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
-import polars as pl
 from numpy.typing import NDArray
 
 import store
+from moescope import memory
+from moescope.errors import InputError
+from moescope.sizes import size
 from profiler.headline.spool import Spool
 from profiler.metrics import controls
+from profiler.metrics._intervals import resample_weights
 from profiler.metrics._trace import sequence_runs
 from profiler.metrics.controls import uniform_tokens
 
@@ -33,12 +36,20 @@ MAX_GROUPS = 512
 
 SEED = 0
 
+Made = TypeVar("Made")
+
 Rows = list[dict[str, Any]]
 """Rows of table ``metric_value``; what a row leaves out takes its default there."""
 
 
 BLOCK_TOKENS = 1 << 20
 """Tokens that are in memory at once, of a layer or two: what metrics of a trace of any length are computed from."""
+
+BLOCK_COPIES = 8
+"""Times that a block's ids are in memory while they are unpacked and counted: with three blocks held, at most."""
+
+NUM_RESAMPLES = 1000
+"""Texts drawn anew for intervals of hit rates."""
 
 CONTROLS = ("observed", "shuffled_in_sequence", "shuffled", "uniform")
 """The trace as it is, and the three controls (:mod:`profiler.metrics.controls`)."""
@@ -148,6 +159,27 @@ class Sample:
         block = Block(len(subject.blocks), numbers, lengths[mine], domains, offsets)
         return cls(subject, block, subject.groups.group[mine], chosen)
 
+    @cached_property
+    def drawn(self) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+        """What texts are drawn anew from: (sequences,) group of each, without groups that have none here, from 0; and
+        (1 + resamples, groups) how often each is drawn, the first row all once.
+        """
+        present, group = np.unique(self.group, return_inverse=True)
+        return group, resampled(np.ones(len(present), bool))
+
+    def pieces(self, axis: int, control: str = "observed") -> Iterator[tuple[slice, Block, NDArray[np.int16]]]:
+        """What a layer is read in: which of these sequences, their block, and their ids.
+
+        All sequences come block by block; fewer, and controls, which shuffle over sequences, at once.
+        """
+        if not self.is_all or control != "observed":
+            yield slice(0, len(self.block.lengths)), self.block, self.ids(axis, control=control)
+            return
+        first = 0
+        for block in self.subject.blocks:
+            yield slice(first, first + len(block.lengths)), block, self.subject.ids(axis, block)
+            first += len(block.lengths)
+
     @property
     def is_all(self) -> bool:
         """Whether no sequence was left out."""
@@ -175,13 +207,17 @@ class Sample:
 
 @dataclass
 class Subject:
-    """A finished run with the parts that several metrics need."""
+    """A finished run with the parts that several metrics need.
+
+    whole: hit rates of every layer's own cache rest on all tokens, not on a sample.
+    """
 
     run: store.Run
+    whole: bool = False
     _held: dict[tuple[int, int], NDArray[np.int16]] = field(default_factory=dict, repr=False)
     _samples: dict[int, Sample] = field(default_factory=dict, repr=False)
     _spool: Spool = field(default_factory=Spool, repr=False)
-    _shuffles: Shuffles = field(default_factory=Shuffles, repr=False)
+    _made: dict[Callable[[Subject], Any], Any] = field(default_factory=dict, repr=False)
 
     @property
     def has_trace(self) -> bool:
@@ -204,17 +240,24 @@ class Subject:
         domains = np.concatenate([block.domains for block in self.blocks])
         return Groups.of(domains)
 
-    @cached_property
-    def replayed(self) -> store.Trace:
-        """The whole trace of as many sequences, drawn at random, as a shared cache can be replayed on in good time."""
+    def once(self, make: Callable[[Subject], Made]) -> Made:
+        """What ``make`` gives for this run, made for the first layer that asks."""
+        if make not in self._made:
+            self._made[make] = make(self)
+        found: Made = self._made[make]
+        return found
+
+    @property
+    def replay_tokens(self) -> int:
+        """Tokens that can be replayed through a cache that all layers share in good time."""
         layers = len(self.run.layers)
         width = max(layer.top_k for layer in self.run.layers)
-        affordable = REPLAY_COST / (layers * width * layers * self.num_experts)
-        return self.whole_trace(max(int(affordable), REPLAY_TOKENS))
+        return max(int(REPLAY_COST / (layers * width * layers * self.num_experts)), REPLAY_TOKENS)
 
-    def whole_trace(self, tokens: int) -> store.Trace:
-        """All layers of a sample of about so many tokens, held at once."""
-        return self.run.selections(sequences=self.sample(tokens).block.sequences.tolist())
+    @property
+    def everything(self) -> Sample:
+        """All sequences."""
+        return self.sample(int(self.lengths.sum()))
 
     def sample(self, tokens: int) -> Sample:
         """Sequences of about so many tokens, drawn at random; the same for the same number."""
@@ -224,34 +267,44 @@ class Subject:
 
     @cached_property
     def blocks(self) -> list[Block]:
-        """The run's sequences in blocks of at most ``BLOCK_TOKENS`` tokens (or of one longer sequence)."""
+        """The run's sequences in blocks of at most ``BLOCK_TOKENS`` tokens, or what a memory limit leaves (or of one
+        longer sequence).
+
+        Raises:
+            InputError: a sequence is too long for the memory limit.
+        """
         frame = self.run.table("sequence").select("sequence", "tokens", "domain").sort("sequence")
         numbers, lengths = frame["sequence"].to_numpy().astype(np.int64), frame["tokens"].to_numpy().astype(np.int64)
         domains = frame["domain"].to_numpy().astype(np.str_)
         offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
         blocks: list[Block] = []
-        for low, high in sequence_runs(offsets, BLOCK_TOKENS):
+        for low, high in sequence_runs(offsets, self._block_tokens(int(lengths.max(initial=0)))):
             within = offsets[low : high + 1] - offsets[low]
             blocks.append(Block(len(blocks), numbers[low:high], lengths[low:high], domains[low:high], within))
         return blocks
 
-    def ids(self, axis: int, block: Block, *, control: str = "observed") -> NDArray[np.int16]:
+    def _block_tokens(self, longest: int) -> int:
+        width = max((layer.top_k for layer in self.run.layers), default=1) * BLOCK_COPIES * np.dtype(np.int16).itemsize
+        tokens = memory.share(memory.BLOCKS, BLOCK_TOKENS * width) // width
+        if memory.limit() is not None and longest > tokens:
+            needed = memory.needed(longest * width, memory.BLOCKS)
+            raise InputError(
+                f"a sequence of {longest:,} tokens, which are replayed together, does not fit into a memory limit of "
+                f"{size(memory.limit() or 0)}: give --memory-limit {needed >> 20}MiB"
+            )
+        return tokens
+
+    def ids(self, axis: int, block: Block) -> NDArray[np.int16]:
         """Selections of entry ``axis`` of ``run.layers`` in a block: (tokens, k), sequence after sequence, -1 = none.
 
-        ``control`` destroys a property (:data:`CONTROLS`), for all layers of a block alike: tokens keep their layers
-        together. "shuffled" shuffles over the sequences of the block. Do not change the result in place.
+        Do not change the result in place.
         """
         key = (axis, block.number)
         if key not in self._held:
             while len(self._held) >= 3:
                 del self._held[next(iter(self._held))]
             self._held[key] = self._read(axis, block)
-        ids = self._held[key]
-        if control == "observed":
-            return ids
-        if control == "uniform":
-            return uniform_tokens(ids, self.run.layers[axis].num_experts, seed=(SEED, axis, block.number))
-        return ids[self._shuffles.order(block, control)]
+        return self._held[key]
 
     def _read(self, axis: int, block: Block) -> NDArray[np.int16]:
         """One layer's ids in a block, from the spool or the run file."""
@@ -266,8 +319,16 @@ class Subject:
 
     def tokens_of(self, domain: str | None) -> int:
         """Real tokens of one domain, or of all text."""
-        frame = self.run.table("sequence")
-        return int((frame if domain is None else frame.filter(pl.col("domain") == domain))["tokens"].sum())
+        if domain is None or not self.blocks:
+            return int(self.lengths.sum())
+        return int(self.lengths[np.concatenate([block.domains for block in self.blocks]) == domain].sum())
+
+
+def resampled(used: NDArray[np.bool_]) -> NDArray[np.float64]:
+    """(1 + resamples, texts) how often each text is drawn, of those that are used; the first row all once."""
+    weights = np.zeros((NUM_RESAMPLES, len(used)))
+    weights[:, used] = resample_weights(num_sequences=int(used.sum()), num_resamples=NUM_RESAMPLES, seed=SEED)
+    return np.concatenate([np.ones((1, len(used))), weights])
 
 
 def lengths_that_fit(lengths: NDArray[np.int64]) -> list[int]:
@@ -275,13 +336,20 @@ def lengths_that_fit(lengths: NDArray[np.int64]) -> list[int]:
     return [length for length in SEGMENT_LENGTHS if int((lengths >= length).sum()) >= 2]
 
 
-def trace_controls(trace: store.Trace, num_experts: int) -> Iterator[tuple[str, NDArray[np.int16]]]:
+def trace_controls(
+    ids: NDArray[np.int16], num_experts: int, wanted: Sequence[str] = CONTROLS
+) -> Iterator[tuple[str, NDArray[np.int16]]]:
     """A trace that is held whole, and the three controls that say what popularity, and chance, alone would give."""
-    common: dict[str, Any] = {"selections": trace.ids, "num_experts": num_experts, "seed": SEED}
-    yield "observed", trace.ids
-    yield "shuffled_in_sequence", controls.shuffle_within_sequences(**common)
-    yield "shuffled", controls.shuffle_across_sequences(**common)
-    yield "uniform", controls.uniform_experts(**common)
+    makers = {
+        "shuffled_in_sequence": controls.shuffle_within_sequences,
+        "shuffled": controls.shuffle_across_sequences,
+        "uniform": controls.uniform_experts,
+    }
+    for control in wanted:
+        if control == "observed":
+            yield control, ids
+        else:
+            yield control, makers[control](selections=ids, num_experts=num_experts, seed=SEED)
 
 
 def as_text(parameters: dict[str, Any]) -> str:

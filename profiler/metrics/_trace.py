@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +15,9 @@ from numpy.typing import NDArray
 from moescope.errors import MetricError
 
 from ._arrays import BoolArray, Ids, IntArray
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 def check_selections(selections: NDArray[Any], num_experts: int) -> Ids:
@@ -99,6 +104,19 @@ def sequence_runs(offsets: IntArray, tokens: int) -> Iterator[tuple[int, int]]:
         high = min(max(reachable, low + 1), sequences)
         yield low, high
         low = high
+
+
+def in_order(function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
+    """Results in the order of the items, made by as many threads as there are cores; few wait to be taken."""
+    cores = available_cores()
+    with ThreadPoolExecutor(cores) as threads:
+        waiting: deque[Future[Result]] = deque()
+        for item in items:
+            waiting.append(threads.submit(function, item))
+            if len(waiting) > cores:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
 
 
 def available_cores() -> int:

@@ -29,7 +29,7 @@ from moescope.errors import MetricError
 
 from ._arrays import FloatArray, ratio
 from ._intervals import Rule, check_bootstrap, interval, resample_weights
-from ._trace import Trace, available_cores, sequence_runs
+from ._trace import Trace, available_cores, in_order, sequence_runs
 
 CachePolicy = Literal["sch", "lru", "lfu", "belady"]
 Convention = Literal["reference", "clean"]
@@ -163,40 +163,70 @@ def hit_rate_bootstrap(
 
 @dataclass(frozen=True)
 class HitSums:
-    """What hit rates are computed from; adds up over sequences. hits (groups, sizes), weights (groups,)."""
+    """What the curve of one cache is computed from, by group of sequences: hits (groups, sizes), weights (groups,).
+
+    The curve is the sum of hits over the sum of weights; a sequence has weight 1 (the published code's mean over
+    sequences). Sequences are added one after the other, so that a trace read in blocks gives the same sums to the last
+    bit as one held whole.
+    """
 
     hits: FloatArray
     weights: FloatArray
 
-    def __add__(self, other: HitSums) -> HitSums:
-        return HitSums(self.hits + other.hits, self.weights + other.weights)
+    @classmethod
+    def zeros(cls, groups: int, sizes: int) -> HitSums:
+        """Sums of nothing; sizes: objects that the cache may hold, hence cache sizes."""
+        return cls(np.zeros((groups, sizes)), np.zeros(groups))
+
+    def add(
+        self,
+        *,
+        requests: NDArray[Any],
+        offsets: NDArray[np.int64],
+        group: NDArray[np.int64],
+        policy: CachePolicy,
+        segment_length: int | None = None,
+    ) -> None:
+        """Replay sequences, in the conventions of the published code.
+
+        Args:
+            requests: int (tokens, width) in descending weight, sequence after sequence; -1 = none.
+            offsets: (sequences + 1,) first token of each sequence.
+            group: (sequences,) the group of each.
+            policy, segment_length: as :func:`hit_rate_curve`.
+
+        Raises:
+            MetricError: an object that the cache cannot hold; otherwise as :func:`hit_rate_curve`.
+        """
+        _require_policy(policy, segment_length)
+        sizes = self.hits.shape[1]
+        low, high = int(requests.min(initial=-1)), int(requests.max(initial=-1))
+        if low < -1 or high >= sizes:
+            raise MetricError(
+                f"requests name objects {low} to {high}; the cache has {sizes}, numbered from 0, -1 = none"
+            )
+        cost = offsets * requests.shape[1] + np.arange(len(offsets)) * sizes
+
+        def replay(part: tuple[int, int]) -> tuple[int, FloatArray, FloatArray]:
+            first, last = part
+            asked = np.ascontiguousarray(requests[offsets[first] : offsets[last]], np.int32)
+            within = offsets[first : last + 1] - offsets[first]
+            return first, *_sequence_rates(asked, within, sizes, policy, segment_length or 1)
+
+        for first, hits, weights in in_order(replay, sequence_runs(cost, _TASK_REQUESTS)):
+            owner = group[first : first + len(hits)]
+            np.add.at(self.hits, owner, hits)
+            np.add.at(self.weights, owner, weights)
 
 
-def hit_sums(
-    *,
-    selections: NDArray[Any],
-    num_experts: int,
-    policy: CachePolicy,
-    segment_length: int | None = None,
-    shared: bool = False,
-    group: NDArray[np.int64],
-    num_groups: int,
-) -> list[HitSums]:
-    """Sums of ``hit_rate_curve`` by group of sequences: one per cache, that is per layer, or a single shared one.
+def shared_requests(*, selections: NDArray[Any], num_experts: int) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+    """What a cache that all layers share is asked for: (tokens, layers * k), and where each sequence begins.
 
-    Args as ``hit_rate_curve``, and group (sequences,): the group of each sequence, 0..num_groups - 1. A curve is the
-    sum of hits over the sum of weights; each sequence has weight 1 (the published code's mean over sequences).
-
-    Raises:
-        MetricError: as ``hit_rate_curve``.
+    Args as :func:`hit_rate_curve`. Layer l's expert e is object l * E + e.
     """
-    replay = _replay(Trace.of(selections, num_experts), policy, segment_length, shared, True, "reference")
-    sums = [HitSums(np.zeros((num_groups, replay.sizes)), np.zeros(num_groups)) for _ in range(replay.caches)]
-    for first, cache, hits, weight in _parts(replay):
-        owner = group[first : first + len(hits)]
-        np.add.at(sums[cache].hits, owner, hits)
-        np.add.at(sums[cache].weights, owner, weight)
-    return sums
+    trace = Trace.of(selections, num_experts)
+    replay = _Replay(trace, "lru", 1, shared=True, compulsory_free=True, convention="reference")
+    return _requests(replay, 0, len(trace.lengths), 0)[0], trace.offsets
 
 
 def slots_at_ratio(*, ratio: float, top_k: int, num_layers: int = 1) -> int:
@@ -208,19 +238,23 @@ def _replay(
     trace: Trace, policy: str, segment_length: int | None, shared: bool, compulsory_free: bool, convention: str
 ) -> _Replay:
     """Checked settings."""
-    if policy not in get_args(CachePolicy):
-        raise MetricError(f"policy is {policy!r}; choose one of {', '.join(get_args(CachePolicy))}")
     if convention not in get_args(Convention):
         raise MetricError(f"convention is {convention!r}; choose one of {', '.join(get_args(Convention))}")
+    _require_policy(policy, segment_length)
+    if not trace.lengths.any():
+        raise MetricError("selections holds no token that uses an expert; there is nothing to replay")
+    return _Replay(trace, policy, segment_length or 1, shared, compulsory_free, convention)  # type: ignore[arg-type]
+
+
+def _require_policy(policy: str, segment_length: int | None) -> None:
+    if policy not in get_args(CachePolicy):
+        raise MetricError(f"policy is {policy!r}; choose one of {', '.join(get_args(CachePolicy))}")
     if policy == "sch" and (segment_length is None or segment_length < 1):
         raise MetricError(f"segment_length is {segment_length}; policy 'sch' takes a number of tokens from 1")
     if policy != "sch" and segment_length is not None:
         raise MetricError(
             f"segment_length is {segment_length}, but policy {policy!r} looks at no segment: leave it out"
         )
-    if not trace.lengths.any():
-        raise MetricError("selections holds no token that uses an expert; there is nothing to replay")
-    return _Replay(trace, policy, segment_length or 1, shared, compulsory_free, convention)  # type: ignore[arg-type]
 
 
 def _parts(replay: _Replay) -> Iterator[tuple[int, int, FloatArray, FloatArray]]:
@@ -254,7 +288,24 @@ def _replay_part(replay: _Replay, low: int, high: int, cache: int) -> tuple[int,
     hits = np.cumsum(histogram, axis=1, dtype=np.float64)
     if clean:
         return low, cache, hits, asked.astype(np.float64)
-    return low, cache, ratio(hits, asked[:, None], empty=0.0), (asked > 0).astype(np.float64)
+    return low, cache, *_rates(hits, asked)
+
+
+def _sequence_rates(
+    requests: NDArray[np.int32], offsets: NDArray[np.int64], sizes: int, policy: str, window: int
+) -> tuple[FloatArray, FloatArray]:
+    """Hit rates of sequences at every size, (sequences, sizes), and their weights, (sequences,): "reference"."""
+    from ._stack import Policy, hit_histograms, request_depths
+
+    depths = np.empty_like(requests)
+    request_depths(requests, offsets, sizes, int(Policy[policy.upper()]), window, False, depths)
+    histogram, asked = hit_histograms(depths, offsets, sizes, True)
+    return _rates(np.cumsum(histogram, axis=1, dtype=np.float64), asked)
+
+
+def _rates(hits: FloatArray, asked: NDArray[np.int64]) -> tuple[FloatArray, FloatArray]:
+    """Each sequence's hit rate, with weight 1 where it asks for anything."""
+    return ratio(hits, asked[:, None], empty=0.0), (asked > 0).astype(np.float64)
 
 
 def _requests(replay: _Replay, low: int, high: int, cache: int) -> tuple[NDArray[np.int32], int]:

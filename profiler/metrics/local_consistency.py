@@ -17,7 +17,7 @@ from .cache_hit_rate import (
     HitSums,
     hit_rate_bootstrap,
     hit_rate_curve,
-    hit_sums,
+    shared_requests,
     slots_at_ratio,
 )
 from .segment_routing import (
@@ -43,7 +43,7 @@ __all__ = [
     "SegmentRoutingInterval",
     "hit_rate_bootstrap",
     "hit_rate_curve",
-    "hit_sums",
+    "shared_requests",
     "slots_at_ratio",
     "srp",
     "srp_bootstrap",

@@ -23,14 +23,16 @@ from app.frames.architecture import subjects
 from compressor.families import ADAPTERS
 from profiler.headline import compute
 from profiler.headline.axes import axis_distance_rows
-from profiler.headline.flow import flow_rows
+from profiler.headline.flow import PAIRS, lookahead_rows, transition_rows
 from profiler.headline.layer_memory import layer_memory_rows, step_repeat_rows
 from profiler.headline.neighbours import neighbour_rows
 from profiler.metrics.router_rows import router_rows
 from store import LayerInfo, RunInfo, RunWriter
 from tests.profiler.capture.tiny import build
 
-PARTS = (flow_rows, layer_memory_rows, step_repeat_rows, neighbour_rows, axis_distance_rows)
+PARTS = (
+    PAIRS, transition_rows, lookahead_rows, layer_memory_rows, step_repeat_rows, neighbour_rows, axis_distance_rows,
+)  # fmt: skip
 ROOT = Path(__file__).parents[2]
 CHARTS = {
     "f against P": 2, "Shared": 2, "Kinds": 2, "Steps": 4, "Axes": 4, "Memory": 2, "Neighbours": 2, "Router rows": 2,

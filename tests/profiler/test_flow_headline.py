@@ -12,7 +12,7 @@ import pytest
 from numpy.typing import NDArray
 
 import store
-from profiler.headline.flow import PARTS, flow_rows, lookahead_sums, parts_of
+from profiler.headline.flow import PAIRS, PARTS, lookahead_rows, lookahead_sums, parts_of, transition_rows
 from profiler.headline.subject import Groups, Subject
 from profiler.metrics import co_activation
 from store import LayerInfo, RunInfo, RunWriter, pack_trace
@@ -79,7 +79,8 @@ def counted(ids: NDArray[np.int16], other: NDArray[np.int16] | None = None) -> N
 
 def rows_of(path: Path) -> list[dict[str, Any]]:
     with store.open_run(path) as run:
-        rows = flow_rows(Subject(run))
+        subject = Subject(run)
+        rows = [row for part in (PAIRS, transition_rows, lookahead_rows) for row in part(subject)]
     return [{"control": "observed", "layer": None, "parameters": None, "at": None, **row} for row in rows]
 
 

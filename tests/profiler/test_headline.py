@@ -148,11 +148,11 @@ def test_a_replay_that_would_take_hours_is_sampled_from_all_domains(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     subject = Subject(store.open_run(_write(tmp_path, [50] * 40, outputs=False)))
-    assert len(subject.replayed.sequences) == 40
+    assert subject.sample(subject.replay_tokens).is_all
     monkeypatch.setattr(parts, "REPLAY_COST", 50 * 40 * len(LAYERS) * TOP_K * len(LAYERS) * EXPERTS / 4)
     monkeypatch.setattr(parts, "REPLAY_TOKENS", 0)
-    sampled = Subject(subject.run).replayed
-    assert len(sampled.sequences) == 10
+    sampled = subject.sample(subject.replay_tokens).block
+    assert len(sampled.lengths) == 10
     assert set(sampled.domains) == {"code", "prose"}
 
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 import store
 from profiler.headline import load as headline
 from profiler.headline import subject as parts
-from profiler.headline.load import BALANCE_FIELDS, load_rows
+from profiler.headline.load import BALANCE_FIELDS, LOAD
 from profiler.headline.subject import SEED, Rows, Subject
 from profiler.metrics import load
 from profiler.metrics._intervals import Resamples, interval, resample_weights
@@ -60,7 +60,7 @@ def found(rows: Rows, metric: str, domain: str | None = None) -> dict[str, Any]:
 
 def test_values_are_those_of_the_counts(tmp_path: Path) -> None:
     run, counts = write(tmp_path, [40, 50, 60, 30, 20, 10])
-    rows = load_rows(Subject(run))
+    rows = LOAD(Subject(run))
     for domain, chosen in ((None, slice(None)), ("prose", slice(0, None, 3))):
         even = load.balance(load=counts[chosen].sum(0)[None])
         for metric, field in BALANCE_FIELDS.items():
@@ -72,7 +72,7 @@ def test_values_are_those_of_the_counts(tmp_path: Path) -> None:
 @pytest.mark.parametrize("domain", [None, "code"])
 def test_intervals_are_those_of_sequences_drawn_by_hand(tmp_path: Path, domain: str | None) -> None:
     run, every = write(tmp_path, [40, 50, 60, 30, 20, 10])
-    row = found(load_rows(Subject(run)), "gini", domain)
+    row = found(LOAD(Subject(run)), "gini", domain)
     counts = every if domain is None else every[[1, 2, 4, 5]]
     weights = resample_weights(num_sequences=len(counts), num_resamples=headline.NUM_RESAMPLES, seed=SEED)
     drawn = []
@@ -87,10 +87,10 @@ def test_intervals_are_those_of_sequences_drawn_by_hand(tmp_path: Path, domain: 
 
 def test_blocks_do_not_change_intervals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run, _ = write(tmp_path, [40, 50, 60, 30, 20, 10])
-    whole = load_rows(Subject(run))
+    whole = LOAD(Subject(run))
     monkeypatch.setattr(parts, "BLOCK_TOKENS", 70)
     assert len(Subject(run).blocks) > 2
-    for one, other in zip(whole, load_rows(Subject(run)), strict=True):
+    for one, other in zip(whole, LOAD(Subject(run)), strict=True):
         assert one == pytest.approx(other, nan_ok=True)
 
 
@@ -125,7 +125,7 @@ def test_intervals_hold_the_truth_as_often_as_they_say() -> None:
 
 def test_counts_alone_have_values_without_intervals(tmp_path: Path) -> None:
     run, _ = write(tmp_path, [40, 50], trace=False)
-    row = found(load_rows(Subject(run)), "max_violation")
+    row = found(LOAD(Subject(run)), "max_violation")
     assert row["value"] > 0 and "low" not in row
     single, _ = write(tmp_path / "single", [40])
-    assert "low" not in found(load_rows(Subject(single)), "cv")
+    assert "low" not in found(LOAD(Subject(single)), "cv")
