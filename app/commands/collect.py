@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from app.commands.collect_workers import add_workers, collect_shared, require_shareable
 from app.commands.inputs import add_corpus, add_model, open_model, open_text, require_data, require_placement
 from app.commands.options import add_config, add_json, add_store, positive
 
@@ -62,6 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_generation(parser)
     add_model(parser)
     _add_layer_stream(parser)
+    add_workers(parser)
     add_config(parser)
     add_json(parser)
 
@@ -95,23 +97,27 @@ def _add_layer_stream(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Collect; the path of the run file is printed last."""
+    import store
+    from app.commands.delivery import deliver
+
     require_data(options)
     path = collect_run(options)
+    where = deliver(path)
+    shown = store.shown(path.parent)
     if options.json:
-        import store
-
         with store.open_run(path) as finished:
             info = finished.info
-            answer = {"run": str(path), "tokens": info.tokens, "sequences": info.sequences, "seconds": info.seconds}
+            answer = {"run": where, "tokens": info.tokens, "sequences": info.sequences, "seconds": info.seconds}
             answer |= {"capture": finished.badge.status, "reason": finished.badge.reason}
         print(json.dumps(answer))
     else:
-        print(f"run: {path}\nnext: moescope show {path}    or    moescope dashboard --store {path.parent}")
+        print(f"run: {where}\nnext: moescope show {where}    or    moescope dashboard --store {shown}")
     return 0
 
 
 def collect_run(options: argparse.Namespace) -> Path:
     """Open the corpus, load the model, collect, and return the run file: what is quick to refuse comes first."""
+    from app.commands.delivery import undelivered
     from profiler.capture.levels import parse_levels
     from profiler.generation import Sampling
     from store import Catalog
@@ -120,8 +126,11 @@ def collect_run(options: argparse.Namespace) -> Path:
     parse_levels(options.level)
     sampling = Sampling(options.temperature, options.top_p, options.seed)
     _require_streamable(options)
+    require_shareable(options)
     if not options.resume:
         Catalog(options.store).require_free(name)
+    elif (finished := undelivered(options.store, name)) is not None:
+        return finished
     from profiler import load_tokenizer
     from profiler.collect import collect
 
@@ -130,6 +139,8 @@ def collect_run(options: argparse.Namespace) -> Path:
     corpus = open_text(options, tokenizer, generation_prompt=bool(options.generate))
     if options.layer_stream:
         return _stream(options, name, corpus, tokenizer)
+    if options.ray is not None:
+        return collect_shared(options, name, corpus, tokenizer, sampling)
     model = open_model(options)
     path = collect(
         model,

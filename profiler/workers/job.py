@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Mapping
@@ -15,9 +14,9 @@ import store as run_store
 from moescope.errors import CorpusError, InputError, MoescopeError, RunError
 from profiler.workers.crew import Crew, Lost, Member
 from profiler.workers.parts import Part, cut, default_part_tokens
+from profiler.workers.place import Place, take_up
 from profiler.workers.verdicts import merged
 from profiler.workers.worker import CorpusFacts, Order, Ready, Report, Work
-from store.whole import remove
 
 if TYPE_CHECKING:
     from moescope.cluster import Cluster
@@ -31,7 +30,6 @@ MOST_LOSSES = 3
 """Workers that may be lost on one part before it is taken for the cause."""
 
 TELL_SECONDS = 1.0
-_STAGING = ".staging-"
 
 
 def collect_on_ray(
@@ -76,7 +74,7 @@ def collect_on_ray(
     directory = Path(store).resolve()
     finished = run_store.lacking_metrics(directory, name) if resume and headline else None
     if finished is None:
-        writer = run_store.RunWriter.resume(directory, name) if resume else None
+        writer = take_up(directory, name) if resume else None
         try:
             before = {} if writer is None else writer.info.settings.get("workers", {})
             tokens = agreed_part_tokens(name, part_tokens, before, corpus.num_tokens)
@@ -167,8 +165,7 @@ class WorkersJob:
         self._tokens = self._tokens_before = 0
         self._began = self._told = time.monotonic()
         self._seconds_before = 0.0
-        self._staging = Path()
-        self._target: run_store.ShardTarget | None = None
+        self._place: Place | None = None
         self._said = ""
         if writer is not None:
             self._take_up(writer)
@@ -212,12 +209,7 @@ class WorkersJob:
             "next_shard": self._first_shard + len(self._parts),
         }
         writer.write_info()
-        # A folder of its own for each driver: what workers of an earlier one still write can no longer appear.
-        for old in writer.folder.glob(f"{_STAGING}*"):
-            remove(old)
-        self._staging = writer.folder / f"{_STAGING}{secrets.token_hex(4)}"
-        self._staging.mkdir()
-        self._target = run_store.shard_target(str(writer.folder), str(self._staging))
+        self._place = Place(writer.folder, resuming=self._resuming)
         self._began = time.monotonic()
 
     # The work
@@ -253,7 +245,7 @@ class WorkersJob:
             return
         if isinstance(said, Ready):
             info = run_store.RunInfo.from_row(said.info)
-            if self._target is None:
+            if self._place is None:
                 self._open(info)
             self._require_same_model(info, said.place)
             self._hand_out(crew, member)
@@ -272,16 +264,16 @@ class WorkersJob:
             return
         part = self._left.popleft()
         batches = [self._corpus.batch(list(batch)) for batch in part.batches]
-        assert self._writer is not None, "opened when the first worker was ready"
+        assert self._place is not None, "opened when the first worker was ready"
         shard = self._first_shard + part.number
-        crew.give(member, part, Work(part.number, shard, batches, str(self._writer.folder), str(self._staging)))
+        crew.give(member, part, Work(part.number, shard, batches, self._place.location, self._place.staging))
 
     def _lose(self, crew: Crew, member: Member, lost: Lost) -> None:
         """Another worker takes the place and the part of one that is gone, unless its shard is there."""
         part = member.part
         if part is not None:
             self._tokens -= member.tokens
-            if self._target is not None and self._first_shard + part.number in self._target.numbers():
+            if self._place is not None and self._first_shard + part.number in self._place.target.numbers():
                 self._tokens += part.tokens
             else:
                 self._count_loss(part, lost)
@@ -318,8 +310,11 @@ class WorkersJob:
     def _finish(self, crew: Crew) -> Path:
         if self._writer is None:
             raise RunError("no worker came to work")
+        seconds = self._seconds()
         self._report(self._state(crew, "compacting"))
-        return self._writer.finish(seconds=self._seconds())
+        if self._place is not None:
+            self._place.gather()
+        return self._writer.finish(seconds=seconds)
 
     def _close(self) -> None:
         """Let another process go on with the run."""
@@ -327,10 +322,11 @@ class WorkersJob:
         if writer is None or not writer.folder.is_dir():
             return
         with suppress(MoescopeError, OSError):
-            remove(self._staging) if self._target is not None else None
             writer.info.seconds = self._seconds()
             writer.write_info()
             writer.write_progress(replace(self._state(None, "interrupted"), seconds_left=None))
+            if self._place is not None:
+                self._place.close()
         writer.close()
 
     def _stopped(self, what: str) -> RunError:
@@ -345,12 +341,12 @@ class WorkersJob:
     # The display
 
     def _seconds(self) -> float:
-        spent = time.monotonic() - self._began if self._target is not None else 0.0
+        spent = time.monotonic() - self._began if self._place is not None else 0.0
         return self._seconds_before + spent
 
     def _state(self, crew: Crew | None, state: Any = "collecting") -> run_store.Progress:
         spent, done = time.monotonic() - self._began, self._tokens_before + self._tokens
-        speed = self._tokens / spent if self._target is not None and spent else 0.0
+        speed = self._tokens / spent if self._place is not None and spent else 0.0
         total = 0 if self._order.generate else self._corpus.num_tokens
         running = sum(member.part is not None for member in crew.members) if crew is not None else 0
         parts = len(self._parts) - len(self._left) - running
@@ -368,8 +364,9 @@ class WorkersJob:
     def _tell(self, crew: Crew) -> None:
         state = self._state(crew)
         self._told = time.monotonic()
-        if self._writer is not None and self._target is not None:
+        if self._writer is not None and self._place is not None:
             self._writer.write_progress(state)
+            self._place.tell()
         if state.tokens or state.detail != self._said:  # before the first token, what does not change is said once
             self._report(state)
         self._said = state.detail
