@@ -21,8 +21,11 @@ import store
 from app.budget import Budget, Kept
 from app.exhibits.exhibit import Exhibit
 from app.figures.style import Theme
+from app.markdown import plain
 from compressor.plan import Plan
+from moescope.sizes import size
 from store import Catalog, Entry, Run
+from store.remote import split_stores
 
 STORE_VARIABLE = "MOESCOPE_STORE"
 
@@ -42,9 +45,14 @@ Made = TypeVar("Made")
 
 
 def store_directories() -> list[Path]:
-    """The stores that the dashboard was started on: ``MOESCOPE_STORE``, several separated as in ``PATH``."""
-    given = [part for part in os.environ.get(STORE_VARIABLE, "").split(os.pathsep) if part]
-    return [Path(part).expanduser() for part in given] or [Path("runs")]
+    """The stores that the dashboard was started on: ``MOESCOPE_STORE``, several separated as in ``PATH``; of URLs,
+    their mirrors.
+
+    Raises:
+        MoescopeError: a URL cannot be one of a store.
+    """
+    given = split_stores(os.environ.get(STORE_VARIABLE, ""))
+    return [store.located(part).expanduser() for part in given] or [Path("runs")]
 
 
 def entries() -> dict[str, Entry]:
@@ -59,7 +67,20 @@ def entries() -> dict[str, Entry]:
         for entry in Catalog(directory).entries():
             found.setdefault(entry.name, entry)
     _let_go({str(entry.path) for entry in found.values()}, directories)
-    return dict(sorted(found.items(), key=lambda item: _age(item[1].path, item[1].inode)))
+    return dict(sorted(found.items(), key=lambda item: _age(item[1])))
+
+
+def arrive(entry: Entry) -> None:
+    """Fetch a run of a remote store that is not here yet, with its name and size on the page meanwhile.
+
+    Raises:
+        MoescopeError: it cannot be fetched, or there is no room for it.
+    """
+    waiting = store.remote.waits_for(entry.path)
+    if waiting is None:
+        return
+    with st.spinner(f"Fetching {plain(entry.name)}, {size(waiting)}, from {plain(store.shown(entry.path.parent))}"):
+        store.bring(entry.path)
 
 
 def open_run(path: Path) -> Run:
@@ -68,6 +89,7 @@ def open_run(path: Path) -> Run:
     Raises:
         MoescopeError: it is gone, locked, or not a run.
     """
+    store.bring(path)
     version = store.version_of(path)
     run: Run = _open(str(path), version)
     former = _OPENED.get(str(path))
@@ -238,11 +260,15 @@ def _named(maker: Callable[..., Any]) -> str:
     return f"{module}.{maker.__qualname__}"
 
 
+def _age(entry: Entry) -> float:
+    """Seconds before the epoch of the last change, so that the newest sorts first; 0 for what just vanished."""
+    return _age_of_file(entry.path, entry.inode) if entry.modified is None else -entry.modified
+
+
 @lru_cache(maxsize=1 << 14)
-def _age(path: Path, inode: int) -> float:
-    """Seconds before the epoch of the last change, so that the newest sorts first; 0 for what just vanished. A run file
-    is never written again, so each is asked once; of a folder that grows, the first answer holds.
-    """
+def _age_of_file(path: Path, inode: int) -> float:
+    """As :func:`_age`. A run file is never written again, so each is asked once; of a folder that grows, the first
+    answer holds."""
     try:
         return -path.stat().st_mtime
     except OSError:

@@ -15,8 +15,8 @@ from app.components.theme_watch import theme_watch
 from app.sample import remarks
 from app.views import PAGES
 from moescope import __version__
-from moescope.errors import MoescopeError, StoreError
-from store import Entry
+from moescope.errors import InputError, MoescopeError
+from store import Entry, shown
 
 # Seconds between two looks at the store for runs that came or went.
 LOOK_EVERY = 3.0
@@ -33,11 +33,14 @@ def main() -> None:
     chosen_page = st.navigation(pages, expanded=True)
     try:
         entries = data.entries()
-    except StoreError as error:
+    except InputError as error:
         header.closed_store(str(error))
         return
     with st.sidebar:
         chosen = state.choose_run(entries)
+    if chosen is not None and not _arrived(chosen.entry):
+        return
+    with st.sidebar:
         if chosen is not None:
             _about(chosen.entry)
             _offer_live(entries, chosen)
@@ -45,7 +48,7 @@ def main() -> None:
         theme_watch()
         _look_for_runs(_names(entries))
     if chosen is None:
-        header.empty_store([str(path) for path in data.store_directories()])
+        header.empty_store([shown(path) for path in data.store_directories()])
         return
     with st.container(gap=None):
         _focus(chosen.entry)
@@ -59,6 +62,16 @@ def _focus(entry: Entry) -> None:
         focus_bar(data.open_run(entry.path))
     except (MoescopeError, OSError):
         return  # the page says what is wrong with the run
+
+
+def _arrived(entry: Entry) -> bool:
+    """Whether the run is here to be shown; a run of a remote store is fetched first."""
+    try:
+        data.arrive(entry)
+    except MoescopeError as error:
+        header.closed_store(str(error), title="The run cannot be fetched")
+        return False
+    return True
 
 
 def _about(entry: Entry) -> None:
@@ -91,7 +104,7 @@ def _look_for_runs(known: tuple[tuple[str, bool], ...]) -> None:
     """Draw everything again when a run appears, is finished, or goes."""
     try:
         now = _names(data.entries())
-    except StoreError:
+    except InputError:
         now = ()
     if now != known:
         st.rerun(scope="app")

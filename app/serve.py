@@ -9,6 +9,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Sequence
 from pathlib import Path
 from typing import IO
 
@@ -20,8 +21,11 @@ LOCAL = Address()
 """The first free port, for this machine only."""
 
 
-def serve(store: Path, address: Address = LOCAL, *, browser: bool = True) -> int:
+def serve(store: Path | Sequence[Path], address: Address = LOCAL, *, browser: bool = True) -> int:
     """Serve the dashboard over ``store`` until interrupted. Where the system can, this process becomes the server.
+
+    Args:
+        store: one store or several; none at all takes those of the environment.
 
     Raises:
         InputError: Streamlit is not installed, or the port is taken.
@@ -41,7 +45,7 @@ def serve(store: Path, address: Address = LOCAL, *, browser: bool = True) -> int
 
 
 def start(
-    store: Path, address: Address = LOCAL, *, browser: bool = True, timeout: float = 60.0
+    store: Path | Sequence[Path], address: Address = LOCAL, *, browser: bool = True, timeout: float = 60.0
 ) -> tuple[subprocess.Popen[bytes], str]:
     """Start the dashboard beside this process; returns it and its address once it answers.
 
@@ -94,10 +98,12 @@ def command_line(address: Address) -> list[str]:
     return [sys.executable, "-P", "-m", "streamlit", "run", str(SCRIPT), *options]
 
 
-def environment_for(store: Path, address: Address = LOCAL, *, browser: bool = False) -> dict[str, str]:
+def environment_for(store: Path | Sequence[Path], address: Address = LOCAL, *, browser: bool = False) -> dict[str, str]:
     """The environment of the server: the store, its names, and where moescope itself is found."""
     environment = dict(os.environ)
-    environment["MOESCOPE_STORE"] = str(store.expanduser().resolve())
+    stores = [store] if isinstance(store, Path) else list(store)
+    if stores:
+        environment["MOESCOPE_STORE"] = os.pathsep.join(map(_shown, stores))
     environment["MOESCOPE_HOSTS"] = ",".join(address.hosts)
     environment["MOESCOPE_OPEN"] = address.url if browser else ""
     environment["PYTHONSAFEPATH"] = "1"
@@ -107,6 +113,12 @@ def environment_for(store: Path, address: Address = LOCAL, *, browser: bool = Fa
         # A checkout that is not installed: name it first, before folders of the user's own.
         environment["PYTHONPATH"] = os.pathsep.join(part for part in (root, environment.get("PYTHONPATH", "")) if part)
     return environment
+
+
+def _shown(store: Path) -> str:
+    from store import shown
+
+    return shown(store.expanduser().resolve())
 
 
 def _wait_until_healthy(server: subprocess.Popen[bytes], url: str, timeout: float, said: IO[bytes]) -> None:

@@ -19,6 +19,7 @@ from store.examples import EXAMPLES, Example
 from store.info import IMPORTED, Badge, LayerInfo, Progress, RunInfo
 from store.parts import NUM_PARTS, in_every, part_of_sequence
 from store.plans import list_plans, plan_path, read_plan, read_plan_document, write_plan
+from store.remote import bring, located, shown
 from store.run import Run, SequenceText, open_run
 from store.schema import SCHEMA_VERSION, tables
 from store.scores import RouterScores, pack_scores
@@ -57,6 +58,7 @@ __all__ = [
     "Trace",
     "Union",
     "attach",
+    "bring",
     "browse",
     "confine",
     "console",
@@ -67,6 +69,7 @@ __all__ = [
     "lacking_metrics",
     "list_evaluations",
     "list_plans",
+    "located",
     "none_value",
     "open_run",
     "pack_scores",
@@ -80,6 +83,7 @@ __all__ = [
     "refusal",
     "replacing",
     "shard_target",
+    "shown",
     "tables",
     "version_of",
     "write_evaluation",

@@ -19,7 +19,7 @@ import duckdb
 import polars as pl
 
 from moescope.errors import MoescopeError, StoreError
-from store import connection
+from store import connection, remote
 from store.run import open_run
 from store.union import attach
 
@@ -180,6 +180,7 @@ def main() -> None:
     """Read one question as JSON, write what came of it: a line of JSON, then the frame as Arrow."""
     asked = json.loads(sys.stdin.buffer.read())
     try:
+        remote.stay()
         connection.confine(memory_limit=MEMORY, threads="2", temp_directory="", max_temp_directory_size="0B")
         opened = attach(asked["paths"]) if len(asked["paths"]) > 1 else open_run(asked["paths"][0])
         _bound(float(asked["seconds"]) + GRACE)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import duckdb
 import polars as pl
@@ -13,6 +13,9 @@ import polars as pl
 from moescope import memory
 from moescope.errors import StoreError
 from store.schema import Table, literal, quoted
+
+if TYPE_CHECKING:
+    from store.remote.ranged import OneRun
 
 Parameters = Sequence[Any] | Mapping[str, Any] | None
 
@@ -24,19 +27,24 @@ _NO_EXTENSIONS = {"autoinstall_known_extensions": "false", "autoload_known_exten
 _READING = {duckdb.StatementType.SELECT, duckdb.StatementType.EXPLAIN}
 
 
-def connect(databases: Mapping[str, Path]) -> duckdb.DuckDBPyConnection:
+def connect(databases: Mapping[str, Path], lying: OneRun | None = None) -> duckdb.DuckDBPyConnection:
     """A connection in memory with files attached read-only under the given names.
 
     A file that is replaced later goes on being read as it was: attach again to see the new one (a connection opened on
     the path itself would keep showing the old file to the whole process).
 
+    Args:
+        lying: the one file of ``databases`` where it lies in a remote store: read through it, in pieces.
+
     Raises:
         StoreError: a file is no DuckDB file, or another program holds it open for writing.
     """
     connection = duckdb.connect(":memory:", config={**_NO_EXTENSIONS, **_settings, **_limited()})
+    if lying is not None:
+        connection.register_filesystem(lying)
     for alias, path in databases.items():
         try:
-            connection.execute(f"attach {literal(path)} as {alias} (read_only)")
+            connection.execute(f"attach {literal(lying.PATH if lying else path)} as {alias} (read_only)")
         except duckdb.Error as error:
             connection.close()
             raise StoreError(f"{path} cannot be read as a run: {str(error).splitlines()[0]}") from error

@@ -13,6 +13,7 @@ from pathlib import Path
 import polars as pl
 
 from moescope.errors import StoreError
+from store import remote
 from store.answering import GRACE, Answer, stopped
 
 ROWS, SECONDS = 10_000, 10.0
@@ -47,6 +48,8 @@ class Console:
         """
         if rows < 1 or not 0 < seconds < 1e6:
             raise StoreError(f"limits of {rows} rows and {seconds:g} s: both must be above zero")
+        for path in self.paths:
+            remote.bring(path)
         question = {"paths": [str(path) for path in self.paths], "sql": sql, "rows": rows, "seconds": seconds}
         try:
             done = subprocess.run(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import duckdb
 
@@ -14,22 +15,30 @@ from store.info import require_version
 from store.schema import merge_query, quoted, tables, views
 from store.trace import none_value
 
+if TYPE_CHECKING:
+    from store.remote.ranged import OneRun
 
-def open_file(path: Path, hidden: Sequence[str]) -> tuple[duckdb.DuckDBPyConnection, tuple[str, ...]]:
+
+def open_file(
+    path: Path, hidden: Sequence[str], lying: OneRun | None = None
+) -> tuple[duckdb.DuckDBPyConnection, tuple[str, ...]]:
     """A finished run with its metrics; and one sentence per file beside it that is damaged and counts as not there.
 
     Args:
         hidden: tables that are to read as empty.
+        lying: the run where it lies in a remote store, without its metrics.
 
     Raises:
         StoreError: the file is no run, damaged, or of another version.
     """
     beside = derived.path_of(path)
     unreadable: tuple[str, ...] = ()
-    databases = {"data": path} | ({"derived": beside} if beside.exists() else {})
+    databases = {"data": path} | ({"derived": beside} if beside.exists() and lying is None else {})
     try:
-        opened = connection.connect(databases)
+        opened = connection.connect(databases, lying)
     except StoreError:
+        if lying is not None:
+            raise
         opened, unreadable = connection.connect({"data": path}), (_spoilt(beside),)
     attached = "derived" in databases and not unreadable
     try:
@@ -47,6 +56,8 @@ def open_file(path: Path, hidden: Sequence[str]) -> tuple[duckdb.DuckDBPyConnect
     except duckdb.Error as error:
         raise StoreError(f"{path} is damaged: put a copy in its place ({str(error).splitlines()[0]})") from error
     connection.lock(opened)
+    if lying is not None:
+        lying.sealed = True
     return opened, unreadable
 
 

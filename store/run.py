@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import duckdb
 import numpy as np
@@ -13,7 +14,7 @@ import polars as pl
 from numpy.typing import NDArray
 
 from moescope.errors import StoreError
-from store import connection, derived, live, stretch, text_search
+from store import connection, derived, live, remote, stretch, text_search
 from store.damage import damage
 from store.info import Badge, LayerInfo, Progress, RunInfo, badge
 from store.opening import open_file, open_folder
@@ -26,6 +27,9 @@ from store.tokens import TokenIds, unpack_tokens
 from store.trace import CHUNK_TOKENS, LayerSelections, Trace, unpack_layer, unpack_trace
 from store.version import version_of
 from store.whole import listing
+
+if TYPE_CHECKING:
+    from store.remote.ranged import OneRun
 
 FILE_SUFFIX = ".duckdb"
 
@@ -52,16 +56,24 @@ TEXT_TABLES = ("sequence_token", "vocabulary")
 """What a run opened without its text reads as empty."""
 
 
-def open_run(path: str | Path, *, text: bool = True) -> Run:
+def open_run(path: str | Path, *, text: bool = True, fetch: bool = True) -> Run:
     """Open ``NAME.duckdb``, or ``NAME.live/`` while it is collected.
 
     Args:
+        path: of a run in a directory; or in a remote store, as a URL or a path in its mirror.
         text: False hides token ids and text, as if the run had not kept them.
+        fetch: what is in a remote store and not here is fetched first; False reads the pieces that are asked for where
+            they lie, and none of what stands beside the run.
 
     Raises:
         StoreError: there is no such run, it is not one, or its schema is of another version.
+        InputError: it is in a remote store, and there is no room for it here.
     """
-    path = Path(path)
+    path = remote.run_path(path)
+    lying = None if fetch else remote.lying(path)
+    if lying is not None:
+        return Run(path, live_folder=False, text=text, lying=lying)
+    unreadable = remote.bring(path, shards=fetch)
     if path.is_dir() and path.name.endswith(live.SUFFIX):
         return Run(path, live_folder=True, text=text)
     if not path.is_file():
@@ -69,7 +81,7 @@ def open_run(path: str | Path, *, text: bool = True) -> Run:
         near = [name for name in names if not name.startswith(".") and not name.endswith(derived.SUFFIX)]
         hint = f"; {path.parent} has {', '.join(near[:5])}" if near else ""
         raise StoreError(f"no run at {path}{hint}")
-    return Run(path, live_folder=False, text=text)
+    return Run(path, live_folder=False, text=text, unreadable=unreadable)
 
 
 class Run:
@@ -83,7 +95,15 @@ class Run:
         unreadable: one sentence per file beside the run that is damaged and counts as not there.
     """
 
-    def __init__(self, path: Path, *, live_folder: bool, text: bool = True) -> None:
+    def __init__(
+        self,
+        path: Path,
+        *,
+        live_folder: bool,
+        text: bool = True,
+        lying: OneRun | None = None,
+        unreadable: tuple[str, ...] = (),
+    ) -> None:
         self.path = path
         self._hidden: tuple[str, ...] = () if text else TEXT_TABLES
         self.live = live_folder
@@ -93,7 +113,8 @@ class Run:
         if live_folder:
             self._connection = open_folder(path, self._hidden)
         else:
-            self._connection, self.unreadable = open_file(path, self._hidden)
+            self._connection, spoilt = open_file(path, self._hidden, lying)
+            self.unreadable = (*unreadable, *spoilt)
 
     def close(self) -> None:
         """Let go of the file."""

@@ -80,7 +80,11 @@ def shard_target(location: str, staging: str = "") -> ShardTarget:
     """The shards at a location.
 
     Args:
-        location: a folder ``NAME.live``.
+        location: a folder ``NAME.live``, or the URL of one in a remote store.
         staging: see :class:`FolderTarget`.
     """
+    if "://" in location:
+        from store.remote.collecting import object_target
+
+        return object_target(location)
     return FolderTarget(Path(location), Path(staging) if staging else None)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from app.address import Address, checked
-from app.commands.options import add_store
+from app.commands.options import add_stores
 
 NAME = "dashboard"
 SUMMARY = "open the dashboard on a directory of runs"
@@ -13,7 +13,7 @@ SUMMARY = "open the dashboard on a directory of runs"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the command."""
-    add_store(parser)
+    add_stores(parser)
     add_server(parser)
 
 
@@ -48,4 +48,4 @@ def run(options: argparse.Namespace) -> int:
     """Serve until interrupted."""
     from app.serve import serve
 
-    return serve(options.store, address_of(options), browser=not options.no_browser)
+    return serve(options.store or [], address_of(options), browser=not options.no_browser)

@@ -51,17 +51,21 @@ def run(options: argparse.Namespace) -> int:
     if options.format is None or options.path is None:
         raise InputError("import takes FORMAT and PATH; moescope import --list names the formats")
     from app.commands.collect import show_progress
+    from app.commands.delivery import deliver
     from profiler.importers.job import import_run
+    from store import Catalog, shown
 
     name = options.name or _name(options.path)
+    Catalog(options.store).require_free(name)
     target = import_run(
         options.format, options.path, directory=options.store, name=name, options=_given(options),
         progress=None if options.json else show_progress, metrics=not options.no_metrics,
     )  # fmt: skip
+    where = deliver(target)
     if options.json:
-        print(json.dumps({"run": name, "path": str(target)}))
+        print(json.dumps({"run": name, "path": where}))
     else:
-        print(f"run {name}: {target}\nlook at it: moescope show {name} --store {options.store}")
+        print(f"run {name}: {where}\nlook at it: moescope show {name} --store {shown(options.store)}")
     return 0
 
 

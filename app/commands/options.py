@@ -12,11 +12,38 @@ from moescope.errors import InputError
 
 
 def add_store(parser: argparse.ArgumentParser) -> None:
-    """``--store DIR``: where the runs are."""
-    default = os.environ.get("MOESCOPE_STORE", "runs")
+    """``--store DIR``: where the runs are, a directory or a URL such as ``s3://bucket/prefix``."""
     parser.add_argument(
-        "--store", metavar="DIR", type=Path, default=Path(default), help="directory of runs (default: ./runs)"
+        "--store",
+        metavar="DIR",
+        type=store_location,
+        default=os.environ.get("MOESCOPE_STORE", "runs"),
+        help="directory of runs, or a URL such as s3://bucket/prefix (default: ./runs)",
     )
+
+
+def add_stores(parser: argparse.ArgumentParser) -> None:
+    """``--store DIR...``: as :func:`add_store`, of a command that shows several at once."""
+    parser.add_argument(
+        "--store",
+        metavar="DIR",
+        nargs="+",
+        type=store_location,
+        help="directories of runs, or URLs such as s3://bucket/prefix (default: ./runs)",
+    )
+
+
+def store_location(text: str) -> Path:
+    """The directory of a store: itself, or the mirror of a URL."""
+    if "://" not in text:
+        return Path(text)
+    from moescope.errors import MoescopeError
+    from store.remote import located
+
+    try:
+        return located(text)
+    except MoescopeError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def add_json(parser: argparse.ArgumentParser) -> None:

@@ -1,4 +1,4 @@
-"""``moescope runs``: what a store holds; rename, delete, compute metrics again."""
+"""``moescope runs``: what a store holds; rename, delete, compute metrics again, put into a remote store."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ if TYPE_CHECKING:
     from store import Catalog
 
 NAME = "runs"
-SUMMARY = "list, rename or delete the runs of a store, or compute their metrics again"
+SUMMARY = "list, rename or delete the runs of a store, compute their metrics again, or put one into a remote store"
 
-ACTIONS = {"list": 0, "rename": 2, "delete": 1, "compute": 1}
+ACTIONS = {"list": 0, "rename": 2, "delete": 1, "compute": 1, "push": 1}
 """What can be done, and how many names it takes."""
 
 
@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_store(parser)
     add_json(parser)
     parser.add_argument("action", nargs="?", choices=list(ACTIONS), default="list")
-    parser.add_argument("names", nargs="*", metavar="NAME", help="rename OLD NEW; delete NAME; compute NAME")
+    parser.add_argument("names", nargs="*", metavar="NAME", help="rename OLD NEW; delete NAME; compute NAME; push NAME")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -46,9 +46,18 @@ def run(options: argparse.Namespace) -> int:
         path = compute_and_store(catalog.resolve(names[0]), tell=_tell)
         print("\r" + " " * 79 + "\r", end="", file=sys.stderr, flush=True)
         print(f"metrics: {path}")
+    elif options.action == "push":
+        print(f"pushed to {_push(catalog, names[0])}")
     else:
         _list(catalog, as_json=options.json)
     return 0
+
+
+def _push(catalog: Catalog, name: str) -> str:
+    """Put a run into the remote store: one that was made in its mirror, or the file of one at a path."""
+    from app.commands.delivery import push
+
+    return push(catalog, name)
 
 
 def _tell(words: str) -> None:
@@ -66,6 +75,6 @@ def _list(catalog: Catalog, *, as_json: bool) -> None:
     if as_json:
         print(json.dumps(frame.to_dicts(), default=str))
     elif frame.is_empty():
-        print(f"no runs in {catalog.directory} yet: moescope demo, or moescope collect MODEL --data PATH")
+        print(f"no runs in {catalog} yet: moescope demo, or moescope collect MODEL --data PATH")
     else:
         print(table(frame))

@@ -63,9 +63,9 @@ def progress(run: Run) -> None:
     st.progress(share, text="compacting the shards into one file" if done.state == "compacting" else text)
 
 
-def closed_store(reason: str) -> None:
-    """The page of a store whose folder cannot be read."""
-    st.title("The store cannot be read", anchor=False)
+def closed_store(reason: str, title: str = "The store cannot be read") -> None:
+    """The page of a store that cannot be read, or of a run in one."""
+    st.title(title, anchor=False)
     st.error(plain(reason, 300))
     if st.button("Look again", icon=":material/refresh:"):
         st.rerun()

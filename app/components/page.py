@@ -8,8 +8,8 @@ import streamlit as st
 
 from app import data, focus, state
 from app.components import header
-from moescope.errors import MoescopeError, StoreError
-from store import Entry, Run
+from moescope.errors import InputError, MoescopeError
+from store import Entry, Run, shown
 
 REFRESH_SECONDS = 2.0
 
@@ -51,7 +51,7 @@ def _found(name: str | None) -> Entry | None:
     """The run of that name, if it is there, in a store that can be read."""
     try:
         return data.entries().get(name) if name is not None else None
-    except StoreError:
+    except InputError:
         return None
 
 
@@ -62,7 +62,7 @@ def _gone(name: str | None) -> None:
     )
     st.button("Look again", icon=":material/refresh:", key="look-again")
     with st.expander("Which folders are read?"):
-        st.write(", ".join(state.code(str(path)) for path in data.store_directories()))
+        st.write(", ".join(state.code(shown(path)) for path in data.store_directories()))
 
 
 __all__ = ["header", "render"]
