@@ -4,24 +4,32 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from app.commands.inputs import require_usable
 from app.commands.machines import add_machine, add_serving, asked_of, list_machines, machine_of
-from app.commands.options import add_config, add_json, add_store, positive
+from app.commands.options import add_config, add_json, add_memory_limit, add_store, positive
 from app.commands.plan import memory
+from app.commands.within import within
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     import store
     from compressor.plan import Plan
+    from moescope.cluster import Cluster
     from planner.cache.beside import Beside
     from planner.cache.study import Study
     from planner.machine import Machine
 
 NAME = "cache"
+ALL = "all"
+WORKERS = 2
+"""Of a Ray, where nobody says how many."""
+
 SUMMARY = "replay caches of experts on a run's trace and say whether caching pays on a machine, and how fast"
 
 
@@ -39,13 +47,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="all weights beside routed experts (default: estimated from the model's configuration)",
     )  # fmt: skip
     parser.add_argument(
-        "--steps", type=positive, metavar="N", help="layers of tokens that are replayed at most (default 600k)"
+        "--steps", type=_steps, metavar="N|all",
+        help="layers of tokens that are replayed at most (default 600k); all: hit-rate curves of the whole trace, layer"
+        " by layer, while times rest on the default",
+    )  # fmt: skip
+    parser.add_argument(
+        "--ray",
+        metavar="ADDRESS",
+        help="with --steps all: workers of this Ray (HOST:PORT, or local) take the layers",
     )
+    parser.add_argument("--workers", type=positive, metavar="N", help="of the Ray, each with one CPU (default 2)")
     parser.add_argument(
         "--beside", action="store_true",
         help="published policies, ways to foresee experts, forecasts, sequences put together and bit planes too",
     )  # fmt: skip
     parser.add_argument("--allow-invalid", action="store_true", help="take a run whose checks failed all the same")
+    add_memory_limit(parser)
     add_store(parser)
     add_config(parser)
     add_json(parser)
@@ -53,6 +70,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Replay, time, and print the verdict; the study is kept beside the run."""
+    return within(options, _run)
+
+
+def _run(options: argparse.Namespace) -> int:
     import store
     from app.progress import Stoppable
     from app.sample import remarks
@@ -68,10 +89,11 @@ def run(options: argparse.Namespace) -> int:
         require_usable(opened, options)
         _require_trace(opened)
         with Telling() as tell:
-            found = study(
-                opened, machine, plan=_plan(options.plan), domains=domains_of(opened, options.domains), tell=tell,
-                **_asked(options),
-            )  # fmt: skip
+            with _cluster(options) as cluster:
+                found = study(
+                    opened, machine, plan=_plan(options.plan), domains=domains_of(opened, options.domains), tell=tell,
+                    whole=options.steps == ALL, cluster=cluster, **_asked(options),
+                )  # fmt: skip
             also = _beside(opened, machine, options, tell) if options.beside else None
         path = store.write_plan(opened.path, json.dumps(found.content()), kind="caching")
     if options.json:
@@ -158,6 +180,12 @@ def _refuse(options: argparse.Namespace) -> None:
 
     if options.target is None:
         raise InputError("which run? give RUN, a path or a name in --store; --machines lists the machines")
+    if options.ray and options.steps != ALL:
+        raise InputError("--ray spreads the layers of a whole trace: give --steps all too")
+    if options.workers and not options.ray:
+        raise InputError("--workers are those of a Ray: give --ray ADDRESS too")
+    if options.steps == ALL and ((options.batch or 1) > 1 or (options.chunk or 1) > 1):
+        raise InputError("--steps all replays token by token: leave out --batch and --chunk, or give a number of steps")
 
 
 def _plan(path: Path | None) -> Plan | None:
@@ -169,4 +197,20 @@ def _plan(path: Path | None) -> Plan | None:
 
 
 def _asked(options: argparse.Namespace) -> dict[str, Any]:
-    return asked_of(options) | ({} if options.steps is None else {"steps": options.steps})
+    return asked_of(options) | ({} if options.steps in (None, ALL) else {"steps": options.steps})
+
+
+def _steps(text: str) -> int | str:
+    return ALL if text == ALL else positive(text)
+
+
+@contextmanager
+def _cluster(options: argparse.Namespace) -> Iterator[Cluster | None]:
+    """The Ray that was asked for, as long as it is needed."""
+    if not options.ray:
+        yield None
+        return
+    from moescope import cluster
+
+    with cluster.connected(options.ray, workers=options.workers or WORKERS) as joined:
+        yield joined

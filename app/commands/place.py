@@ -7,7 +7,8 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from app.commands.options import add_config, add_json, add_store, positive
+from app.commands.options import add_config, add_json, add_memory_limit, add_store, positive
+from app.commands.within import within
 
 if TYPE_CHECKING:
     import store
@@ -58,6 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--allow-invalid", action="store_true", help="take a run whose checks failed all the same")
     parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="write the plan to this file too")
+    add_memory_limit(parser)
     add_store(parser)
     add_config(parser)
     add_json(parser)
@@ -65,6 +67,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Place and print, list what there is, or answer for unequal devices and adapters."""
+    return within(options, _run)
+
+
+def _run(options: argparse.Namespace) -> int:
     from moescope.errors import InputError
 
     if (options.choices or options.adapters) and (options.output or options.method):

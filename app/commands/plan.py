@@ -8,7 +8,8 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from app.commands.options import add_config, add_json, add_store
+from app.commands.options import add_config, add_json, add_memory_limit, add_store
+from app.commands.within import within
 
 if TYPE_CHECKING:
     import store
@@ -63,6 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--set", action="append", default=[], type=_setting, metavar="NAME=VALUE", help="a parameter of the preset"
     )
     parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="write the plan to this file too")
+    add_memory_limit(parser)
     add_store(parser)
     add_config(parser)
     add_json(parser)
@@ -70,6 +72,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Make a plan, list what could be made, or compare two."""
+    return within(options, _run)
+
+
+def _run(options: argparse.Namespace) -> int:
     from moescope.errors import InputError
 
     if options.diff:

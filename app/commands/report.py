@@ -8,7 +8,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from app.commands.options import add_store
+from app.commands.options import add_memory_limit, add_store
+from app.commands.within import within
 
 if TYPE_CHECKING:
     import store
@@ -38,11 +39,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--figures", type=Path, metavar="DIR", help="md: write every figure as SVG there (needs kaleido)"
     )
     parser.add_argument("--force", action="store_true", help="replace a file that is there")
+    add_memory_limit(parser)
     add_store(parser)
 
 
 def run(options: argparse.Namespace) -> int:
     """Write the report; the file appears whole or not at all."""
+    return within(options, _run)
+
+
+def _run(options: argparse.Namespace) -> int:
     import store
     from app.images import write_whole
     from app.progress import Stoppable

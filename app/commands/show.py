@@ -8,7 +8,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from app.commands.options import add_json, add_store
+from app.commands.options import add_json, add_memory_limit, add_store
+from app.commands.within import within
 
 if TYPE_CHECKING:
     import polars as pl
@@ -79,12 +80,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--super-experts-report", type=Path, metavar="DIR",
         help="write super experts and the maxima of all experts as the JSON files of the paper's code",
     )  # fmt: skip
+    add_memory_limit(parser)
     add_store(parser)
     add_json(parser)
 
 
 def run(options: argparse.Namespace) -> int:
     """Print the summary, or one view."""
+    return within(options, _run)
+
+
+def _run(options: argparse.Namespace) -> int:
     import store
     from app.text import table
 

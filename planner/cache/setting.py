@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 import store
 from compressor.plan import Plan, Source
+from moescope import memory
 from moescope.errors import PlanError
 from moescope.sizes import size
 from planner.estimate.dense import DensePart, dense_part
@@ -31,6 +32,8 @@ CONTEXT = 4096
 
 _UP = 1.006  # sizes in messages have three figures: what is advised must not be rounded below what is needed
 _ENDLESS = 1 << 62
+_PART = 1 - memory.DATABASE  # of what a memory limit leaves
+_SELECTION_BYTES = 200  # of a step and one of its experts, with controls and times; as measured
 
 
 @dataclass(frozen=True)
@@ -207,6 +210,7 @@ def setting_of(
         raise PlanError(f"batch {batch} and chunk {chunk}: sequences are decoded together or prompts read, ask for one")
     budget = _budget(machine, rest, source, context, batch, chunk, 8.0 * weight, other_weights)
     _require_room(budget, source, sizes, narrow)
+    _require_memory(run, steps)
     work = workload_of(run, domains=domains, phase=phase, max_tokens=max(2 * steps // max(len(run.layers), 1), 2))
     apart = halves(with_weights(work, sizes.bytes > 0), run.name)
     train, test = (_together(half, batch, chunk) for half in apart)
@@ -216,6 +220,19 @@ def setting_of(
         context=context, batch=batch, dense_bits=8.0 * weight, other=other_weights,
         recorded=_recorded(run, test), chunk=chunk, packed=packed, apart=None if batch == chunk == 1 else apart,
     )  # fmt: skip
+
+
+def _require_memory(run: store.Run, steps: int) -> None:
+    """Refuse more steps than the memory limit lets in: ways are timed on all layers of all passes at once."""
+    wide = max(layer.top_k for layer in run.layers)
+    count = min(steps, run.info.tokens * len(run.layers) // 2)
+    taken = count * wide * _SELECTION_BYTES
+    if (room := memory.share(_PART, taken)) < taken:
+        raise PlanError(
+            f"{count:,} layer-steps take about {size(taken)} to replay, and the memory limit leaves {size(room)}: give"
+            f" --steps {max(room // (wide * _SELECTION_BYTES) // 1000, 1)}k or fewer, or --memory-limit"
+            f" {memory.needed(taken, _PART) >> 20}MiB"
+        )
 
 
 def _together(work: Workload, batch: int, chunk: int) -> Workload:
