@@ -63,6 +63,8 @@ class Cluster:
         threads = str(max(1, int(self.cpus)))
         names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "POLARS_MAX_THREADS")
         variables = dict.fromkeys(names, threads)
+        if not self.gpus:  # Ray alone would let them all take the first one
+            variables["CUDA_VISIBLE_DEVICES"] = ""
         if self.address == LOCAL:  # the modules of this process, wherever it found them
             variables["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
         return {"num_cpus": self.cpus, "num_gpus": self.gpus, "runtime_env": {"env_vars": variables}}
@@ -146,6 +148,7 @@ def connected(
     folder = Path(tempfile.mkdtemp(prefix="mray-", dir="/tmp" if os.path.isdir("/tmp") else None))
     try:
         _join(ray, address, folder)
+        _hush(ray)
         joined = Cluster(ray, address, workers=workers, cpus=cpus_per_worker, gpus=gpus_per_worker)
         _require_room(joined)
         yield joined
@@ -219,6 +222,13 @@ def _join(ray: Any, address: str, folder: Path) -> None:
     except Exception as error:
         lines = str(error).strip().splitlines() or ["no message"]
         raise InputError(f"Ray at {address} could not be joined ({type(error).__name__}: {lines[0][:300]})") from error
+
+
+def _hush(ray: Any) -> None:
+    """Keep what Ray prints about lost workers off the terminal: they are replaced, or told in one line here."""
+    worker = getattr(ray._private, "worker", None)
+    if hasattr(worker, "print_to_stdstream"):
+        worker.print_to_stdstream = lambda *_, **__: None
 
 
 @contextmanager

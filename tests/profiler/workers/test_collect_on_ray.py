@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,8 @@ import pytest
 import profiler.collect as collect_module
 import store
 from moescope import cluster
-from moescope.errors import InputError, ModelError, RunError, StoreError
-from profiler.capture.levels import LEVELS, RecordingOptions, parse_levels
+from moescope.errors import InputError, RunError
+from profiler.capture.levels import RecordingOptions, parse_levels
 from profiler.corpus import Corpus, open_corpus
 from profiler.workers import collect_on_ray
 from store.schema import Table
@@ -51,9 +52,13 @@ def corpus(texts: Path, **options: Any) -> Corpus:
 @pytest.fixture(scope="module")
 def alone(texts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run of one process."""
+    return collect_alone(texts, tmp_path_factory.mktemp("alone"))
+
+
+def collect_alone(texts: Path, folder: Path, **options: Any) -> Path:
     return collect_module.collect(
-        build("qwen2_moe"), corpus=corpus(texts), store=tmp_path_factory.mktemp("alone"), name="tiny",
-        tokenizer=tokenizer(), level=LEVEL, router_scores=-1, similarity_every=2, headline=False,
+        build("qwen2_moe"), corpus=corpus(texts), store=folder, name="tiny", tokenizer=tokenizer(), level=LEVEL,
+        router_scores=-1, similarity_every=2, headline=False, **options,
     )  # fmt: skip
 
 
@@ -74,7 +79,7 @@ def crew(joined: cluster.Cluster, workers: int) -> cluster.Cluster:
 
 
 def assert_same(mine: Path, theirs: Path) -> None:
-    """Every table but the checks: keys, counts, text and selections equal, sums to 1e-12, 32-bit ones to a neighbour."""
+    """Every table but the checks: keys, counts, text, selections equal; sums to 1e-12, in 32 bits to a neighbour."""
     one, other = store.open_run(mine), store.open_run(theirs)
     for name, table in store.tables().items():
         if name in ("run", "check"):
@@ -84,7 +89,6 @@ def assert_same(mine: Path, theirs: Path) -> None:
         for column in table.columns:
             _assert_equal(f"{name}.{column.name}", first[column.name], second[column.name], column.type)
     assert one.info.tokens == other.info.tokens
-    assert len(one.table("check")) == len(other.table("check"))
 
 
 def _sorted(table: Table, frame: pl.DataFrame) -> pl.DataFrame:
@@ -110,17 +114,66 @@ def _assert_equal(name: str, first: pl.Series, second: pl.Series, kind: str) -> 
     np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-12 * scale, err_msg=name)
 
 
-@pytest.mark.parametrize("workers", [1, 2, 3])
-def test_workers_give_what_one_process_gives(
-    workers: int, ray_of_two: cluster.Cluster, alone: Path, texts: Path, tmp_path: Path
-) -> None:
-    told: list[store.Progress] = []
-    path = collect(crew(ray_of_two, workers), texts, tmp_path, progress=told.append)
+def die_once(folder: Path, name: str) -> None:
+    """Kill this process as the kernel would, unless one has died here already."""
+    try:
+        (folder / name).open("x").close()
+    except FileExistsError:
+        return
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def mortal(folder: Path) -> Any:
+    """A model whose worker is killed once in the middle of a part, and once between writing a shard and saying so."""
+    import profiler.workers.session as session
+
+    model, publish, forwards = build("qwen2_moe"), store.publish_shard, iter(range(10**6))
+
+    def and_die(*arguments: Any) -> bool:
+        published = publish(*arguments)
+        if arguments[1] == 3:
+            die_once(folder, "reporting")
+        return published
+
+    session.run_store.publish_shard = and_die  # type: ignore[assignment]
+    model.register_forward_pre_hook(lambda *_: die_once(folder, "working") if next(forwards) == 4 else None)
+    model.model.register_forward_pre_hook(lambda *_: die_once(folder, "working") if next(forwards) == 4 else None)
+    return model
+
+
+def test_killed_workers_change_nothing(ray_of_two: cluster.Cluster, alone: Path, texts: Path, tmp_path: Path) -> None:
+    deaths, told = tmp_path / "deaths", list[store.Progress]()
+    deaths.mkdir()
+    path = collect(ray_of_two, texts, tmp_path, load=partial(mortal, deaths), progress=told.append)
+    assert {file.name for file in deaths.iterdir()} == {"working", "reporting"}
     assert_same(path, alone)
     run = store.open_run(path)
+    assert len(run.table("check")) == len(store.open_run(alone).table("check"))
     assert run.badge.status == store.open_run(alone).badge.status == "valid", run.badge.reason
     assert told[-1].tokens == told[-1].token_budget == 2000
     kept = run.info.settings["workers"]
-    assert (kept["engine"], kept["workers"], kept["part_tokens"]) == ("ray", workers, PART_TOKENS)
-    assert kept["parts"] > 3
-    assert [file.name for file in tmp_path.iterdir()] == ["tiny.duckdb"]
+    assert (kept["engine"], kept["workers"], kept["part_tokens"]) == ("ray", 2, PART_TOKENS)
+    assert kept["parts"] == 6
+    assert {file.name for file in tmp_path.iterdir()} == {"tiny.duckdb", "deaths"}
+
+
+def test_an_interrupted_collection_goes_on_with_other_workers_or_with_none(
+    ray_of_two: cluster.Cluster, alone: Path, texts: Path, tmp_path: Path
+) -> None:
+    def interrupt(state: store.Progress) -> None:
+        if "1 of 6 parts" in state.detail:
+            raise KeyboardInterrupt
+
+    mine, theirs = tmp_path / "mine", tmp_path / "theirs"
+    with pytest.raises(RunError, match=r"interrupted; after \d+ of 2000 tokens; .* --resume"):
+        collect(crew(ray_of_two, 3), texts, mine, progress=interrupt)
+    folder = mine / "tiny.live"
+    assert not list(folder.glob(".staging-*"))
+    assert len(list(folder.glob("shard-*"))) >= 1
+    with store.open_run(folder) as run:
+        assert run.progress is not None and run.progress.state == "interrupted"
+    with pytest.raises(InputError, match=f"begun with --part-tokens {PART_TOKENS}"):
+        collect(ray_of_two, texts, mine, resume=True, part_tokens=200)
+    shutil.copytree(mine, theirs)
+    assert_same(collect(crew(ray_of_two, 1), texts, mine, resume=True, part_tokens=None), alone)
+    assert_same(collect_alone(texts, theirs, resume=True), alone)
