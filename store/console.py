@@ -70,7 +70,7 @@ def console(paths: str | Path | Iterable[str | Path]) -> Console:
     given: Sequence[str | Path] = [paths] if isinstance(paths, str | Path) else list(paths)
     if not given:
         raise StoreError("no run to ask: give at least one path")
-    return Console(tuple(Path(path).absolute() for path in given))
+    return Console(tuple(remote.run_path(path).absolute() for path in given))
 
 
 def _read(output: bytes, code: int, seconds: float) -> Answer:

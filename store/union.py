@@ -8,7 +8,7 @@ from pathlib import Path
 import polars as pl
 
 from moescope.errors import StoreError
-from store import connection, derived
+from store import connection, derived, remote
 from store.run import FILE_SUFFIX, open_run
 from store.schema import literal, quoted, tables, views
 
@@ -55,7 +55,7 @@ def attach(paths: Iterable[str | Path]) -> Union:
     Raises:
         StoreError: no run given, two of the same name, or one that cannot be opened (see :func:`store.open_run`).
     """
-    files = [Path(path) for path in paths]
+    files = [remote.run_path(path) for path in paths]
     if not files:
         raise StoreError("no run to attach: give at least one path")
     names = [path.name for path in files]

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from moescope.errors import ShardError, StoreError
 from store import live
 from store.remote.mirror import GATHERED
+from store.remote.objects import Object
 from store.remote.refusals import Vanished
 from store.schema import tables
 from store.whole import refusal, remove, temporary_for, write_whole
@@ -63,7 +64,7 @@ class ObjectTarget:
             part = f"{number:06d}-{secrets.token_hex(8)}"
             files = {file.name: file.stat().st_size for file in sorted(folder.iterdir())}
             for name in files:
-                self._objects.create(f"{self._folder}/.parts/{part}/{name}", folder / name)
+                self._objects.create(f"{self._folder}/.parts/{part}/{name}", folder / name, unheard=True)
             marker = json.dumps({"part": part, "files": files}, sort_keys=True)
             return self._objects.create(self._marker(number), marker.encode())
         finally:
@@ -139,7 +140,7 @@ def show(mirror: Mirror, folder: Path, *, shards: bool = True) -> None:
     if folder.is_dir() and (folder / "run.json").read_bytes() != info:
         remove(folder)  # another run of the same name
     if not folder.is_dir():
-        _begin(folder, info)
+        begin(folder, info, shown=True)
     try:
         progress = objects.read(f"{folder.name}/progress.json", _INFO_BYTES)
         write_whole(folder / "progress.json", progress, lasting=False)
@@ -150,12 +151,18 @@ def show(mirror: Mirror, folder: Path, *, shards: bool = True) -> None:
         mirror.shown[folder.name] = time.monotonic()
 
 
-def _begin(folder: Path, info: bytes) -> None:
+def begin(folder: Path, info: bytes, *, shown: bool = False) -> None:
+    """Make the folder ``NAME.live`` of a run that was begun elsewhere.
+
+    Args:
+        shown: it only shows the run.
+    """
     temporary = temporary_for(folder)
     try:
         temporary.mkdir()
         (temporary / "run.json").write_bytes(info)
-        (temporary / GATHERED).touch()
+        if shown:
+            (temporary / GATHERED).touch()
         temporary.rename(folder)
     except OSError as error:
         remove(temporary)
@@ -169,10 +176,13 @@ def _fetch_shard(objects: Objects, folder: Path, number: int, marker: str) -> No
     try:
         temporary.mkdir()
         for name, size in files.items():
-            found = objects.look(f"{folder.name}/.parts/{part}/{name}")
-            if found is None or found.size != size:
+            piece = Object(f"{folder.name}/.parts/{part}/{name}", size, "", 0.0)
+            try:
+                whole = objects.copy(piece, temporary / name) == size
+            except Vanished:
+                whole = False
+            if not whole:
                 raise ShardError(f"{objects.url_of(marker)}: {name} of this shard is missing or not whole")
-            objects.fetch(found, temporary / name)
         temporary.rename(folder / live.shard_name(number))
     except OSError as error:
         if not (folder / live.shard_name(number)).is_dir():  # else another process was quicker

@@ -11,11 +11,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moescope.errors import StoreError
+from moescope.errors import ShardError, StoreError
+from store import live
 from store.remote import collecting
 from store.remote.mirror import BESIDE, FILE, GATHERED, LIVE, RESULTS, Mirror, is_made_here, mirror_of
 from store.remote.refusals import Vanished
-from store.whole import write_whole
 
 if TYPE_CHECKING:
     from store.info import RunInfo
@@ -38,6 +38,7 @@ def deliver(path: Path, tell: Callable[[str], None] | None = None) -> str | None
     say = tell or (lambda words: None)
     if not path.name.endswith(FILE) or not path.is_file():
         raise StoreError(f"{path} is no finished run: what is collected goes into {mirror.url} when it is finished")
+    found = None
     if is_made_here(path):
         say(f"putting {name} into {mirror.url}")
         mirror.objects.create(path.name, path)
@@ -47,13 +48,14 @@ def deliver(path: Path, tell: Callable[[str], None] | None = None) -> str | None
                 f"{mirror.url} has another run {name!r}: yours is kept; moescope runs rename {name} NEW --store"
                 f" {mirror.url}, then moescope runs push NEW"
             )
-        mirror.adopt(path, found)
     for file in _beside(path):
         if not file.is_symlink():
             say(f"putting {file.name} into {mirror.url}")
             mirror.objects.create(file.relative_to(mirror.directory).as_posix(), file)
-    mirror.forget()
     _clear(mirror, path)
+    if found is not None:  # last of all: until then the run counts as not delivered, and all of this is done again
+        mirror.adopt(path, found)
+    mirror.forget()
     return mirror.objects.url_of(path.name)
 
 
@@ -108,13 +110,19 @@ def gather(folder: Path, tell: Callable[[int, int], None] | None = None) -> int:
         RunError: the disk is full.
     """
     mirror = _mirror(folder)
+    try:
+        info = mirror.objects.read(f"{folder.name}/run.json", _INFO_BYTES)
+    except Vanished:
+        if (folder / "run.json").exists():
+            return len(live.shards(folder))  # begun without --ray
+        raise StoreError(f"{mirror.url} has no unfinished run {folder.name.removesuffix(LIVE)!r}") from None
     if not folder.is_dir():
-        try:
-            info = mirror.objects.read(f"{folder.name}/run.json", _INFO_BYTES)
-        except Vanished:
-            raise StoreError(f"{mirror.url} has no unfinished run {folder.name.removesuffix(LIVE)!r}") from None
-        folder.mkdir(parents=True, exist_ok=True)
-        write_whole(folder / "run.json", info)
+        collecting.begin(folder, info)
+    if _begun(live.read_info(folder)) != _begun(_read_info(mirror, info)):
+        raise StoreError(
+            f"{mirror.objects.url_of(folder.name)} is another run than {folder}: continue that one where it was begun,"
+            " or give yours another name with moescope runs rename"
+        )
     (folder / GATHERED).unlink(missing_ok=True)
     return collecting.gather(mirror.objects, folder, tell)
 
@@ -149,7 +157,6 @@ def open_object(mirror: Mirror, path: Path, found: Object) -> Run:
 
 def _clear(mirror: Mirror, path: Path) -> None:
     """Remove what the collection of a delivered run left in the store: of that very run, ``run.json`` last."""
-    from store.info import RunInfo
     from store.run import open_run
 
     folder = path.name.removesuffix(FILE) + LIVE
@@ -157,16 +164,25 @@ def _clear(mirror: Mirror, path: Path) -> None:
         return
     marker = f"{folder}/run.json"
     try:
-        told = RunInfo.from_row(json.loads(mirror.objects.read(marker, _INFO_BYTES)))
-    except (ValueError, TypeError, Vanished):
+        told = _read_info(mirror, mirror.objects.read(marker, _INFO_BYTES))
+    except (StoreError, ShardError):
         return
     with open_run(path) as run:
         if _begun(run.info) != _begun(told):
-            return
+            return  # somebody else's
     names = [name for name in mirror.objects.beneath(folder) if name != marker]
     for name in [*names, marker]:
         mirror.objects.remove(name)
     mirror.forget()
+
+
+def _read_info(mirror: Mirror, content: bytes) -> RunInfo:
+    from store.info import RunInfo
+
+    try:
+        return RunInfo.from_row(json.loads(content))
+    except (ValueError, TypeError, AttributeError, LookupError):
+        raise ShardError(f"{mirror.url} holds a run.json that cannot be read") from None
 
 
 def _begun(info: RunInfo) -> tuple[object, ...]:

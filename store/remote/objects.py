@@ -146,6 +146,17 @@ class Objects:
             StoreError: it is gone, cannot be read, or is another one now than was listed.
             OSError: the file cannot be written.
         """
+        done = self.copy(wanted, target, tell)
+        now = self.look(wanted.name)
+        if now is None or now.tag != wanted.tag or done != wanted.size:
+            raise Changed(f"{self.url_of(wanted.name)} changed while it was read: try again when it is whole")
+
+    def copy(self, wanted: Object, target: Path, tell: Tell | None = None) -> int:
+        """As :meth:`fetch`, of an object that never changes; returns how many bytes there were.
+
+        Raises:
+            StoreError, OSError: as :meth:`fetch`.
+        """
         done = 0
         with target.open("wb") as file, ThreadPoolExecutor(_AT_ONCE) as pool:
             file.truncate(wanted.size)
@@ -160,18 +171,19 @@ class Objects:
                         tell(done, wanted.size)
             finally:
                 pool.shutdown(cancel_futures=True)
-        now = self.look(wanted.name)
-        if now is None or now.tag != wanted.tag or done != wanted.size:
-            raise Changed(f"{self.url_of(wanted.name)} changed while it was read: try again when it is whole")
+        return done
 
-    def create(self, name: str, content: bytes | Path) -> bool:
+    def create(self, name: str, content: bytes | Path, *, unheard: bool = False) -> bool:
         """Put a new object in the store, whole or not at all; False where one of the name is there, which stays.
+
+        Args:
+            unheard: the name was made up at random, so nobody looks whether it is there.
 
         Raises:
             StoreError: it cannot be written.
         """
         path = f"{self.root}/{name}"
-        if self.look(name) is not None:  # some services know no atomic create
+        if not unheard and self.look(name) is not None:  # some services know no atomic create
             return False
         with telling(self.url_of(name), "written"):
             try:

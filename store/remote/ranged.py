@@ -92,8 +92,8 @@ class OneRun(fsspec.AbstractFileSystem):  # type: ignore[misc]
         return []
 
     def glob(self, path: str, **_: Any) -> list[str]:
-        """Nothing."""
-        return []
+        """Nothing may be looked for."""
+        raise PermissionError("nothing but the run that was opened can be read")
 
     def open(self, path: str, mode: str = "rb", **_: Any) -> RunObject:
         """The run, for reading."""
