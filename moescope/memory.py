@@ -29,6 +29,9 @@ DATABASE = 0.5
 BLOCKS = 0.25
 """The part that blocks of a trace may take."""
 
+IMPORT_BLOCK = 0.6
+"""The part that a block of a file takes while it is imported: DuckDB comes after it."""
+
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _MMAP_THRESHOLD, _ARENA_MAX = -3, -8  # as malloc.h numbers them
 _limit: int | None = None
@@ -126,9 +129,10 @@ def held() -> int:
     return peak() if found is None else found
 
 
-def summary() -> str:
-    """The peak beside the limit, for the end of a command."""
-    of = "" if _limit is None else f" of {size(_limit)}"
+def summary(limit: int | None = None) -> str:
+    """The peak beside the limit, by default the one that holds, for the end of a command."""
+    limit = _limit if limit is None else limit
+    of = "" if limit is None else f" of {size(limit)}"
     workers = f", of a worker {size(_worker_peak)}" if _worker_peak else ""
     return f"peak of memory: {size(peak())}{of}{workers}"
 

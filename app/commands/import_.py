@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from app.commands.options import add_json, add_store
+from app.commands.options import add_json, add_memory_limit, add_store
 
 if TYPE_CHECKING:
     from profiler.importers.recording import ImportOptions
@@ -40,6 +41,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="JSON or .npy, (layers, replicas): which expert each replica is, for engines that count replicas",
     )  # fmt: skip
     parser.add_argument("--no-metrics", action="store_true", help="leave the metrics to moescope runs compute")
+    parser.add_argument("--ray", metavar="ADDRESS", help=argparse.SUPPRESS)
+    add_memory_limit(parser)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -50,22 +53,32 @@ def run(options: argparse.Namespace) -> int:
         return _list(as_json=options.json)
     if options.format is None or options.path is None:
         raise InputError("import takes FORMAT and PATH; moescope import --list names the formats")
+    if options.ray is not None:
+        raise InputError(
+            "import reads a file from its beginning to its end, on one machine: give --no-metrics instead of --ray, and"
+            " compute the metrics with moescope runs compute NAME --ray ADDRESS"
+        )
     from app.commands.collect import show_progress
     from app.commands.delivery import deliver
+    from moescope import memory
     from profiler.importers.job import import_run
     from store import Catalog, shown
 
     name = options.name or _name(options.path)
     Catalog(options.store).require_free(name)
-    target = import_run(
-        options.format, options.path, directory=options.store, name=name, options=_given(options),
-        progress=None if options.json else show_progress, metrics=not options.no_metrics,
-    )  # fmt: skip
+    with memory.limited(options.memory_limit):
+        target = import_run(
+            options.format, options.path, directory=options.store, name=name, options=_given(options),
+            progress=None if options.json else show_progress, metrics=not options.no_metrics,
+        )  # fmt: skip
     where = deliver(target)
     if options.json:
-        print(json.dumps({"run": name, "path": where}))
+        peak = {} if options.memory_limit is None else {"peak_memory": memory.peak()}
+        print(json.dumps({"run": name, "path": where, **peak}))
     else:
         print(f"run {name}: {where}\nlook at it: moescope show {name} --store {shown(options.store)}")
+    if options.memory_limit is not None:
+        print(memory.summary(options.memory_limit), file=sys.stderr)
     return 0
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from typing import TYPE_CHECKING
 
+from app.commands.compute import add_compute, compute, require_compute
 from app.commands.options import add_json, add_store
 
 if TYPE_CHECKING:
@@ -25,6 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_json(parser)
     parser.add_argument("action", nargs="?", choices=list(ACTIONS), default="list")
     parser.add_argument("names", nargs="*", metavar="NAME", help="rename OLD NEW; delete NAME; compute NAME; push NAME")
+    add_compute(parser)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -32,6 +33,7 @@ def run(options: argparse.Namespace) -> int:
     from moescope.errors import InputError
     from store import Catalog
 
+    require_compute(options)
     catalog, names = Catalog(options.store), options.names
     if len(names) != ACTIONS[options.action]:
         raise InputError(f"runs {options.action} takes {ACTIONS[options.action]} names, not {len(names)}")
@@ -41,11 +43,7 @@ def run(options: argparse.Namespace) -> int:
         catalog.delete(names[0])
         print(f"deleted {names[0]}")
     elif options.action == "compute":
-        from profiler.headline import compute_and_store
-
-        path = compute_and_store(catalog.resolve(names[0]), tell=_tell)
-        print("\r" + " " * 79 + "\r", end="", file=sys.stderr, flush=True)
-        print(f"metrics: {path}")
+        compute(options, catalog.resolve(names[0]))
     elif options.action == "push":
         print(f"pushed to {_push(catalog, names[0])}")
     else:
@@ -58,13 +56,6 @@ def _push(catalog: Catalog, name: str) -> str:
     from app.commands.delivery import push
 
     return push(catalog, name)
-
-
-def _tell(words: str) -> None:
-    """One line on stderr, printed over itself."""
-    from app.text import progress_line
-
-    print("\r" + progress_line(words), end="", file=sys.stderr, flush=True)
 
 
 def _list(catalog: Catalog, *, as_json: bool) -> None:

@@ -15,10 +15,11 @@ import polars as pl
 
 import store
 from moescope.errors import ImportFileError, MoescopeError
+from moescope.sizes import size
 from profiler.headline import compute_and_store
 from profiler.importers.blocks import Arranged, arrange, arrange_counts, joined, require_alike
 from profiler.importers.model_config import model_shape
-from profiler.importers.recording import BLOCK_TOKENS, CountBlock, ImportOptions, Recording, TraceBlock
+from profiler.importers.recording import CountBlock, ImportOptions, Recording, TraceBlock, block_tokens
 from profiler.importers.registry import format_named
 from profiler.importers.sequences import SequenceBook
 from profiler.importers.statistics import CountStatistics, TraceStatistics
@@ -29,6 +30,9 @@ _DAMAGE = (
     zipfile.BadZipFile, zlib.error, pl.exceptions.PolarsError,
 )  # fmt: skip
 """What libraries raise on files that are not what they should be."""
+
+SELECTION_BYTES = 3
+"""Bytes on disk per selection with its weight, while a trace is imported: half of it in shards, half in the run."""
 
 ProgressCallback = Callable[[store.Progress], None]
 
@@ -95,6 +99,22 @@ def _readable(path: Path, format_name: str) -> Iterator[None]:
         raise ImportFileError(f"{path} cannot be read as {format_name}: {text}") from error
 
 
+def _require_disk(recording: Recording, directory: Path) -> None:
+    """Refuse what the disk has no room for, where the file says how long it is: shards, and then the run beside them.
+
+    Raises:
+        ImportFileError: the disk is too full.
+    """
+    selections = recording.total_tokens * sum(layer.top_k for layer in recording.layers)
+    existing = next(one for one in (directory.absolute(), *directory.absolute().parents) if one.exists())
+    free = shutil.disk_usage(existing).free
+    if selections * SELECTION_BYTES > free:
+        raise ImportFileError(
+            f"{directory} has {size(free)} free; {recording.total_tokens:,} tokens of {len(recording.layers)} layers"
+            f" take about {size(selections * SELECTION_BYTES)} on the way in: make room, or give another --store"
+        )
+
+
 class _Import:
     """One import under way. No folder is made before the first block has passed."""
 
@@ -115,6 +135,7 @@ class _Import:
         """Take over what a reader opened."""
         if not recording.layers:
             raise ImportFileError(f"{path}: there is no MoE layer in it")
+        _require_disk(recording, self.directory)
         self.recording, self.path = recording, path
         self.book = SequenceBook(recording.labels, self.options.domain)
 
@@ -136,7 +157,7 @@ class _Import:
             self.first = block
         require_alike(block, self.first, self.path)
         self.pending.append(block)
-        if sum(len(one.sequence) for one in self.pending) >= BLOCK_TOKENS // 2:
+        if sum(len(one.sequence) for one in self.pending) >= block_tokens(len(block.ids) * block.ids.shape[2]) // 2:
             self.flush()
 
     def flush(self) -> None:

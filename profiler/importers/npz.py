@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from moescope.errors import ImportFileError
 from profiler.importers.format import Format
 from profiler.importers.npy import Archive, Header
-from profiler.importers.recording import BLOCK_TOKENS, ImportOptions, Recording, SequenceLabel, TraceBlock
+from profiler.importers.recording import ImportOptions, Recording, SequenceLabel, TraceBlock, block_tokens
 from profiler.importers.shape import Axis, layer_axis, require_dense_empty
 
 LABELS = ("domain", "dataset", "category")
@@ -40,14 +40,15 @@ def read(path: Path, options: ImportOptions) -> Recording:
     tokens, entries, k = header.shape
     if tokens == 0 or k == 0 or entries == 0:
         raise ImportFileError(f"{path}: experts has shape {header.shape}; it is (tokens, layers, experts per token)")
+    rows = block_tokens(entries * k)
     axis = layer_axis(
         options=options, path=path, entries=entries, top_k=k, num_experts=_scalar(archive, "num_experts"),
         numbers=_integers(archive, "layers").tolist() if "layers" in archive else None,
-        largest=lambda: max(_largest(block) for block in archive.blocks("experts", BLOCK_TOKENS)),
+        largest=lambda: max(_largest(block) for block in archive.blocks("experts", rows)),
     )  # fmt: skip
     if "weights" in archive and _require(archive, "weights", "f", 3).shape != header.shape:
         raise ImportFileError(f"{path}: weights have shape {archive.header('weights').shape}, experts {header.shape}")
-    source = _Source(archive, options, axis, tokens, _offsets(archive, tokens))
+    source = _Source(archive, options, axis, tokens, _offsets(archive, tokens), rows)
     omissions = {} if "weights" in archive else {"weights": "the file has no array 'weights'"}
     texts = _token_texts(options, source) if "tokens" in options.extra else None
     if texts is None and "token_ids" not in archive:
@@ -69,13 +70,14 @@ class _Texts:
 
 @dataclass
 class _Source:
-    """The arrays of one file, checked against each other."""
+    """The arrays of one file, checked against each other; rows: tokens per block."""
 
     archive: Archive
     options: ImportOptions
     axis: Axis
     tokens: int
     offsets: NDArray[np.int64]
+    rows: int
 
     def labels(self) -> dict[int, SequenceLabel]:
         """One label per sequence; empty where the file has none."""
@@ -89,11 +91,11 @@ class _Source:
 
     def blocks(self, texts: _Texts | None) -> Iterator[TraceBlock]:
         """The trace in blocks of tokens."""
-        weights = self.archive.blocks("weights", BLOCK_TOKENS) if "weights" in self.archive else None
-        names = self.archive.blocks("token_ids", BLOCK_TOKENS) if "token_ids" in self.archive else None
+        weights = self.archive.blocks("weights", self.rows) if "weights" in self.archive else None
+        names = self.archive.blocks("token_ids", self.rows) if "token_ids" in self.archive else None
         prompt = self._prompt_tokens()
         start = 0
-        for experts in self.archive.blocks("experts", BLOCK_TOKENS):
+        for experts in self.archive.blocks("experts", self.rows):
             where = np.arange(start, start + len(experts))
             sequence = np.searchsorted(self.offsets, where, side="right") - 1
             position = where - self.offsets[sequence]

@@ -15,9 +15,23 @@ import numpy as np
 from numpy.typing import NDArray
 
 import store
+from moescope import memory
 
 BLOCK_TOKENS = 1 << 15
 """Tokens per block that readers aim at: of 48 layers with 8 experts each, 25 MiB of ids and 50 MiB of weights."""
+
+ENTRY_BYTES = 48
+"""Bytes that an id and its weight take while a block is read, checked, packed and written."""
+
+
+def block_tokens(entries: int) -> int:
+    """Tokens per block under the memory limit, where there is one.
+
+    Args:
+        entries: ids per token, over all layers.
+    """
+    entry = entries * ENTRY_BYTES
+    return max(memory.share(memory.IMPORT_BLOCK, BLOCK_TOKENS * entry) // entry, 1)
 
 
 @dataclass(frozen=True)
