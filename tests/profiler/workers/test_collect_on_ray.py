@@ -21,6 +21,7 @@ from moescope.errors import InputError, RunError
 from profiler.capture.levels import RecordingOptions, parse_levels
 from profiler.corpus import Corpus, open_corpus
 from profiler.workers import collect_on_ray
+from profiler.workers.job import WorkersJob
 from store.schema import Table
 from tests.profiler.capture.tiny import build, tokenizer
 
@@ -158,15 +159,15 @@ def test_killed_workers_change_nothing(ray_of_two: cluster.Cluster, alone: Path,
 
 
 def test_an_interrupted_collection_goes_on_with_other_workers_or_with_none(
-    ray_of_two: cluster.Cluster, alone: Path, texts: Path, tmp_path: Path
+    ray_of_two: cluster.Cluster, alone: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def interrupt(state: store.Progress) -> None:
-        if "1 of 6 parts" in state.detail:
-            raise KeyboardInterrupt
+    def interrupt(self: WorkersJob, crew: Any) -> None:
+        raise KeyboardInterrupt
 
     mine, theirs = tmp_path / "mine", tmp_path / "theirs"
-    with pytest.raises(RunError, match=r"interrupted; after \d+ of 2000 tokens; .* --resume"):
-        collect(crew(ray_of_two, 3), texts, mine, progress=interrupt)
+    with monkeypatch.context() as patch, pytest.raises(RunError, match=r"interrupted; after \d+ of 2000 .* --resume"):
+        patch.setattr(WorkersJob, "_take_verdicts", interrupt)  # when the first part has been recorded
+        collect(crew(ray_of_two, 3), texts, mine)
     folder = mine / "tiny.live"
     assert not list(folder.glob(".staging-*"))
     assert len(list(folder.glob("shard-*"))) >= 1
