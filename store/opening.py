@@ -19,21 +19,27 @@ if TYPE_CHECKING:
     from store.remote.ranged import OneRun
 
 
+SUMMARY = ("run", "layer", "check")
+"""Tables of a run that is opened to be listed."""
+
+
 def open_file(
-    path: Path, hidden: Sequence[str], lying: OneRun | None = None
+    path: Path, hidden: Sequence[str], lying: OneRun | None = None, *, summary: bool = False
 ) -> tuple[duckdb.DuckDBPyConnection, tuple[str, ...]]:
     """A finished run with its metrics; and one sentence per file beside it that is damaged and counts as not there.
 
     Args:
         hidden: tables that are to read as empty.
         lying: the run where it lies in a remote store, without its metrics.
+        summary: only the tables of :data:`SUMMARY`, and no metrics: making a view of each takes most of the time.
 
     Raises:
         StoreError: the file is no run, damaged, or of another version.
     """
     beside = derived.path_of(path)
     unreadable: tuple[str, ...] = ()
-    databases = {"data": path} | ({"derived": beside} if beside.exists() and lying is None else {})
+    derived_too = lying is None and not summary and beside.exists()
+    databases = {"data": path} | ({"derived": beside} if derived_too else {})
     try:
         opened = connection.connect(databases, lying)
     except StoreError:
@@ -49,10 +55,12 @@ def open_file(
     try:
         experts = opened.sql("select coalesce(max(num_experts), 0) from data.layer").fetchall()[0][0]
         for table in tables().values():
-            rows = connection.table_query(opened, "data", table)
-            opened.execute(f"create view {quoted(table.name)} as {_unless(table.name in hidden, rows)}")
-        _create_views(opened, experts)
-        derived.create_views(opened, attached=attached)
+            if not summary or table.name in SUMMARY:
+                rows = connection.table_query(opened, "data", table)
+                opened.execute(f"create view {quoted(table.name)} as {_unless(table.name in hidden, rows)}")
+        if not summary:
+            _create_views(opened, experts)
+            derived.create_views(opened, attached=attached)
     except duckdb.Error as error:
         raise StoreError(f"{path} is damaged: put a copy in its place ({str(error).splitlines()[0]})") from error
     connection.lock(opened)

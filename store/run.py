@@ -56,7 +56,7 @@ TEXT_TABLES = ("sequence_token", "vocabulary")
 """What a run opened without its text reads as empty."""
 
 
-def open_run(path: str | Path, *, text: bool = True, fetch: bool = True) -> Run:
+def open_run(path: str | Path, *, text: bool = True, fetch: bool = True, summary: bool = False) -> Run:
     """Open ``NAME.duckdb``, or ``NAME.live/`` while it is collected.
 
     Args:
@@ -64,6 +64,7 @@ def open_run(path: str | Path, *, text: bool = True, fetch: bool = True) -> Run:
         text: False hides token ids and text, as if the run had not kept them.
         fetch: what is in a remote store and not here is fetched first; False reads the pieces that are asked for where
             they lie, and none of what stands beside the run.
+        summary: of a finished run, only what its info, layers and badge say can be asked: what a list of many needs.
 
     Raises:
         StoreError: there is no such run, it is not one, or its schema is of another version.
@@ -72,7 +73,7 @@ def open_run(path: str | Path, *, text: bool = True, fetch: bool = True) -> Run:
     path = remote.run_path(path)
     lying = None if fetch else remote.lying(path)
     if lying is not None:
-        return Run(path, live_folder=False, text=text, lying=lying)
+        return Run(path, live_folder=False, text=text, lying=lying, summary=summary)
     unreadable = remote.bring(path, shards=fetch)
     if path.is_dir() and path.name.endswith(live.SUFFIX):
         return Run(path, live_folder=True, text=text)
@@ -81,7 +82,7 @@ def open_run(path: str | Path, *, text: bool = True, fetch: bool = True) -> Run:
         near = [name for name in names if not name.startswith(".") and not name.endswith(derived.SUFFIX)]
         hint = f"; {path.parent} has {', '.join(near[:5])}" if near else ""
         raise StoreError(f"no run at {path}{hint}")
-    return Run(path, live_folder=False, text=text, unreadable=unreadable)
+    return Run(path, live_folder=False, text=text, unreadable=unreadable, summary=summary)
 
 
 class Run:
@@ -103,6 +104,7 @@ class Run:
         text: bool = True,
         lying: OneRun | None = None,
         unreadable: tuple[str, ...] = (),
+        summary: bool = False,
     ) -> None:
         self.path = path
         self._hidden: tuple[str, ...] = () if text else TEXT_TABLES
@@ -113,7 +115,7 @@ class Run:
         if live_folder:
             self._connection = open_folder(path, self._hidden)
         else:
-            self._connection, spoilt = open_file(path, self._hidden, lying)
+            self._connection, spoilt = open_file(path, self._hidden, lying, summary=summary)
             self.unreadable = (*unreadable, *spoilt)
 
     def close(self) -> None:

@@ -39,7 +39,7 @@ def _row(entry: Entry) -> dict[str, object]:
     """What there is to say of one run, from the few blocks that hold it."""
     row: dict[str, object] = {"run": entry.name, "megabytes": round(entry.size_bytes / 1e6, 2)}
     try:
-        with store.open_run(entry.path, fetch=False) as run:
+        with store.open_run(entry.path, fetch=False, summary=True) as run:
             progress = run.progress
             row |= {
                 "state": (progress.state if progress else "starting") if run.live else "finished",

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import store
+from moescope.errors import StoreError
 from store import sparse
 from tests.app.synthetic import finished
 
@@ -50,3 +51,10 @@ def test_what_is_kept_is_bounded(path: Path, monkeypatch: pytest.MonkeyPatch) ->
         assert list(run._sparse._kept) in ([(4,), (7,)], [(7,)])
         monkeypatch.setattr(sparse, "KEPT_BYTES", 1)
         assert not run._sparse.suits(FEW)
+
+
+def test_a_summary_says_what_a_list_needs(path: Path) -> None:
+    with store.open_run(path) as run, store.open_run(path, summary=True) as listed:
+        assert (listed.info, listed.layers, listed.badge) == (run.info, run.layers, run.badge)
+        with pytest.raises(StoreError, match="expert_load"):
+            listed.table("expert_load")
