@@ -25,7 +25,7 @@ IMPORTED = "imported"
 
 
 def _now() -> datetime:
-    return datetime.now(UTC).replace(microsecond=0, tzinfo=None)
+    return datetime.now(UTC).replace(tzinfo=None)  # to the microsecond: it tells runs of one name apart
 
 
 @dataclass

@@ -48,7 +48,7 @@ def _row(entry: Entry) -> dict[str, object]:
                 "levels": run.info.levels,
                 "sequences": run.info.sequences,
                 "tokens": run.info.tokens or (progress.tokens if progress else 0),
-                "created_at": run.info.created_at,
+                "created_at": run.info.created_at.replace(microsecond=0),
             }
     except MoescopeError as error:
         row |= {"state": "unreadable", "capture": str(error)}

@@ -70,7 +70,7 @@ def _capture(run: store.Run) -> Rows:
         ("capture", "checks", checks or "none"),
         ("capture", "levels", info.levels),
         ("capture", "origin", info.origin),
-        ("capture", "date (UTC)", str(info.created_at)),
+        ("capture", "date (UTC)", f"{info.created_at:%Y-%m-%d %H:%M:%S}"),
         ("capture", "complete", finished),
         *_watching(info),
         *(("capture", f"the source cannot say: {subject}", reason) for subject, reason in run.omissions.items()),

@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from moescope.errors import InputError
-from store.whole import refusal, write_whole
+from moescope.errors import InputError, MoescopeError
+from store.whole import refusal, replacing
 
 NAME_FILE = ".remote.json"
 """In a mirror: which store it stands for."""
@@ -57,13 +57,17 @@ def mirror(url: str) -> Path:
     if not (directory / NAME_FILE).is_file():
         try:
             directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+            with replacing(directory / NAME_FILE) as temporary:
+                temporary.write_text(json.dumps(naming, sort_keys=True), encoding="utf-8")
         except OSError as error:
-            raise refusal(directory, error, _ELSEWHERE) from error
-        write_whole(directory / NAME_FILE, json.dumps(naming, sort_keys=True), then=_ELSEWHERE)
+            raise no_place(directory, error) from error
     return directory
 
 
-_ELSEWHERE = ", or set MOESCOPE_CACHE to a folder elsewhere"
+def no_place(path: Path, error: OSError) -> MoescopeError:
+    """The error for what could not be written into the cache."""
+    refused = refusal(path, error)
+    return type(refused)(f"{refused}; MOESCOPE_CACHE names another folder for what is fetched")
 
 
 def url_of(directory: Path) -> str | None:

@@ -21,10 +21,10 @@ from typing import TYPE_CHECKING
 
 from moescope.errors import StoreError
 from store.documents import MAX_BYTES
-from store.remote.location import url_of
+from store.remote.location import no_place, url_of
 from store.remote.refusals import Unreachable
 from store.remote.room import COPIES, make_room, used_now
-from store.whole import refusal, remove, replacing, temporary_for
+from store.whole import remove, replacing, temporary_for
 
 if TYPE_CHECKING:
     from store.remote.objects import Object, Objects
@@ -218,7 +218,10 @@ class Mirror:
             copy = self._copy_of(path, delivered)
             copy.parent.mkdir(exist_ok=True)
             remove(copy)
-            os.link(path, copy)
+            try:
+                os.link(path, copy)
+            except OSError:  # a file system without hard links
+                os.replace(path, copy)
             self._point(path, copy)
 
     def _bring_beside(self, name: str, listing: Listing) -> tuple[str, ...]:
@@ -230,7 +233,10 @@ class Mirror:
             if name + suffix not in listing.folders:
                 continue
             folder = self.directory / (name + suffix)
-            folder.mkdir(exist_ok=True)
+            try:
+                folder.mkdir(exist_ok=True)
+            except OSError as error:
+                raise no_place(folder, error) from error
             found = [one for one in self.objects.listing(folder.name)[0] if _DOCUMENT.fullmatch(Path(one.name).name)]
             for one in found[:_MOST_DOCUMENTS]:
                 if one.size > MAX_BYTES:
@@ -267,7 +273,7 @@ class Mirror:
                     first()
                 self._point(path, copy)
         except OSError as error:
-            raise refusal(path, error, ", or set MOESCOPE_CACHE to a folder elsewhere") from error
+            raise no_place(path, error) from error
 
     def _fetch(self, wanted: Object, copy: Path, tell: Tell | None) -> None:
         told = None if tell is None else lambda done, total: tell(wanted.name, done, total)

@@ -58,8 +58,11 @@ def refusal_of(url: str, doing: str, error: BaseException) -> MoescopeError:
     if names & _NO_CREDENTIALS:
         hint = "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE" if scheme.startswith("s3") else "see docs"
         return StoreError(f"{url} cannot be {doing}: no credentials were found; set those of the service ({hint})")
-    if "NoSuchBucket" in codes:
-        return StoreError(f"{url} cannot be {doing}: there is no such bucket; look at its name and region")
+    if "NoSuchBucket" in codes or ("FileNotFoundError" in names and doing == "listed"):
+        return StoreError(
+            f"{url} cannot be {doing}: there is no such bucket; look at its name, at the region"
+            + (" and at AWS_ENDPOINT_URL" if scheme.startswith("s3") else "")
+        )
     if names & {"PermissionError"} or codes & _DENIED:
         return StoreError(
             f"{url} cannot be {doing}: access was denied; ask for the right to {_RIGHT[doing]} there, or take other"

@@ -403,7 +403,7 @@ def test_what_goes_wrong_is_said_in_one_line(
     mirror._mirrors.clear()
     for module in ("fsspec", "s3fs"):
         with monkeypatch.context() as patch:
-            patch.setattr(sys.modules["fsspec.registry"], "_registry", {})
+            patch.setattr(sys.modules["fsspec.registry"], "registry", {})
             patch.setitem(sys.modules, module, None)
             mirror._mirrors.clear()
             assert main(["runs", "--store", url]) == 2
@@ -426,7 +426,7 @@ def test_what_goes_wrong_is_said_in_one_line(
         patch.setenv("MOESCOPE_CACHE", str(made))
         with pytest.raises(SystemExit):
             main(["runs", "--store", url])
-        assert "MOESCOPE_CACHE" in capsys.readouterr().err
+        assert "MOESCOPE_CACHE names another folder" in capsys.readouterr().err
     kept = b"".join(file.read_bytes() for file in (tmp_path / "cache").rglob("*.json"))
     assert SECRET.encode() not in kept and b"testing" not in kept
 
