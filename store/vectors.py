@@ -1,4 +1,4 @@
-"""Merge the tables of vectors, layer by layer: SQL that unnests every list needs ten times the memory and the time."""
+"""Merge the tables of vectors: SQL that unnests every list needs ten times the memory and the time."""
 
 from __future__ import annotations
 
@@ -9,11 +9,15 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 from numpy.typing import NDArray
+from pyarrow import parquet
 
 from store.schema import Column, Table
 
 VECTOR_ROWS = 128
 """Rows per row group of a shard's vectors: about those of one layer."""
+
+HELD_BYTES = 64 << 20
+"""Rows of shards that are added up at once."""
 
 _TYPES: dict[str, type[np.generic]] = {"float": np.float32, "double": np.float64, "bigint": np.int64}
 
@@ -25,22 +29,49 @@ def holds_vectors(table: Table) -> bool:
 
 
 def merged_layers(table: Table, files: Sequence[Path]) -> Iterator[pl.DataFrame]:
-    """The merged rows of a table's shards, one layer after the other; sums are made in 64 bits.
+    """The merged rows of a table's shards, layers in ascending order; sums are made in 64 bits, and rounded once.
+
+    Each shard is read once, all layers together, where that does not take too much memory; else layer by layer.
 
     Args:
         files: the shards of the table; a column that a shard lacks is null there.
     """
+    if max((_unpacked_bytes(file) for file in files), default=0) <= HELD_BYTES:
+        yield from _merged(table, (pl.read_parquet(file) for file in files))
+        return
     holders: dict[int, list[pl.LazyFrame]] = defaultdict(list)  # a shard may hold one layer alone
     for file in files:
         scan = pl.scan_parquet(file)
         for layer in scan.select(pl.col("layer").unique()).collect()["layer"]:
             holders[layer].append(scan)
     for layer in sorted(holders):
-        parts = [scan.filter(pl.col("layer") == layer).collect() for scan in holders[layer]]
-        yield _merge(table, pl.concat(parts, how="diagonal_relaxed"))
+        yield from _merged(table, (scan.filter(pl.col("layer") == layer).collect() for scan in holders[layer]))
+
+
+def _unpacked_bytes(file: Path) -> int:
+    """Bytes of a shard's table in memory, about."""
+    metadata = parquet.read_metadata(file)
+    return sum(metadata.row_group(place).total_byte_size for place in range(metadata.num_row_groups))
+
+
+def _merged(table: Table, parts: Iterator[pl.DataFrame]) -> Iterator[pl.DataFrame]:
+    """All parts as one frame of the declared types; no more than ``HELD_BYTES`` of them wait to be added."""
+    waiting: list[pl.DataFrame] = []
+    held = 0
+    for part in parts:
+        waiting.append(part)
+        held += int(part.estimated_size())
+        if held > HELD_BYTES and len(waiting) > 1:
+            waiting = [_merge(table, pl.concat(waiting, how="diagonal_relaxed"))]
+            held = 0
+    if waiting:
+        merged = _merge(table, pl.concat(waiting, how="diagonal_relaxed"))
+        rounded = [column.name for column in table.columns if column.shard_type != column.type]
+        yield merged.with_columns(pl.col(rounded).cast(pl.List(pl.Float32)))
 
 
 def _merge(table: Table, rows: pl.DataFrame) -> pl.DataFrame:
+    """Rows of equal keys as one, in the types of shards."""
     lists = [column for column in table.columns if column.type.endswith("[]")]
     missing = [column.name for column in table.columns if column.name not in rows.columns]
     rows = rows.with_columns(pl.lit(None).alias(name) for name in missing)
@@ -62,7 +93,7 @@ def _scalar(column: Column) -> pl.Expr:
 
 def _list(column: Column, lists: pl.Series, group: NDArray[np.int64], groups: int) -> pl.Series:
     """The lists of each group, merged; null where no row of a group has one."""
-    kind = _TYPES[column.type.removesuffix("[]")]
+    kind = _TYPES[column.shard_type.removesuffix("[]")]
     parts = [pl.Series([None], dtype=pl.List(_polars(kind)))]
     place = np.zeros(groups, dtype=np.int64)  # in the parts, one after the other; 0 is the null
     if lists.dtype != pl.Null:
