@@ -17,10 +17,10 @@ from pathlib import Path
 from moescope.errors import InputError
 from moescope.sizes import size
 
-FLOOR = 640 << 20
+FLOOR = 512 << 20
 """The least limit that is taken."""
 
-BASE = 448 << 20
+BASE = 384 << 20
 """What is not shared out: Python with numpy, polars, DuckDB and compiled loops, and what these allocate unasked."""
 
 DATABASE = 0.5

@@ -140,8 +140,7 @@ def shared_cache_rows(subject: Subject) -> Rows:
     fewer = text if text.is_all else subject.sample(SHARED_CONTROL_TOKENS)
     rows: Rows = []
     for sample, controls, wanted in ((text, CONTROLS[:1], observed), (fewer, CONTROLS[1:], controlled)):
-        trace = subject.run.selections(sequences=sample.block.sequences.tolist())
-        for control, selections in trace_controls(trace.ids, subject.num_experts, controls):
+        for control, selections in trace_controls(_all_layers(subject, sample), subject.num_experts, controls):
             requests, offsets = local_consistency.shared_requests(
                 selections=selections, num_experts=subject.num_experts
             )
@@ -151,6 +150,17 @@ def shared_cache_rows(subject: Subject) -> Rows:
                 ]
                 rows += [row for one in running for row in one.result()]
     return rows
+
+
+def _all_layers(subject: Subject, sample: Sample) -> NDArray[np.int16]:
+    """(layers, sequences, tokens, k) of a sample that is held at once, -1 = none and behind every sequence."""
+    lengths = sample.block.lengths
+    kept = np.arange(int(lengths.max(initial=0))) < lengths[:, None]
+    layers = [sample.ids(axis) for axis in range(len(subject.run.layers))]
+    held = np.full((len(layers), *kept.shape, max(ids.shape[1] for ids in layers)), -1, np.int16)
+    for axis, ids in enumerate(layers):
+        held[axis, ..., : ids.shape[1]][kept] = ids
+    return held
 
 
 def _shared_cache(

@@ -156,7 +156,7 @@ class Sample:
         numbers = np.concatenate([block.sequences[index] for block, index in picked])
         domains = np.concatenate([block.domains[index] for block, index in picked])
         offsets = np.concatenate([[0], np.cumsum(lengths[mine])]).astype(np.int64)
-        block = Block(len(subject.blocks), numbers, lengths[mine], domains, offsets)
+        block = Block(subject.usual_blocks, numbers, lengths[mine], domains, offsets)
         return cls(subject, block, subject.groups.group[mine], chosen)
 
     @cached_property
@@ -282,6 +282,11 @@ class Subject:
             within = offsets[low : high + 1] - offsets[low]
             blocks.append(Block(len(blocks), numbers[low:high], lengths[low:high], domains[low:high], within))
         return blocks
+
+    @cached_property
+    def usual_blocks(self) -> int:
+        """Blocks that there would be without a memory limit: of this number is the order of controls drawn."""
+        return sum(1 for _ in sequence_runs(np.concatenate([[0], np.cumsum(self.lengths)]), BLOCK_TOKENS))
 
     def _block_tokens(self, longest: int) -> int:
         width = max((layer.top_k for layer in self.run.layers), default=1) * BLOCK_COPIES * np.dtype(np.int16).itemsize
