@@ -29,7 +29,7 @@ from store.remote import split_stores
 
 STORE_VARIABLE = "MOESCOPE_STORE"
 
-RUN_BYTES = 512 << 20
+RUN_BYTES = 256 << 20
 """Of an open run that its reader may hold: pages of the file that were read once, kept for the next visit."""
 
 store.confine(memory_limit=f"{RUN_BYTES}B")
@@ -68,6 +68,12 @@ def entries() -> dict[str, Entry]:
             found.setdefault(entry.name, entry)
     _let_go({str(entry.path) for entry in found.values()}, directories)
     return dict(sorted(found.items(), key=lambda item: _age(item[1])))
+
+
+def troubles() -> list[str]:
+    """Why remote stores could not be looked at when that was tried last: what is shown is what they held before."""
+    mirrors = [store.remote.mirror_of(directory) for directory in store_directories()]
+    return [found.listing().trouble for found in mirrors if found is not None and found.listing().trouble]
 
 
 def arrive(entry: Entry) -> None:

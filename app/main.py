@@ -38,6 +38,8 @@ def main() -> None:
         return
     with st.sidebar:
         chosen = state.choose_run(entries)
+        for trouble in data.troubles():
+            st.warning(f"What was here before is shown: {state.plain(trouble, 300)}")
     if chosen is not None and not _arrived(chosen.entry):
         return
     with st.sidebar:

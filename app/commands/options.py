@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
 
 from moescope.errors import InputError
+
+_LARGE = 32 << 20
+"""Bytes that take more than a moment to fetch."""
 
 
 def add_store(parser: argparse.ArgumentParser) -> None:
@@ -38,12 +42,24 @@ def store_location(text: str) -> Path:
     if "://" not in text:
         return Path(text)
     from moescope.errors import MoescopeError
-    from store.remote import located
+    from store.remote import located, tell_by
 
+    tell_by(_fetching)
     try:
         return located(text)
     except MoescopeError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _fetching(name: str, done: int, total: int) -> None:
+    """How far a fetch of more than a moment is, on a terminal."""
+    from app.text import progress_line
+    from moescope.sizes import size
+
+    if total < _LARGE or not sys.stderr.isatty():
+        return
+    words = f"fetching {name}: {done / total:.0%} of {size(total)}" if done < total else ""
+    print("\r" + progress_line(words), end="\r" if not words else "", file=sys.stderr, flush=True)
 
 
 def add_json(parser: argparse.ArgumentParser) -> None:

@@ -14,24 +14,31 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from store.remote.location import is_url, located, mirror, split_stores, url_of
+from store.remote.location import is_url, located, split_stores, url_of
 
 if TYPE_CHECKING:
     from store.remote.mirror import Mirror, Tell
     from store.remote.ranged import OneRun
 
 __all__ = [
-    "bring", "is_copy", "is_url", "located", "lying", "mirror", "mirror_of", "run_path", "shown", "split_stores",
-    "stay", "url_of", "waits_for",
+    "bring", "is_copy", "is_url", "located", "lying", "mirror_of", "run_path", "shown", "split_stores",
+    "stay", "tell_by", "url_of", "waits_for",
 ]  # fmt: skip
 
 _stays = False
+_tell: Tell | None = None
 
 
 def stay() -> None:
     """From now on this process takes mirrors as they are: whoever started it has looked at the store."""
     global _stays
     _stays = True
+
+
+def tell_by(tell: Tell | None) -> None:
+    """Who is told how far a fetch is, where nobody else is named."""
+    global _tell
+    _tell = tell
 
 
 def mirror_of(directory: Path) -> Mirror | None:
@@ -78,7 +85,7 @@ def bring(path: Path, tell: Tell | None = None, *, shards: bool = True) -> tuple
 
         show(found, path, shards=shards)
         return ()
-    return found.bring(path, tell)
+    return found.bring(path, tell or _tell)
 
 
 def lying(path: Path) -> OneRun | None:
