@@ -6,7 +6,7 @@ import hashlib
 import itertools
 from collections import defaultdict, deque
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -19,6 +19,9 @@ from profiler.expert_pairs import LayerPair, Made, pair_layers
 BLOCK_TOKENS = 1 << 18
 """Tokens, with padding, that are in memory at once, of one layer of both runs."""
 
+STRETCHES = 16
+"""Of a part of the pairs."""
+
 BY_POSITION = "--by-position pairs sequences of the same number and length whatever their tokens are"
 
 
@@ -28,7 +31,7 @@ class Alignment:
 
     pairs (sequences, 2): their numbers in the first and in the second run, ascending in the first. lengths
     (sequences,): tokens. by: what was compared, "token ids" or "position". left_out: sequences of each without partner.
-    layers: the MoE layers of both.
+    layers: the MoE layers of both. of_tokens: tokens that they share, where these pairs are a part of them; None = all.
     """
 
     first: store.Run
@@ -38,11 +41,23 @@ class Alignment:
     by: str
     left_out: tuple[int, int]
     layers: list[LayerPair]
+    of_tokens: int | None = None
 
     @property
     def tokens(self) -> int:
         """Tokens that are compared."""
         return int(self.lengths.sum())
+
+    def part(self, tokens: int) -> Alignment:
+        """About so many tokens at most: stretches of successive pairs, evenly apart; at least one pair of each."""
+        if self.tokens <= tokens:
+            return self
+        ends = np.cumsum(self.lengths)
+        kept = np.zeros(len(self.lengths), np.bool_)
+        for begin in np.linspace(0, self.tokens, STRETCHES, endpoint=False):
+            low, high = np.searchsorted(ends, [begin, begin + tokens / STRETCHES], side="right")
+            kept[low : max(int(high), int(low) + 1)] = True
+        return replace(self, pairs=self.pairs[kept], lengths=self.lengths[kept], of_tokens=self.tokens)
 
     @cached_property
     def domains(self) -> NDArray[np.str_]:

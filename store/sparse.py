@@ -18,7 +18,7 @@ from store.connection import Parameters
 SHARE = 8
 """At most one in so many sequences is read through the index; of more, a scan is the shorter way."""
 
-KEPT_BYTES = 64 << 20
+KEPT_BYTES = 48 << 20
 """Of rows that are kept."""
 
 Query = Callable[[str, Parameters], pl.DataFrame]

@@ -213,7 +213,8 @@ def load_ranks(
 def rests_on(found: tables.Tables) -> str:
     """What was compared, as a sentence for captions."""
     row = found["alignment"].row(0, named=True)
-    return f"{row['compared']:,} sequences, {row['tokens']:,} tokens; bands: 95 %, sequences drawn anew."
+    of = f" of {row['of_tokens']:,}" if row["of_tokens"] else ""
+    return f"{row['compared']:,} sequences, {row['tokens']:,} tokens{of}; bands: 95 %, sequences drawn anew."
 
 
 def numbering(there: Second) -> str:

@@ -20,33 +20,53 @@ from profiler.metrics.comparison import AGREEMENTS
 
 Tables = dict[str, pl.DataFrame]
 
+SELECTIONS = 20_000_000
+"""Of either run that a page compares; the command takes all."""
+
 
 def tables(
-    run: store.Run, other: store.Run, *, by_position: bool = False, link: comparison_made.Link | None = None
-) -> Tables:
+    run: store.Run, other: store.Run, *, by_position: bool = False, link: comparison_made.Link | None = None,
+    whole: bool = True,
+) -> Tables:  # fmt: skip
     """All frames of a comparison by the names of :data:`SECTIONS`.
 
     link: the plan by which the model of one was made of the other's; it says which experts are which.
+    whole: all common text; False = of long runs a part, so that a page stays quick.
 
     Raises:
         InputError: the runs cannot be aligned.
     """
-    compared = compare(align(run, other, by_position=by_position, made=comparison_made.made_by(link)))
+    aligned = align(run, other, by_position=by_position, made=comparison_made.made_by(link))
+    if not whole:
+        each = sum(layer.top_k for layer in run.layers)
+        aligned = aligned.part(max(SELECTIONS // max(each, 1), 1))
+    compared = compare(aligned)
     return {name: make(compared) for name, make in SECTIONS.items()}
 
 
 def tables_with(run: store.Run, *, other: str, version: object, by_position: bool, link: object) -> Tables:
-    """As :func:`tables`, with the run at a path; ``version``, of the file there, is for caches."""
+    """As :func:`tables`, of a part of long runs, with the run at a path; ``version``, of the file, is for caches."""
     found = link if isinstance(link, comparison_made.Link) else None
     with store.open_run(other) as second:
-        return tables(run, second, by_position=by_position, link=found)
+        return tables(run, second, by_position=by_position, link=found, whole=False)
 
 
 def alignment(compared: Comparison) -> pl.DataFrame:
-    """One row per run: run, model, dtype, sequences, compared, left_out, tokens compared, aligned_by."""
+    """One row per run: run, model, dtype, sequences, compared, left_out, tokens compared, aligned_by, of_tokens =
+    tokens that both have, where a part of them was compared."""
     found = compared.alignment
     rows = [
-        (run.name, run.info.model, run.info.dtype, run.info.sequences, len(found.pairs), left, found.tokens, found.by)
+        (
+            run.name,
+            run.info.model,
+            run.info.dtype,
+            run.info.sequences,
+            len(found.pairs),
+            left,
+            found.tokens,
+            found.by,
+            found.of_tokens,
+        )
         for run, left in zip((found.first, found.second), found.left_out, strict=True)
     ]
     return pl.DataFrame(rows, schema=_ALIGNMENT, orient="row")
@@ -255,7 +275,7 @@ def _ends(found: metrics.Intervals, axis: int | None = None) -> tuple[float | No
 _KEYS = {"layer": pl.Int32, "step": pl.Int32, "label": pl.String}
 _MEASURES = {f"{name}{end}": pl.Float64 for name in AGREEMENTS for end in ("", "_low", "_high")}
 _ALIGNMENT = {"run": pl.String, "model": pl.String, "dtype": pl.String, "sequences": pl.Int64, "compared": pl.Int64,
-              "left_out": pl.Int64, "tokens": pl.Int64, "aligned_by": pl.String}  # fmt: skip
+              "left_out": pl.Int64, "tokens": pl.Int64, "aligned_by": pl.String, "of_tokens": pl.Int64}  # fmt: skip
 _AGREEMENT = {"measure": pl.String, "value": pl.Float64, "low": pl.Float64, "high": pl.Float64, "chance": pl.Float64,
               "popularity": pl.Float64, "token_layers": pl.Int64}  # fmt: skip
 _LAYERS = {

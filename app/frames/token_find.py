@@ -9,14 +9,15 @@ import polars as pl
 
 import store
 from app.frames.expert_trace import layer_info
+from profiler.metrics._trace import sequence_runs
 from store.text_search import TextSearch, expression, token_spans
 
 EXPERT = {
     "sequence": pl.Int64, "domain": pl.String, "tokens": pl.Int64, "hits": pl.Int64, "share": pl.Float64,
     "weight": pl.Float64, "position": pl.Int64,
 }  # fmt: skip
-BLOCK = 256
-"""Sequences of a layer that are in memory at once."""
+BLOCK = 65_536
+"""Tokens of a layer that are in memory at once, in whole sequences."""
 
 MOST = 4_000_000
 """Tokens that are looked through at most."""
@@ -37,8 +38,9 @@ def by_expert(run: store.Run, *, label: str, expert: int, domain: str | None = N
         table = table.filter(pl.col("domain") == domain)
     domains = dict(table.select("sequence", "domain").iter_rows())
     numbers = table["sequence"].to_numpy().astype(np.int64)
+    ends = np.concatenate([[0], np.cumsum(table["tokens"].to_numpy().astype(np.int64))])
     rows = []
-    for part in (numbers[start : start + BLOCK] for start in range(0, len(numbers), BLOCK)):
+    for part in (numbers[low:high] for low, high in sequence_runs(ends, BLOCK)):
         read = run.layer_selections(
             layer=layer.layer, step=layer.step, first=int(part[0]), last=int(part[-1]), weights=True
         )

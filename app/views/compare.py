@@ -109,6 +109,8 @@ def _alignment(frame: pl.DataFrame) -> None:
         f"{row['left_out']:,} of {row['sequences']:,} sequences of {state.code(row['run'])}" for row in left
     )
     words = f"Compared: {first['compared']:,} sequences, {first['tokens']:,} tokens."
+    if first["of_tokens"]:
+        words += f" That is a part of the {first['of_tokens']:,} that both have; `moescope compare` takes all of them."
     st.caption(words + (f" Without partner, and left out: {without}." if left else ""))
 
 

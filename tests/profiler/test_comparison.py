@@ -12,7 +12,7 @@ import profiler.alignment
 import profiler.comparison
 import store
 from moescope.errors import InputError, MetricError
-from profiler.alignment import align
+from profiler.alignment import Alignment, align
 from profiler.comparison import compare
 from profiler.importers.job import import_run
 from profiler.importers.recording import ImportOptions
@@ -407,3 +407,15 @@ def test_chance_knows_experts_that_became_one() -> None:
     alone = np.ones(8, np.int64)
     plain = comparison.chance_agreement(top_k=(3, 2), sizes=(alone, alone))
     assert plain == pytest.approx((comparison.chance_overlap(top_k=(3, 2), num_experts=8), 1 / 8))
+
+
+def test_a_part_of_long_runs_is_stretches_of_pairs() -> None:
+    lengths = np.full(200, 10)
+    numbers = np.arange(200)
+    whole = Alignment(None, None, np.stack([numbers, numbers], 1), lengths, "position", (0, 0), [])  # type: ignore[arg-type]
+    assert whole.part(2000) is whole and whole.of_tokens is None
+    part = whole.part(640)
+    assert part.of_tokens == 2000 and 640 <= part.tokens <= 640 + 16 * 10
+    gaps = np.diff(part.pairs[:, 0])
+    assert np.count_nonzero(gaps > 1) == 15 and part.pairs[0, 0] == 0 and part.pairs[-1, 0] > 185
+    assert len(whole.part(1).pairs) == 16
