@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -76,6 +77,7 @@ class Ready:
 
     info: dict[str, Any]
     place: str
+    pid: int
 
 
 @dataclass(frozen=True)
@@ -130,7 +132,7 @@ class Worker:
         except Exception as error:
             raise self._failed(error, "loading the model") from error
         self._job = job
-        return Ready(session.info.to_row(), self.place)
+        return Ready(session.info.to_row(), self.place, os.getpid())
 
     def record(self, work: Work) -> Iterator[Report]:
         """Run a part and hand over its shard; the last report says that the shard is there.
