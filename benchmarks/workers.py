@@ -302,7 +302,7 @@ def collect_and_kill(
 
 
 def differences(mine: Path, theirs: Path) -> list[str]:
-    """Columns in which two runs differ: selections, counts and text at all, 64-bit sums by more than 1e-12 of themselves
+    """Columns in which two runs differ: selections, counts, text at all, 64-bit sums by more than 1e-12 of themselves
     and of the largest, 32-bit ones by more than a neighbour."""
     found = []
     with store.open_run(mine) as one, store.open_run(theirs) as other:
