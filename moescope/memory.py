@@ -7,6 +7,7 @@ Workers on other processes get the limit of their own.
 from __future__ import annotations
 
 import ctypes
+import os
 import re
 import resource
 import sys
@@ -25,6 +26,8 @@ BASE = 384 << 20
 
 DATABASE = 0.5
 """The part of the rest (see :func:`share`) that DuckDB may take, for pages that it keeps and for what it sorts."""
+
+_THREAD = 256 << 20
 
 BLOCKS = 0.25
 """The part that blocks of a trace may take."""
@@ -96,6 +99,14 @@ def share(part: float, most: int) -> int:
     if _limit is None:
         return most
     return min(most, int(part * max(_limit - BASE, FLOOR - BASE)))
+
+
+def database() -> tuple[int, int] | None:
+    """Bytes and threads for DuckDB, which lets each thread unpack a part of a file of its own; None without a limit."""
+    if _limit is None:
+        return None
+    within = share(DATABASE, _limit)
+    return within, max(1, min(os.cpu_count() or 1, within // _THREAD))
 
 
 def needed(count: int, part: float) -> int:

@@ -44,10 +44,11 @@ def compact(folder: Path, target: Path, info: RunInfo) -> None:
     """
     try:
         with replacing(target) as temporary, duckdb.connect() as connection:
-            within = memory.share(memory.DATABASE, MEMORY)
+            within, threads = memory.database() or (MEMORY, None)
+            within = min(within, MEMORY)
             connection.execute(f"set memory_limit = '{within}B'")
-            if memory.limit() is not None:  # each thread unpacks a part of a shard of its own
-                connection.execute("set threads = 1")
+            if threads is not None:
+                connection.execute(f"set threads = {threads}")
             connection.execute(f"set temp_directory = {literal(folder / '.sorting')}")
             sizes = f"block_size {BLOCK_SIZE}, row_group_size {ROW_GROUP_SIZE}"
             connection.execute(f"attach {literal(temporary)} as data ({sizes})")

@@ -61,9 +61,10 @@ def confine(**settings: str) -> None:
 
 def _limited() -> dict[str, str]:
     """What keeps DuckDB within a memory limit, where there is one (:mod:`moescope.memory`)."""
-    if memory.limit() is None:
+    found = memory.database()
+    if found is None:
         return {}
-    return {"memory_limit": f"{memory.share(memory.DATABASE, READING)}B", "threads": "1"}
+    return {"memory_limit": f"{min(found[0], READING)}B", "threads": str(found[1])}
 
 
 def table_query(connection: duckdb.DuckDBPyConnection, database: str, table: Table) -> str:
