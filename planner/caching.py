@@ -15,7 +15,7 @@ from moescope.sizes import size
 from planner.cache.bound import Bound
 from planner.cache.published import sch_place, srp_place
 from planner.cache.reasons import reasons
-from planner.cache.setting import Setting, notes_of, setting_of
+from planner.cache.setting import Setting, notes_of, setting_of, steps_within
 from planner.cache.study import CurvePoint, DomainFigures, Study, WayFigures
 from planner.cache.verdict import SizePoint, judge
 from planner.cache.ways import RESIDENT, SWEPT, WAYS, Served, Way, serve, way_of
@@ -68,7 +68,7 @@ def study(
         PlanError: as there.
     """
     tell("reading the trace")
-    setting = setting_of(run, machine, plan=plan, **asked)
+    setting = setting_of(run, machine, plan=plan, **({"steps": steps_within(run)} if whole else {}) | asked)
     slots = min(setting.slots, setting.all_slots)
     shuffled = setting.controls(seed=seed)
     tell("replaying caches of all sizes")

@@ -222,6 +222,12 @@ def setting_of(
     )  # fmt: skip
 
 
+def steps_within(run: store.Run) -> int:
+    """:data:`STEPS`, or as many as the memory limit lets in where that is fewer."""
+    each = max(layer.top_k for layer in run.layers) * _SELECTION_BYTES
+    return max(min(STEPS, memory.share(_PART, STEPS * each) // each), 1)
+
+
 def _require_memory(run: store.Run, steps: int) -> None:
     """Refuse more steps than the memory limit lets in: ways are timed on all layers of all passes at once."""
     wide = max(layer.top_k for layer in run.layers)

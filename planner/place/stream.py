@@ -183,7 +183,8 @@ def uniform(work: Workload, *, seed: int = 0, first: int = 0) -> Workload:
     """
     ids = work.ids.copy()
     bounds = list(zip(work.offsets[:-1].tolist(), work.offsets[1:].tolist(), strict=True))
-    for layer, mine in enumerate(ids):
-        for request, (low, high) in enumerate(bounds, first):
-            mine[low:high] = uniform_tokens(mine[low:high], work.num_experts, seed=[seed, layer, request])
+    for request, (low, high) in enumerate(bounds, first):
+        mine = ids[:, low:high]
+        drawn = uniform_tokens(mine.reshape(-1, mine.shape[2]), work.num_experts, seed=[seed, request])
+        ids[:, low:high] = drawn.reshape(mine.shape)
     return replace(work, ids=ids)
