@@ -102,11 +102,12 @@ def collect(
         StoreError: the name is taken, or there is nothing to resume.
         RunError: interrupted or failed half-way; what was recorded is kept, and the message says how to go on.
     """
+    store = run_store.located(store)
     described = corpus.describe() if hasattr(corpus, "describe") else {}
     session = WatchSession(
         model,
         name=name,
-        directory=Path(store),
+        directory=store,
         options=RecordingOptions(
             parse_levels(level),
             vectors_per_domain,

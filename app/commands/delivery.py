@@ -31,11 +31,14 @@ def deliver(path: Path) -> str:
 
 
 def undelivered(directory: Path, name: str) -> Path | None:
-    """A finished run of that name that was made here and is not in its remote store yet; with its metrics."""
+    """A finished run of that name that was made here and is not in its remote store yet; with its metrics. Of one that
+    many machines began and nobody finished, all shards are here afterwards."""
     from store import lacking_metrics
-    from store.remote.delivery import undelivered
+    from store.remote.delivery import gather, is_begun, undelivered
 
     path = undelivered(directory, name)
+    if path is None and is_begun(directory, name):
+        gather(directory / f"{name}.live")
     if path is not None and lacking_metrics(directory, name) is not None:
         from profiler.headline import compute_and_store
 

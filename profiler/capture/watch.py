@@ -10,6 +10,7 @@ from torch import nn
 
 from profiler.capture.levels import RecordingOptions, parse_levels
 from profiler.capture.session import WatchSession
+from store.remote import located
 
 
 def watch(
@@ -85,7 +86,7 @@ def watch(
     return WatchSession(
         model,
         name=name,
-        directory=Path(store),
+        directory=located(store),
         options=RecordingOptions(
             parse_levels(level),
             vectors_per_domain,

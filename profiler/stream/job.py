@@ -124,7 +124,7 @@ def collect_streamed(
     session = StreamSession(
         checkpoint.model,
         name=name,
-        directory=Path(store),
+        directory=run_store.located(store),
         options=options,
         tokenizer=tokenizer if keep_text else None,
         resume=resume,

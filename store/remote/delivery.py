@@ -66,6 +66,16 @@ def undelivered(directory: Path, name: str) -> Path | None:
     return path if mirror is not None and is_made_here(path) else None
 
 
+def is_begun(directory: Path, name: str) -> bool:
+    """Whether a remote store has an unfinished run of a name, which many machines began.
+
+    Raises:
+        StoreError: it cannot be listed.
+    """
+    mirror = mirror_of(directory)
+    return mirror is not None and name in mirror.listing(fresh=True).live
+
+
 def announce(folder: Path) -> str:
     """Tell a store that a run is being collected into it by many machines, from its folder in the mirror.
 
