@@ -18,6 +18,9 @@ from store.connection import Parameters
 SHARE = 8
 """At most one in so many sequences is read through the index; of more, a scan is the shorter way."""
 
+MOST = 128
+"""Sequences that are asked for one by one at most: each takes some milliseconds."""
+
 KEPT_BYTES = 48 << 20
 """Of rows that are kept."""
 
@@ -40,7 +43,7 @@ class Sparse:
 
     def suits(self, sequences: Sequence[int]) -> bool:
         """Whether so few are wanted that the index is the shorter way, and that they can be kept."""
-        few = 0 < len(sequences) * SHARE <= self._sequences
+        few = 0 < len(sequences) <= min(MOST, self._sequences // SHARE)
         return few and len(sequences) * self._sequence_bytes <= self._room()
 
     def chunks(self, sequences: Sequence[int]) -> pl.DataFrame:

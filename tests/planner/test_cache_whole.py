@@ -89,3 +89,10 @@ def test_the_workers_of_a_ray_give_the_same(run: store.Run) -> None:
     assert study(run, slow_machine(), whole=True, cluster=cast(Any, Backwards()), **ASKED) == expected
     with cluster.connected("local", workers=1) as joined:
         assert study(run, slow_machine(), whole=True, cluster=joined, **ASKED) == expected
+
+
+def test_a_memory_limit_cuts_what_times_rest_on(run: store.Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    every = study(run, slow_machine(), whole=True, **ASKED)
+    monkeypatch.setattr(memory, "share", lambda part, most: min(most, 120 * 2 * 200))
+    found = study(run, slow_machine(), whole=True, **ASKED)
+    assert found.tokens < every.tokens and found.curves == every.curves

@@ -42,6 +42,10 @@ def test_through_the_index_as_by_scan(path: Path, monkeypatch: pytest.MonkeyPatc
 
 def test_what_is_kept_is_bounded(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with store.open_run(path) as run:
+        with monkeypatch.context() as patch:
+            assert run._sparse.suits(FEW)
+            patch.setattr(sparse, "MOST", 2)
+            assert not run._sparse.suits(FEW)
         for number in range(5):
             run._sparse.chunks([number])
         one = next(iter(run._sparse._kept.values())).estimated_size()
