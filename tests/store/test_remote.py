@@ -275,7 +275,7 @@ def test_a_push_creates_and_never_replaces(
 
 
 def shard(target: Any, number: int, start: int) -> bool:
-    filled = store.filled_tables(synthetic.tables(3, start=start))
+    filled = store.filled_tables(synthetic.tables(3, start=start, text=False, activations=False))
     return store.publish_shard(target, number, filled, f"shard {number}")
 
 
