@@ -227,7 +227,7 @@ def _join(ray: Any, address: str, folder: Path) -> None:
 def _hush(ray: Any) -> None:
     """Keep what Ray prints about lost workers off the terminal: they are replaced, or told in one line here."""
     worker = getattr(ray._private, "worker", None)
-    if hasattr(worker, "print_to_stdstream"):
+    if worker is not None and hasattr(worker, "print_to_stdstream"):
         worker.print_to_stdstream = lambda *_, **__: None
 
 

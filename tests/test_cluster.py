@@ -46,7 +46,11 @@ def test_each_item_once_though_workers_die(joined: cluster.Cluster, tmp_path: Pa
     assert (tmp_path / "died").exists()
 
 
-def test_what_goes_wrong_in_tasks_is_one_line(joined: cluster.Cluster, tmp_path: Path) -> None:
+def test_what_goes_wrong_in_tasks_is_one_line(
+    joined: cluster.Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cluster, "TRIES", 1)
+
     def outcome(number: int) -> None:
         list(joined.map(_square, [(number, str(tmp_path))]))
 

@@ -166,6 +166,7 @@ class WorkersJob:
         self._began = self._told = time.monotonic()
         self._seconds_before = 0.0
         self._place: Place | None = None
+        self._crew: Crew | None = None
         self._said = ""
         if writer is not None:
             self._take_up(writer)
@@ -216,16 +217,19 @@ class WorkersJob:
 
     def run(self) -> Path:
         """Hand out all parts and finish the run."""
-        crew = Crew(self._cluster, self._order)
+        crew = self._crew = Crew(self._cluster, self._order)
         try:
             self._work(crew)
             crew.dismiss_all()
             return self._finish(crew)
         except KeyboardInterrupt:
             raise self._stopped("was interrupted") from None
-        except RunError as error:
+        except MoescopeError as error:
+            if self._place is None and not isinstance(error, RunError):
+                raise  # nothing has begun
             raise self._stopped(f"stopped: {error}") from error
         finally:
+            self._forget_under_way()
             crew.dismiss_all()
             self._close()
 
@@ -329,7 +333,14 @@ class WorkersJob:
                 self._place.close()
         writer.close()
 
+    def _forget_under_way(self) -> None:
+        """What no shard holds has not been collected."""
+        for member in self._crew.members if self._crew is not None else ():
+            self._tokens -= member.tokens
+            member.tokens = 0
+
     def _stopped(self, what: str) -> RunError:
+        self._forget_under_way()
         done = self._tokens_before + self._tokens
         if self._writer is None:
             return RunError(f"collection of {self._name!r} {what}; nothing was recorded yet")

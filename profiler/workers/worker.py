@@ -127,8 +127,8 @@ class Worker:
                 job.answer(order.generate, order.sampling or Sampling())
             if session.gradients is not None:
                 job.go_back(session.gradients, order.generate)
-        except MoescopeError:
-            raise
+        except MoescopeError as error:
+            raise type(error)(f"the worker on {self.place}: {error}") from error
         except Exception as error:
             raise self._failed(error, "loading the model") from error
         self._job = job
