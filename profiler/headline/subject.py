@@ -10,6 +10,7 @@ from functools import cached_property
 from typing import Any, TypeVar
 
 import numpy as np
+import polars as pl
 from numpy.typing import NDArray
 
 import store
@@ -273,7 +274,7 @@ class Subject:
         Raises:
             InputError: a sequence is too long for the memory limit.
         """
-        frame = self.run.table("sequence").select("sequence", "tokens", "domain").sort("sequence")
+        frame = self.run.traced_sequences
         numbers, lengths = frame["sequence"].to_numpy().astype(np.int64), frame["tokens"].to_numpy().astype(np.int64)
         domains = frame["domain"].to_numpy().astype(np.str_)
         offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
@@ -324,9 +325,14 @@ class Subject:
 
     def tokens_of(self, domain: str | None) -> int:
         """Real tokens of one domain, or of all text."""
-        if domain is None or not self.blocks:
-            return int(self.lengths.sum())
-        return int(self.lengths[np.concatenate([block.domains for block in self.blocks]) == domain].sum())
+        found = self._domain_tokens
+        return sum(found.values()) if domain is None else found.get(domain, 0)
+
+    @cached_property
+    def _domain_tokens(self) -> dict[str, int]:
+        """Of all sequences, whether their selections were kept or not."""
+        summed = self.run.table("sequence").group_by("domain").agg(tokens=pl.col("tokens").sum())
+        return {domain: int(tokens) for domain, tokens in summed.select("domain", "tokens").iter_rows()}
 
 
 def resampled(used: NDArray[np.bool_]) -> NDArray[np.float64]:
