@@ -19,8 +19,7 @@ from planner.machines import LINKS, MACHINES, USABLE
 from planner.presets import DEFAULT_QUANTIZER
 from planner.recommendation import CARE
 from planner.simulate.bounds import bounds
-from planner.simulate.controls import Decomposition
-from planner.simulate.controls import controls as all_controls
+from planner.simulate.controls import CONTROLS, Decomposition, control
 from planner.simulate.policies.registry import POLICIES, Policy
 from planner.simulate.prefetch import METHODS
 from planner.simulate.timeline import Fallback
@@ -100,8 +99,8 @@ def test_words_of_answers_are_explained() -> None:
 def test_bounds_and_controls_are_those_that_are_computed() -> None:
     hit_rates = CHAPTERS["Hit rates"]
     names = inspect.signature(bounds).parameters["names"].default
-    controls = re.findall(r"``(\w+)``", all_controls.__doc__ or "")
-    assert {cells[0].strip("`") for cells in rows("Hit rates")} == {*names, *controls} and len(controls) == 3
+    assert {cells[0].strip("`") for cells in rows("Hit rates")} == {*names, *CONTROLS} and len(CONTROLS) == 3
+    assert all(f"``{name}``" in (control.__doc__ or "") for name in CONTROLS)
     for name in Decomposition.__dataclass_fields__:
         assert name in hit_rates
     assert all(f"`{name}`" in CHAPTERS["Time"] for name in set(get_args(Fallback)) - {"link", "cpu"})
