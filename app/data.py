@@ -29,7 +29,7 @@ from store.remote import split_stores
 
 STORE_VARIABLE = "MOESCOPE_STORE"
 
-RUN_BYTES = 256 << 20
+RUN_BYTES = 512 << 20
 """Of an open run that its reader may hold: pages of the file that were read once, kept for the next visit."""
 
 store.confine(memory_limit=f"{RUN_BYTES}B")
