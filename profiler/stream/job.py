@@ -213,6 +213,7 @@ class StreamJob(Job):
                     self._through(index, number, batch)
                     if number == 0:
                         self._compare_layer(bare, self.relay.left)
+                    self.session.end_batch()
                     self._tell()
             self.states.end()
 
