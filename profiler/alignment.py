@@ -111,7 +111,7 @@ def token_ids(run: store.Run, numbers: NDArray[np.int64]) -> Iterator[tuple[int,
 
 
 def _by_position(first: store.Run, second: store.Run) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    lengths = [dict(run.table("sequence").select("sequence", "tokens").iter_rows()) for run in (first, second)]
+    lengths = [dict(run.traced_sequences.select("sequence", "tokens").iter_rows()) for run in (first, second)]
     common = [number for number in sorted(lengths[0]) if lengths[0][number] == lengths[1].get(number) != 0]
     if not common:
         raise InputError(
@@ -155,7 +155,7 @@ def _translation(first: store.Run, second: store.Run) -> NDArray[np.int32] | Non
 
 def _marks(run: store.Run, translation: NDArray[np.int32] | None = None) -> Iterator[tuple[int, bytes, int]]:
     """Number, fingerprint and length of every sequence whose tokens are all known."""
-    table = run.table("sequence").select("sequence", "tokens").sort("sequence")
+    table = run.traced_sequences
     numbers, ends = table["sequence"].to_numpy().astype(np.int64), np.cumsum(table["tokens"].to_numpy(), dtype=np.int64)
     for part in np.split(numbers, np.flatnonzero(np.diff(ends // BLOCK_TOKENS)) + 1):
         for number, ids in token_ids(run, part):
@@ -167,7 +167,7 @@ def _marks(run: store.Run, translation: NDArray[np.int32] | None = None) -> Iter
 
 def _difference(first: store.Run, second: store.Run) -> str:
     """Where the first sequence of two runs begins to differ, as the end of a sentence."""
-    one, other = (next(token_ids(run, run.table("sequence")["sequence"].to_numpy()[:1]))[1] for run in (first, second))
+    one, other = (next(token_ids(run, run.traced_sequences["sequence"].to_numpy()[:1]))[1] for run in (first, second))
     common = min(len(one), len(other))
     apart = np.flatnonzero(one[:common] != other[:common])
     if not len(apart):

@@ -342,7 +342,7 @@ class Run:
         among, numbers = _among(sequences)
         ranged = f"sequence between $first and $last{among} order by sequence"
         of = {"first": first, "last": last, **numbers}
-        chosen = self.query(f"select sequence, tokens from sequence where {ranged}", of)
+        chosen = self._traced(self.query(f"select sequence, tokens from sequence where {ranged}", of))
         if sequences is not None and self._sparse.suits(sequences):
             rows = self._sparse.chunks(sequences)
             mine = (pl.col("layer") == layer) & (pl.col("step") == step)
@@ -487,7 +487,7 @@ class Run:
         Raises:
             StoreError: the expression is none, or would match everywhere; the run keeps no text or has no such domain.
         """
-        numbers = self._wanted_sequences(domain, None, None).select("sequence", "domain", "tokens")
+        numbers = self._wanted_sequences(domain, None, None, traced=True).select("sequence", "domain", "tokens")
         if not self.has_tokens:
             raise StoreError(f"run {self.name!r} keeps no text to search")
         return text_search.search(self.query, numbers, wanted, regex=regex, seconds=seconds)

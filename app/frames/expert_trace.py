@@ -53,7 +53,7 @@ def layer_info(run: store.Run, label: str, expert: int = 0) -> store.LayerInfo:
 def expert_blocks(run: store.Run, *, label: str, expert: int) -> Iterator[ExpertBlock]:
     """The trace of one expert in stretches of whole sequences; of a long trace, some of them."""
     layer = layer_info(run, label, expert)
-    frame = run.table("sequence").select("sequence", "tokens").sort("sequence")
+    frame = run.traced_sequences
     numbers = frame["sequence"].to_numpy().astype(np.int64)
     offsets = np.concatenate([[0], np.cumsum(frame["tokens"].to_numpy().astype(np.int64))])
     stretches = list(sequence_runs(offsets, STRETCH_TOKENS))

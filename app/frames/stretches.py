@@ -37,7 +37,7 @@ def stretches(
     Stretches without a sequence of the domain are left out.
     """
     most = most or MAX_STRETCHES
-    frame = run.table("sequence").select("sequence", "tokens", "domain").sort("sequence")
+    frame = run.traced_sequences
     numbers = frame["sequence"].to_numpy().astype(np.int64)
     offsets = np.concatenate([[0], np.cumsum(frame["tokens"].to_numpy().astype(np.int64))])
     mine = np.ones(len(frame), np.int64) if domain is None else (frame["domain"] == domain).to_numpy().astype(np.int64)

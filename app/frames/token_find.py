@@ -33,7 +33,7 @@ def by_expert(run: store.Run, *, label: str, expert: int, domain: str | None = N
         InputError: there is no such layer or expert.
     """
     layer = layer_info(run, label, expert)
-    table = run.table("sequence").sort("sequence").filter(pl.col("tokens").cast(pl.Int64).cum_sum() <= MOST)
+    table = run.traced_sequences.filter(pl.col("tokens").cast(pl.Int64).cum_sum() <= MOST)
     if domain is not None:
         table = table.filter(pl.col("domain") == domain)
     domains = dict(table.select("sequence", "domain").iter_rows())

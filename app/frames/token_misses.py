@@ -31,7 +31,7 @@ def misses(run: store.Run, sequence: int, label: str, policy: str, slots: int) -
         PlanError: no such policy.
     """
     layer = layer_info(run, label)
-    lengths = run.table("sequence").filter(pl.col("sequence") <= sequence).sort("sequence")
+    lengths = run.traced_sequences.filter(pl.col("sequence") <= sequence)
     before = lengths["tokens"].to_numpy().astype(np.int64)[::-1].cumsum()
     if not len(before) or int(lengths["sequence"].to_numpy()[-1]) != sequence:
         return pl.DataFrame(schema=_MISSES)

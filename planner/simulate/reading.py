@@ -209,8 +209,7 @@ def _require_trace(run: store.Run) -> None:
 def _in_turn(run: store.Run, domains: Sequence[str], max_tokens: int | None) -> pl.DataFrame:
     """Sequences of the domains, spread evenly by their place in their domain; as many as make ``max_tokens``."""
     order: dict[Any, int] = {name: at for at, name in enumerate(domains)}
-    table = run.table("sequence", columns=("domain", "tokens", "prompt_tokens")).sort("sequence")
-    table = table.filter(pl.col("domain").is_in(list(order)))
+    table = run.traced_sequences.filter(pl.col("domain").is_in(list(order)))
     place = (pl.int_range(pl.len()).over("domain") + 0.5) / pl.len().over("domain")
     table = table.with_columns(
         turn=place, owner=pl.col("domain").replace_strict(order, return_dtype=pl.Int64, default=None)

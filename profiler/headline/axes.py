@@ -64,7 +64,7 @@ def axis_names(run: store.Run) -> list[str]:
 def axis_of(run: store.Run, name: str) -> Axis:
     """One axis of a run; one that it does not have has no values."""
     if name == POSITION:
-        longest = max(run.table("sequence")["tokens"].to_list(), default=0)
+        longest = max(run.traced_sequences["tokens"].to_list(), default=0)
         edges = _position_edges(longest)
         ends = [*(int(edge) - 1 for edge in edges[1:]), longest - 1]
         return Axis(name, tuple(_range(int(low), high) for low, high in zip(edges, ends, strict=True)), {}, edges)

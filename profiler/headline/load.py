@@ -33,10 +33,10 @@ Values = dict[str, NDArray[np.float64]]
 
 
 def load_layer(subject: Subject, axis: int) -> Rows:
-    """Balance of one MoE layer, over all text and per domain; with intervals where there is a trace."""
+    """Balance of one MoE layer, over all text and per domain; with intervals where there is a trace of all of it."""
     layer = subject.run.layers[axis]
     part = subject.once(_loads).filter((pl.col("layer") == layer.layer) & (pl.col("step") == layer.step))
-    drawn = subject.once(_Drawn) if subject.has_trace else None
+    drawn = subject.once(_Drawn) if subject.has_whole_trace else None
     resampled = drawn.counts(axis) if drawn is not None else {}
     rows: Rows = []
     for domain in [None, *subject.run.domains]:

@@ -225,6 +225,11 @@ class Subject:
         """Whether the run holds selections; imported counts do not."""
         return self.run.has_trace
 
+    @property
+    def has_whole_trace(self) -> bool:
+        """Whether it holds those of every sequence (``--trace-every``), as its sums do."""
+        return self.has_trace and int(self.lengths.sum()) == self.tokens_of(None)
+
     @cached_property
     def num_experts(self) -> int:
         """The largest number of routed experts of any layer."""

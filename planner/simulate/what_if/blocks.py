@@ -133,7 +133,7 @@ class Subject:
         if missing:
             there = ", ".join(map(str, sorted(known)))
             raise Refused(f"run {run.name!r} has no MoE layer {missing[0]}; it has {there}")
-        frame = run.table("sequence", columns=("domain", "tokens"))
+        frame = run.traced_sequences
         chosen = run.scored_sequences if scored else frame
         if domain is not None:
             frame, chosen = (one.filter(pl.col("domain") == domain) for one in (frame, chosen))
