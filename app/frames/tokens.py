@@ -24,7 +24,7 @@ _PIECES = 3  # tokens that a character may begin before the one that completes i
 
 
 def sequences(run: store.Run, *, domain: str | None = None) -> pl.DataFrame:
-    """All sequences with a trace, of one domain or of all, by number: sequence, domain, source, tokens, prompt_tokens."""
+    """Sequences with a trace, of one domain or of all, by number: sequence, domain, source, tokens, prompt_tokens."""
     table = run.table("sequence").sort("sequence").join(run.traced_sequences, on="sequence", how="semi")
     if domain is not None:
         table = table.filter(pl.col("domain") == domain)

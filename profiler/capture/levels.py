@@ -48,8 +48,8 @@ class RecordingOptions:
     def __post_init__(self) -> None:
         if self.router_scores and self.keep_trace and self.scores_every < self.trace_every:
             raise InputError(
-                f"router scores of one of {self.scores_every} sequences, selections of one of {self.trace_every}: scores"
-                f" say nothing without selections; give --scores-every {self.trace_every} or more"
+                f"router scores of one of {self.scores_every} sequences, selections of one of {self.trace_every}:"
+                f" scores say nothing without selections; give --scores-every {self.trace_every} or more"
             )
 
     def settings(self) -> dict[str, int | bool]:
