@@ -13,6 +13,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -155,7 +156,16 @@ def connected(
     finally:
         with suppress(Exception):
             ray.shutdown()
+        _remove(folder)
+
+
+def _remove(folder: Path) -> None:
+    """Remove Ray's folder, in which processes that are ending may still write for a moment."""
+    for _ in range(20):
         shutil.rmtree(folder, ignore_errors=True)
+        if not folder.exists():
+            return
+        time.sleep(0.1)
 
 
 def failure(error: Exception, what: str) -> MoescopeError:
