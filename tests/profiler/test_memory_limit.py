@@ -38,7 +38,6 @@ from moescope import memory
 import store
 from profiler.headline.flow import PAIRS
 from profiler.headline.hit_rates import own_curves
-from profiler.headline.local_consistency import SEGMENTS
 from profiler.headline.subject import Subject
 from profiler.importers.job import import_run
 from profiler.importers.recording import ImportOptions
@@ -51,7 +50,7 @@ with memory.limited(limit):
     if limit:
         with store.open_run(path) as run:
             subject = Subject(run, whole=True)
-            assert SEGMENTS(subject) and PAIRS(subject)
+            assert PAIRS(subject)
             assert own_curves(subject, 0, "observed", [("lru", None)])[0] is not None
 print(memory.peak())
 """
@@ -158,12 +157,13 @@ def test_a_limit_holds(tmp_path: Path) -> None:
     def peak(tokens: int, limit: str) -> int:
         path = tmp_path / f"t{tokens}.npz"
         if not path.exists():
-            trace(path, (1000,) * (tokens // 1000), layers=24, experts=64, top_k=8)
+            trace(path, (1000,) * (tokens // 1000), layers=32, experts=64, top_k=8)
         words = [sys.executable, "-c", MEASURED, str(path), limit]
         return int(subprocess.run(words, check=True, stdout=subprocess.PIPE, text=True, env=environment).stdout)
 
     assert peak(4_000, "512MiB") <= memory.FLOOR
-    assert peak(36_000, "512MiB") <= memory.FLOOR < peak(36_000, "")
+    found = peak(48_000, "512MiB"), peak(48_000, "")
+    assert found[0] <= memory.FLOOR < found[1], found
 
 
 def test_what_cannot_be_done_within_is_refused_with_numbers(
