@@ -25,6 +25,9 @@ from store.whole import is_alive, listing, write_whole
 
 SUFFIX = ".live"
 CHECKS = "checks"
+STAGING = ".staging-"
+"""Beginning of the name of a folder in which the workers of one collection make their shards."""
+
 _INFO, _PROGRESS = "run.json", "progress.json"
 _THEN = " and go on with --resume"
 _WORKING = ("collecting", "compacting")

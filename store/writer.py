@@ -128,6 +128,8 @@ class RunWriter:
         _lock(folder)
         for leftover in folder.glob(".shard-*.tmp"):
             remove(leftover)
+        for staging in folder.glob(f"{live.STAGING}*"):  # workers that outlived their driver can no longer add a shard
+            _discard(staging)
         return cls(folder, live.read_info(folder))
 
     @property

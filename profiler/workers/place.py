@@ -14,7 +14,6 @@ from store.remote import delivery
 from store.remote.mirror import mirror_of
 from store.whole import remove
 
-STAGING = ".staging-"
 PUBLISH_SECONDS = 15.0
 """A remote store learns so often how far a collection is."""
 
@@ -35,7 +34,7 @@ class Place:
     """The shards of one run.
 
     A folder is shared by all nodes, under one path. Each driver has a folder of its own in it in which shards are
-    staged: what workers of an earlier driver still write can no longer appear.
+    staged: who resumes the run removes it first, so that what workers of an earlier driver still write cannot appear.
 
     Args:
         folder: ``NAME.live``.
@@ -54,9 +53,7 @@ class Place:
                 delivery.publish_progress(folder)
             self.location, self.staging = delivery.announce(folder), ""
         else:
-            for old in folder.glob(f"{STAGING}*"):
-                remove(old)
-            own = folder / f"{STAGING}{secrets.token_hex(4)}"
+            own = folder / f"{live.STAGING}{secrets.token_hex(4)}"
             own.mkdir()
             self.location, self.staging = str(folder), str(own)
         self.target = run_store.shard_target(self.location, self.staging)
