@@ -171,7 +171,7 @@ def begin(folder: Path, info: bytes, *, shown: bool = False) -> None:
 
 
 def _fetch_shard(objects: Objects, folder: Path, number: int, marker: str) -> None:
-    part, files = _read_marker(objects, marker)
+    part, files = _read_marker(objects, number, marker)
     temporary = temporary_for(folder / live.shard_name(number))
     try:
         temporary.mkdir()
@@ -191,7 +191,7 @@ def _fetch_shard(objects: Objects, folder: Path, number: int, marker: str) -> No
         remove(temporary)
 
 
-def _read_marker(objects: Objects, marker: str) -> tuple[str, dict[str, int]]:
+def _read_marker(objects: Objects, number: int, marker: str) -> tuple[str, dict[str, int]]:
     try:
         content: Any = json.loads(objects.read(marker, _MARKER_BYTES))
         part, files = content["part"], {str(name): int(size) for name, size in content["files"].items()}
@@ -200,4 +200,6 @@ def _read_marker(objects: Objects, marker: str) -> tuple[str, dict[str, int]]:
     known = {f"{name}.parquet" for name in tables()}
     if not isinstance(part, str) or not _PART.fullmatch(part) or not known.issuperset(files):
         raise ShardError(f"{objects.url_of(marker)} is damaged: it names files that no shard has")
+    if int(part.partition("-")[0]) != number:  # a marker that somebody copied: its files would count twice
+        raise ShardError(f"{objects.url_of(marker)} is damaged: it names the files of shard {part.partition('-')[0]}")
     return part, files

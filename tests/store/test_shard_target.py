@@ -1,4 +1,4 @@
-"""Shards that come late, from workers that outlived the process that began the run."""
+"""Shards that must not count: of workers that outlived the process that began the run, and copied ones."""
 
 from __future__ import annotations
 
@@ -6,15 +6,17 @@ from pathlib import Path
 
 import pytest
 
+from moescope.errors import ShardError
 from profiler.workers.place import Place
-from store import RunInfo, RunWriter
+from store import RunInfo, RunWriter, filled_tables, publish_shard, shard_target
+
+FRAMES = {"sequence": {"sequence": [0], "domain": ["code"], "tokens": [2], "prompt_tokens": [2]}}
 
 
 def test_no_worker_of_an_earlier_driver_adds_a_shard_to_a_run_that_is_resumed(tmp_path: Path) -> None:
     """Nobody knows of its sequences by then: they would count twice."""
     writer = RunWriter.create(tmp_path, "mine", RunInfo(model="toy"))
     target = Place(writer.folder, resuming=False).target
-    frames = {"sequence": {"sequence": [0], "domain": ["code"], "tokens": [2], "prompt_tokens": [2]}}
     staged = target.stage(1)
     (staged / "sequence.parquet").touch()
     writer.close()  # as after a kill: what was staged stays
@@ -23,5 +25,21 @@ def test_no_worker_of_an_earlier_driver_adds_a_shard_to_a_run_that_is_resumed(tm
     with pytest.raises(OSError, match="staging"):
         target.publish(1, staged)
     assert again.shard_names == []
-    again.write_shard(frames)
+    again.write_shard(FRAMES)
     again.finish()
+
+
+def test_a_marker_that_was_copied_to_another_number_counts_nothing(tmp_path: Path) -> None:
+    pytest.importorskip("fsspec")
+    from store.remote.collecting import gather
+    from store.remote.objects import Objects
+
+    url = f"memory://markers-{tmp_path.name}"
+    assert publish_shard(shard_target(f"{url}/mine.live"), 1, filled_tables(FRAMES), "shard 1")
+    objects = Objects(url)
+    objects.create("mine.live/shard-000002.json", objects.read("mine.live/shard-000001.json", 1 << 16))
+    folder = tmp_path / "mine.live"
+    folder.mkdir()
+    with pytest.raises(ShardError, match="it names the files of shard 000001"):
+        gather(objects, folder)
+    assert [path.name for path in folder.iterdir()] == ["shard-000001"]
