@@ -89,7 +89,8 @@ def announce(folder: Path) -> str:
     name = folder.name.removesuffix(LIVE)
     told, info = f"{folder.name}/run.json", (folder / "run.json").read_bytes()
     created = mirror.objects.create(told, info)
-    if name in mirror.listing(fresh=True).runs:
+    left = created and collecting.markers(mirror.objects, folder.name)  # by a worker that outlived another run
+    if left or name in mirror.listing(fresh=True).runs:
         if created:
             mirror.objects.remove(told)
         mirror.require_free(name)

@@ -6,9 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from moescope.errors import ShardError
+from moescope.errors import ShardError, StoreError
 from profiler.workers.place import Place
-from store import RunInfo, RunWriter, filled_tables, publish_shard, shard_target
+from store import RunInfo, RunWriter, filled_tables, located, publish_shard, shard_target
+from store.remote.collecting import gather
+from store.remote.objects import Objects
+
+pytest.importorskip("fsspec")
 
 FRAMES = {"sequence": {"sequence": [0], "domain": ["code"], "tokens": [2], "prompt_tokens": [2]}}
 
@@ -30,10 +34,6 @@ def test_no_worker_of_an_earlier_driver_adds_a_shard_to_a_run_that_is_resumed(tm
 
 
 def test_a_marker_that_was_copied_to_another_number_counts_nothing(tmp_path: Path) -> None:
-    pytest.importorskip("fsspec")
-    from store.remote.collecting import gather
-    from store.remote.objects import Objects
-
     url = f"memory://markers-{tmp_path.name}"
     assert publish_shard(shard_target(f"{url}/mine.live"), 1, filled_tables(FRAMES), "shard 1")
     objects = Objects(url)
@@ -43,3 +43,14 @@ def test_a_marker_that_was_copied_to_another_number_counts_nothing(tmp_path: Pat
     with pytest.raises(ShardError, match="it names the files of shard 000001"):
         gather(objects, folder)
     assert [path.name for path in folder.iterdir()] == ["shard-000001"]
+
+
+def test_a_run_is_not_begun_where_a_shard_of_another_one_lies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MOESCOPE_CACHE", str(tmp_path))
+    url = f"memory://late-{tmp_path.name}/runs"
+    publish_shard(shard_target(f"{url}/mine.live"), 1, filled_tables(FRAMES), "of a worker that came too late")
+    writer = RunWriter.create(located(url), "mine", RunInfo(model="toy"))
+    with pytest.raises(StoreError, match="has an unfinished run 'mine'"):
+        Place(writer.folder, resuming=False)
+    assert "mine.live/run.json" not in Objects(url).beneath("mine.live")
+    writer.close()
