@@ -17,7 +17,8 @@ from moescope.errors import InputError, ModelError, RunError
 from profiler.capture.levels import RecordingOptions, parse_levels
 from profiler.corpus import Corpus, open_corpus
 from profiler.workers.crew import Lost
-from profiler.workers.job import WorkersJob, agreed_part_tokens, require_equal
+from profiler.workers.entry import agreed_part_tokens, require_equal
+from profiler.workers.job import WorkersJob
 from profiler.workers.parts import FEWEST_TOKENS, MOST_TOKENS, cut, default_part_tokens
 from profiler.workers.verdicts import merged
 from profiler.workers.worker import CorpusFacts, Order, Report, Work, Worker
