@@ -26,6 +26,11 @@ def not_yet(what: str, run: store.Run) -> Absent:
     """For figures that need derived metrics which are not there."""
     if run.live:
         return Absent(f"{what} is computed from the whole trace when the collection ends.")
+    if not run.has_trace and not run.metrics().is_empty():  # computing them again would change nothing
+        return Absent(
+            f"{what} needs selections token by token, and this run holds counts alone (collected with `--no-trace`, or "
+            "imported as counts)."
+        )
     return Absent(
         f"{what} has not been computed for this run: the metrics beside it are missing. Compute them from the run "
         "alone:",

@@ -99,7 +99,10 @@ def _text(run: Run, sequence: int, colouring: Colouring, finding: Finding, other
     text = data.detail(tokens.sequence_tokens, run, sequence=sequence, first=first, last=last)
     routes: Routes = data.large(tokens.routes, run, sequence=sequence, first=first, last=last)
     if text.is_empty() or not routes.count or (routes.ids < 0).all():
-        st.info("No selections have been recorded for this part.", icon=":material/hourglass_top:")
+        words = "No selections have been recorded for this part."
+        if not run.live and not run.has_trace:
+            words = "This run holds counts alone, no selection token by token (`--no-trace`, or imported counts)."
+        st.info(words, icon=":material/hourglass_top:")
         return
 
     @cache
