@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
@@ -54,10 +54,17 @@ def _widened(values: NDArray[np.float64], width: int) -> NDArray[np.float64]:
     return np.pad(values, [(0, 0)] * (values.ndim - 1) + [(0, width - values.shape[-1])])
 
 
-def group_matrix(tokens: Tokens, device: torch.device) -> Tensor:
+def groups_by_name(tokens: Tokens) -> list[int]:
+    """The groups that occur, in an order that depends on their names alone: the last bit of a product depends on it,
+    and a worker meets domains in another order than one process that sees all text.
+    """
+    return sorted(tokens.present, key=lambda entry: tokens.groups[entry])
+
+
+def group_matrix(tokens: Tokens, present: Sequence[int], device: torch.device) -> Tensor:
     """(present groups, tokens) float32, 1 where a token is of the group: a product with it sums tokens by group."""
-    present = torch.tensor(tokens.present, device=device)
-    return (present[:, None] == tokens.group.to(device)[None]).float()
+    entries = torch.tensor(present, device=device)
+    return (entries[:, None] == tokens.group.to(device)[None]).float()
 
 
 def scatter_sum(keys: Tensor, values: Tensor | None, size: int) -> Tensor:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from profiler.capture.batch import RoutingBatch
-from profiler.recorders.base import Sums, columns_of, group_matrix, literals
+from profiler.recorders.base import Sums, columns_of, group_matrix, groups_by_name, literals
 
 BINS = 32
 """Equal bins of the quantities that have a largest value: probabilities over [0, 1], entropy over [0, ln E]."""
@@ -59,7 +59,8 @@ class RouterRecorder:
         layers, tokens, _ = batch.ids.shape
         if tokens == 0:
             return
-        member = group_matrix(batch.tokens, batch.ids.device)  # shape: (groups, tokens)
+        present = groups_by_name(batch.tokens)
+        member = group_matrix(batch.tokens, present, batch.ids.device)  # shape: (groups, tokens)
         values = [torch.ones_like(batch.weights[..., 0])]
         bins = experts = None
         if batch.logits is None:
@@ -71,11 +72,12 @@ class RouterRecorder:
             experts = measured.experts(member)
         # shape: (layers, quantities, tokens) x (tokens, groups); float32 within a batch, float64 between batches
         sums = (torch.stack(values, 1) @ member.T).double().cpu().numpy()
-        self._keep(batch, sums, bins, experts)
+        self._keep(batch, present, sums, bins, experts)
 
     def _keep(
         self,
         batch: RoutingBatch,
+        present: list[int],
         sums: NDArray[np.float64],
         bins: NDArray[np.float64] | None,
         experts: NDArray[np.float64] | None,
@@ -83,7 +85,7 @@ class RouterRecorder:
         for index, key in enumerate(batch.keys):
             if batch.score == "unknown":
                 self._unknown.add(key)
-            for place, entry in enumerate(batch.tokens.present):
+            for place, entry in enumerate(present):
                 group = batch.tokens.groups[entry]
                 self._tokens.add((key, group), sums[index, :, place])
                 if bins is not None and experts is not None and batch.logits is not None:
