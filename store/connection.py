@@ -47,7 +47,7 @@ def connect(databases: Mapping[str, Path], lying: OneRun | None = None) -> duckd
             connection.execute(f"attach {literal(lying.PATH if lying else path)} as {alias} (read_only)")
         except duckdb.Error as error:
             connection.close()
-            raise StoreError(f"{path} cannot be read as a run: {str(error).splitlines()[0]}") from error
+            raise StoreError(f"{path} cannot be read as a run: {said(error)}") from error
     if databases:
         # Before anything of the files is asked: a table in one may be a view that reads other files or the network.
         connection.execute("set enable_external_access = false")
@@ -90,6 +90,12 @@ def lock(connection: duckdb.DuckDBPyConnection, directories: Sequence[Path] = ()
     connection.execute("set lock_configuration = true")
 
 
+def said(error: duckdb.Error) -> str:
+    """DuckDB's words in one line; where an error of Python came through it, such as a store's, that error's."""
+    lines = str(error).strip().splitlines()
+    return lines[-1].partition(": ")[2] or lines[-1] if lines[0].startswith("Traceback") else lines[0]
+
+
 def kind_of(statement: duckdb.Statement) -> duckdb.StatementType | None:
     """The kind of a statement; None for kinds that DuckDB's Python package has no name for (UPDATE EXTENSIONS)."""
     try:
@@ -123,7 +129,7 @@ def query(
     except duckdb.InterruptException:
         raise StoreError(f"the query was stopped after {seconds:g} s") from None
     except duckdb.Error as error:
-        raise StoreError(f"the query failed: {str(error).splitlines()[0]}") from error
+        raise StoreError(f"the query failed: {said(error)}") from error
     finally:
         if timer is not None:
             timer.cancel()

@@ -62,7 +62,7 @@ def open_file(
             _create_views(opened, experts)
             derived.create_views(opened, attached=attached)
     except duckdb.Error as error:
-        raise StoreError(f"{path} is damaged: put a copy in its place ({str(error).splitlines()[0]})") from error
+        raise StoreError(f"{path} is damaged: put a copy in its place ({connection.said(error)})") from error
     connection.lock(opened)
     if lying is not None:
         lying.sealed = True
