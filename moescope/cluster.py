@@ -9,27 +9,22 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-import socket
-import subprocess
+import signal
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
+from moescope.answers import require_answer
 from moescope.errors import InputError, MoescopeError, RunError
 
 LOCAL = "local"
 TRIES = 3
 """Workers that may be lost on one and the same piece of work before it is given up."""
-
-_PORT_SECONDS, _RAY_SECONDS = 2.5, 6.5
-"""In which a port, and then Ray behind it, must answer."""
-
-_ASK = "import sys; from ray._raylet import GcsClient; GcsClient(address=sys.argv[1])"
-"""What ``ray health-check`` does: ask the cluster's control service for the cluster's number."""
 
 _OBJECT_STORE = 1 << 30
 """Bytes of a local Ray's object store: what is sent is small, and Ray's default takes a third of the memory."""
@@ -143,7 +138,7 @@ def connected(
         )
     ray = _module()
     if address != LOCAL:
-        _require_answer(address)
+        require_answer(address)
     if ray.is_initialized():
         raise InputError("this process has joined a Ray already: leave it first (ray.shutdown())")
     folder = Path(tempfile.mkdtemp(prefix="mray-", dir="/tmp" if os.path.isdir("/tmp") else None))
@@ -152,7 +147,8 @@ def connected(
         _hush(ray)
         joined = Cluster(ray, address, workers=workers, cpus=cpus_per_worker, gpus=gpus_per_worker)
         _require_room(joined)
-        yield joined
+        with _ended_as_interrupted():
+            yield joined
     finally:
         with suppress(Exception):
             ray.shutdown()
@@ -254,33 +250,17 @@ def _loopback() -> Iterator[None]:
         ray_constants.ENABLE_RAY_CLUSTER = before
 
 
-def _require_answer(address: str) -> None:
-    """Ask the port, and then Ray itself: ``ray.init`` alone waits for minutes."""
-    if address.startswith("ray://"):
-        raise InputError(
-            f"--ray {address}: Ray's client mode is not used, since it passes everything through one process: run"
-            " moescope on a node of the cluster, and give HOST:PORT of its head"
-        )
-    host, _, port = address.rpartition(":")
-    if not host or not port.isdecimal() or not 0 < int(port) < 65536:
-        raise InputError(f"--ray is {address!r}: give 'local', or HOST:PORT of a Ray cluster's head")
+@contextmanager
+def _ended_as_interrupted() -> Iterator[None]:
+    """While entered, SIGTERM ends the work as Ctrl-C does: Ray's own handler prints its stack, and aborts."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=_PORT_SECONDS).close()
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise InputError(f"no Ray answers at {address} ({reason}): is it running, and is this its port?") from None
-    # In a process of its own: Ray's client has no deadline below 40 s, and cannot be stopped.
-    command = [sys.executable, "-c", _ASK, address]
-    try:
-        asked = subprocess.run(command, timeout=_RAY_SECONDS, capture_output=True, text=True, check=False)
-        lines = asked.stderr.strip().splitlines()
-        reason = "" if asked.returncode == 0 else (lines[-1][:300] if lines else f"exit code {asked.returncode}")
-    except subprocess.TimeoutExpired:
-        reason = f"no answer within {_RAY_SECONDS:g} s"
-    if reason:
-        raise InputError(
-            f"what listens at {address} does not answer as Ray does ({reason}): give HOST:PORT of the head"
-        )
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)
 
 
 def _require_room(joined: Cluster) -> None:

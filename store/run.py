@@ -14,7 +14,7 @@ import polars as pl
 from numpy.typing import NDArray
 
 from moescope.errors import StoreError
-from store import connection, derived, live, remote, stretch, text_search
+from store import connection, derived, live, packed, remote, stretch, text_search
 from store.damage import damage
 from store.info import Badge, LayerInfo, Progress, RunInfo, badge
 from store.opening import open_file, open_folder
@@ -283,7 +283,9 @@ class Run:
         wanted = self._wanted_layers(layers)
         chosen = self._wanted_sequences(domain, sequences, max_sequences, traced=True)
         numbers = chosen["sequence"].to_numpy().astype(np.int64)
-        chunks = self._chunks(sorted({layer for layer, _ in wanted}), numbers.tolist())
+        chunks = packed.chunks(
+            self.query, self._sparse, layers=sorted({layer for layer, _ in wanted}), sequences=numbers.tolist()
+        )
         return unpack_trace(
             chunks=chunks,
             layers=wanted,
@@ -339,21 +341,14 @@ class Run:
             StoreError: the run has no such layer.
         """
         known = self._layer(layer, step)
-        among, numbers = _among(sequences)
+        among, numbers = packed.among(sequences)
         ranged = f"sequence between $first and $last{among} order by sequence"
         of = {"first": first, "last": last, **numbers}
         chosen = self._traced(self.query(f"select sequence, tokens from sequence where {ranged}", of))
-        if sequences is not None and self._sparse.suits(sequences):
-            rows = self._sparse.chunks(sequences)
-            mine = (pl.col("layer") == layer) & (pl.col("step") == step)
-            chunks = rows.filter(mine & pl.col("sequence").is_between(first, last))
-            chunks = chunks if weights else chunks.drop("weights")
-        else:
-            names = "sequence, start, width, scale, experts" + (", weights" if weights else "")
-            chunks = self.query(
-                f"select {names} from route_chunk where layer = $layer and step = $step and {ranged}, start",
-                {"layer": layer, "step": step, **of},
-            )
+        chunks = packed.layer_chunks(
+            self.query, self._sparse, layer=layer, step=step, first=first, last=last, sequences=sequences,
+            weights=weights,
+        )  # fmt: skip
         return unpack_layer(
             chunks=chunks,
             sequences=chosen["sequence"].to_numpy().astype(np.int64),
@@ -378,7 +373,7 @@ class Run:
             StoreError: the run has no such layer.
         """
         self._layer(layer, step)
-        among, numbers = _among(sequences)
+        among, numbers = packed.among(sequences)
         of = {"layer": layer, "step": step, "first": first, "last": last, **numbers}
         chunks = self.query(
             "select sequence, start, width, low, high, experts, scores, log_partition from score_chunk where layer ="
@@ -424,7 +419,8 @@ class Run:
             raise StoreError(f"run {self.name!r} holds no router scores: collect it again with --router-scores")
         chosen = chosen.join(self.scored_sequences, on="sequence", how="semi", maintain_order="left")
         numbers = chosen["sequence"].to_numpy().astype(np.int64)
-        chunks = self._chunks(sorted({layer for layer, _ in wanted}), numbers.tolist(), table="score_chunk")
+        named = sorted({layer for layer, _ in wanted})
+        chunks = packed.chunks(self.query, self._sparse, layers=named, sequences=numbers.tolist(), table="score_chunk")
         return unpack_scores(
             chunks=chunks,
             layers=wanted,
@@ -531,25 +527,6 @@ class Run:
         found = self.query("select token_id, bytes from vocabulary where token_id in (select unnest(?))", [list(ids)])
         return {token: piece or b"" for token, piece in found.iter_rows()}
 
-    def _chunks(self, layers: list[int], sequences: list[int], table: str = "route_chunk") -> pl.DataFrame:
-        """Packed trace of some layers and sequences; lists travel as parameters, an empty choice reads nothing."""
-        order = "order by layer, step, sequence, start"
-        if len(sequences) == 1:
-            # Found through the index, which a second condition in the query would keep DuckDB from using.
-            one = self.query(f"select * from {table} where sequence = ? {order}", sequences)
-            return one.filter(pl.col("layer").is_in(layers))
-        if table == "route_chunk" and self._sparse.suits(sequences):
-            few = self._sparse.chunks(sequences)
-            return few.filter(pl.col("layer").is_in(layers))
-        # Layer by layer: rows lie in the order of layers, and of the others DuckDB then reads nothing.
-        among = "sequence between $first and $last and sequence in (select unnest($sequences::uinteger[]))"
-        of = {"first": min(sequences, default=0), "last": max(sequences, default=0), "sequences": sequences}
-        read = [
-            self.query(f"select * from {table} where layer = $layer and {among} {order}", {"layer": layer, **of})
-            for layer in layers or [-1]
-        ]
-        return pl.concat(read)
-
     @cached_property
     def _sparse(self) -> Sparse:
         wide = sum(layer.top_k for layer in self.layers)
@@ -586,10 +563,3 @@ class Run:
         if sequences is not None:
             frame = frame.filter(pl.col("sequence").is_in(list(sequences)))
         return frame.head(limit) if limit is not None else frame
-
-
-def _among(sequences: Sequence[int] | None) -> tuple[str, dict[str, list[int]]]:
-    """The condition that a sequence is one of these, and its parameter; neither where all are wanted."""
-    if sequences is None:
-        return "", {}
-    return " and sequence in (select unnest($sequences::uinteger[]))", {"sequences": [int(one) for one in sequences]}

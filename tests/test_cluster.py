@@ -1,4 +1,4 @@
-"""Joining a Ray: what is refused at once, and tasks whose workers die."""
+"""Joining a Ray: what is refused at once, tasks whose workers die, and metrics and curves that its workers compute."""
 
 import http.server
 import os
@@ -7,13 +7,21 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 
-from moescope import cluster
-from moescope.errors import InputError, PlanError, RunError
+import store
+from moescope import answers, cluster, memory
+from moescope.errors import InputError, PlanError, RunError, StoreError
+from planner.caching import study
+from profiler import headline
+from profiler.headline.spread import compute_on
+from profiler.importers.job import import_run
+from tests.planner.cache_settings import random_routes, slow_machine, written_run
+from tests.profiler.test_memory_limit import LENGTHS, trace
 
 pytest.importorskip("ray")
 
@@ -62,6 +70,11 @@ def test_what_goes_wrong_in_tasks_is_one_line(
         outcome(13)
 
 
+def test_a_terminated_process_ends_in_order(joined: cluster.Cluster) -> None:
+    with pytest.raises(KeyboardInterrupt):  # Ray's own handler would abort the process
+        signal.raise_signal(signal.SIGTERM)
+
+
 def test_a_local_ray_listens_on_this_machine_alone(joined: cluster.Cluster) -> None:
     node = joined.ray.nodes()[0]
     assert node["NodeManagerAddress"] == "127.0.0.1"
@@ -101,7 +114,7 @@ def test_what_cannot_be_joined_is_told_within_ten_seconds(monkeypatch: pytest.Mo
     assert "no Ray answers" in _refused(f"127.0.0.1:{port}")
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), http.server.BaseHTTPRequestHandler) as server:
         monkeypatch.setattr(http.server.BaseHTTPRequestHandler, "log_message", lambda *_: None)
-        monkeypatch.setattr(cluster, "_RAY_SECONDS", 2.0)
+        monkeypatch.setattr(answers, "RAY_SECONDS", 2.0)
         threading.Thread(target=server.serve_forever, daemon=True).start()
         assert "does not answer as Ray does" in _refused(f"127.0.0.1:{server.server_port}")
         server.shutdown()
@@ -119,3 +132,33 @@ def test_more_than_the_machine_has_is_refused_with_the_numbers(joined: cluster.C
     ):
         cluster._require_room(asked)
     assert joined.room() >= 2
+
+
+def test_metrics_are_those_of_one_process(joined: cluster.Cluster, tmp_path: Path) -> None:
+    file = trace(tmp_path / "t.npz", LENGTHS, layers=3, experts=8, top_k=2)
+    path = import_run("npz", file, directory=tmp_path, name="a", metrics=False)
+    with store.open_run(path) as run:
+        alone = headline.compute(run, whole=True)
+    told: list[str] = []
+    spread = compute_on(joined, path, whole=True, tell=told.append)
+    assert spread[0].equals(alone[0]) and spread[1].equals(alone[1])
+    assert told[-1].startswith("computing metrics on 2 workers") and memory.worker_peak() > 50 << 20
+    with pytest.raises(StoreError, match="no run at"):
+        compute_on(joined, tmp_path / "none.duckdb")
+
+
+class Backwards:
+    """Layers that end in another order."""
+
+    def map(self, function: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[tuple[int, Any]]:
+        return ((at, function(items[at])) for at in reversed(range(len(items))))
+
+
+def test_curves_of_a_whole_trace_are_those_of_one_process(joined: cluster.Cluster, tmp_path: Path) -> None:
+    routes = random_routes(5, layers=3, experts=8, k=2, requests=8, length=40)
+    run = written_run(tmp_path, routes, domains=["code", "prose"] * 4, prompt=10)
+    expected, *found = (
+        study(run, slow_machine(), whole=True, other_weights=0, context=64, cluster=workers)
+        for workers in (None, cast(Any, Backwards()), joined)
+    )
+    assert found == [expected, expected]

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING
 from moescope.errors import ShardError, StoreError
 from store import live
 from store.remote import collecting
-from store.remote.mirror import BESIDE, FILE, GATHERED, LIVE, RESULTS, Mirror, is_made_here, mirror_of
+from store.remote.listings import FILE, LIVE, RESULTS
+from store.remote.mirror import BESIDE, GATHERED, Mirror, is_made_here, mirror_of
 from store.remote.refusals import Vanished
 
 if TYPE_CHECKING:

@@ -10,19 +10,17 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moescope.errors import StoreError
 from store.documents import MAX_BYTES
+from store.remote.listings import FILE, LIVE, RESULTS, Listing, Listings
 from store.remote.location import no_place, url_of
-from store.remote.refusals import Unreachable
 from store.remote.room import COPIES, make_room, used_now
 from store.whole import remove, replacing, temporary_for
 
@@ -30,16 +28,13 @@ if TYPE_CHECKING:
     from store.remote.objects import Object, Objects
     from store.remote.ranged import OneRun
 
-FILE, RESULTS, LIVE = ".duckdb", ".derived.duckdb", ".live"
 BESIDE = (".plans", ".evaluations")
 GATHERED = ".gathered"
 """In a folder ``NAME.live`` of a mirror: the run is collected elsewhere, and this only shows it."""
 
-KEPT, STALE, DOCUMENTS_KEPT = 5.0, 120.0, 60.0
-"""Seconds: for which a listing is taken as it is; after which it is made again before anything is answered (in between,
-in the background); for which the documents beside a run are."""
+DOCUMENTS_KEPT = 60.0
+"""Seconds for which the documents beside a run are taken as they are."""
 
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,127}")
 _DOCUMENT = re.compile(r"(?!job-|progress-)[a-z]+-[0-9a-z-]{1,64}\.json")
 _MOST_DOCUMENTS = 500
 
@@ -47,25 +42,12 @@ Tell = Callable[[str, int, int], None]
 """Told what is being fetched, and how many bytes of how many are here."""
 
 
-@dataclass(frozen=True)
-class Listing:
-    """What a store held when it was looked at. ``trouble``: why it could not be looked at again since."""
-
-    runs: dict[str, Object] = field(default_factory=dict)
-    results: dict[str, Object] = field(default_factory=dict)
-    live: frozenset[str] = frozenset()
-    folders: frozenset[str] = frozenset()
-    at: float = 0.0
-    trouble: str = ""
-
-
 class Mirror:
     """The mirror of one store in this process. Made by :func:`mirror_of`."""
 
     def __init__(self, url: str, directory: Path) -> None:
         self.url, self.directory = url, directory
-        self._listing: Listing | None = None
-        self._looking = threading.Lock()
+        self.listings = Listings(lambda: self.objects)
         self._documents: dict[str, tuple[float, tuple[str, ...]]] = {}
         self.shown: dict[str, float] = {}
 
@@ -86,48 +68,7 @@ class Mirror:
         Raises:
             StoreError: it cannot be listed, and was not before.
         """
-        known, age = self._listing, time.monotonic() - (self._listing.at if self._listing else -1e9)
-        if known is not None and not fresh and age < KEPT:
-            return known
-        if known is not None and not fresh and age < STALE:
-            if self._looking.acquire(blocking=False):
-                threading.Thread(target=self._look_behind, daemon=True).start()
-            return known
-        with self._looking:
-            if known is not self._listing and self._listing is not None and not fresh:
-                return self._listing  # somebody else was quicker
-            self._look(fresh)
-        assert self._listing is not None
-        return self._listing
-
-    def _look_behind(self) -> None:
-        try:
-            self._look(False)
-        except StoreError as error:
-            known = self._listing
-            assert known is not None
-            self._listing = Listing(known.runs, known.results, known.live, known.folders, time.monotonic(), str(error))
-        finally:
-            self._looking.release()
-
-    def _look(self, must: bool) -> None:
-        try:
-            objects, folders = self.objects.listing()
-        except Unreachable as error:
-            known = self._listing
-            if must or known is None:
-                raise
-            self._listing = Listing(known.runs, known.results, known.live, known.folders, time.monotonic(), str(error))
-            return
-        results = {one.name.removesuffix(RESULTS): one for one in objects if one.name.endswith(RESULTS)}
-        runs = {one.name.removesuffix(FILE): one for one in objects if one.name.endswith(FILE)}
-        runs = {name: one for name, one in runs.items() if is_name(name)}
-        living = frozenset(name.removesuffix(LIVE) for name in folders if name.endswith(LIVE))
-        self._listing = Listing(
-            runs, {name: one for name, one in results.items() if name in runs},
-            frozenset(name for name in living if is_name(name) and name not in runs), frozenset(folders),
-            time.monotonic(),
-        )  # fmt: skip
+        return self.listings.latest(fresh=fresh)
 
     def entries(self) -> Iterator[tuple[str, Path, bool, int, int | None, float | None]]:
         """The runs of the store, as :class:`store.catalog.Entry` takes them.
@@ -162,7 +103,7 @@ class Mirror:
 
     def forget(self) -> None:
         """Look at the store again when it is asked for next."""
-        self._listing = None
+        self.listings.forget()
         self._documents.clear()
         self.shown.clear()
 
@@ -319,11 +260,6 @@ def mirror_of(directory: Path) -> Mirror | None:
     if found is None or found.url != url:
         found = _mirrors.setdefault(key, Mirror(url, directory.absolute()))
     return found
-
-
-def is_name(name: str) -> bool:
-    """Whether an object's name can be a run's: by the rules of names on this machine."""
-    return _NAME.fullmatch(name) is not None and not name.endswith((LIVE, ".derived", FILE))
 
 
 def is_made_here(path: Path) -> bool:

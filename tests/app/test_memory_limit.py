@@ -25,9 +25,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     "command",
     [
-        ("place", "--devices", "4", "--max-tokens", "5k"),
+        ("place", "--devices", "4", "--max-tokens", "1k"),
         ("plan", "--preset", "frequency", "--share", "0.25"),
-        ("route", "--rule", "top_k", "--value", "1", "--max-tokens", "2k"),
+        ("route", "--rule", "top_k", "--value", "1", "--max-tokens", "1k"),
         ("show", "balance"),
     ],
 )

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import polars as pl
 from numpy.typing import NDArray
-from workloads import drawn_workload
 
 import store
 from compressor.plan import LayerShape, Source
@@ -20,6 +19,7 @@ from planner.machine import Link, Machine, Processor
 from planner.simulate.timeline import StepCosts
 from planner.simulate.workload import Workload
 from store import LayerInfo, RunInfo, RunWriter
+from tests.planner.workloads import drawn_workload
 
 HIDDEN, WIDTH = 64, 32
 EXPERT = 3 * HIDDEN * WIDTH * 2

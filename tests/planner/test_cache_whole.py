@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -73,22 +71,6 @@ def test_what_cannot_be_is_refused(run: store.Run, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(whole, "_SELECTION_BYTES", 10**9)
     with memory.limited(8 << 30), pytest.raises(PlanError, match="one layer of all .* give --memory-limit .*--steps N"):
         whole_curves(run, setting)
-
-
-def test_the_workers_of_a_ray_give_the_same(run: store.Run) -> None:
-    pytest.importorskip("ray")
-    from moescope import cluster
-
-    class Backwards:
-        """Layers that end in another order."""
-
-        def map(self, function: Callable, items: Sequence) -> Iterator:
-            return ((at, function(items[at])) for at in reversed(range(len(items))))
-
-    expected = study(run, slow_machine(), whole=True, **ASKED)
-    assert study(run, slow_machine(), whole=True, cluster=cast(Any, Backwards()), **ASKED) == expected
-    with cluster.connected("local", workers=1) as joined:
-        assert study(run, slow_machine(), whole=True, cluster=joined, **ASKED) == expected
 
 
 def test_a_memory_limit_cuts_what_times_rest_on(run: store.Run, monkeypatch: pytest.MonkeyPatch) -> None:

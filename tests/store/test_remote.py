@@ -53,15 +53,18 @@ def environment(service: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     mirror._mirrors.clear()
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def s3(service: str) -> Any:
-    return boto3.client("s3", endpoint_url=service)
+    """A client beside ours, and the bucket."""
+    keys = {"aws_access_key_id": "testing", "aws_secret_access_key": SECRET, "region_name": "us-east-1"}
+    client = boto3.client("s3", endpoint_url=service, **keys)
+    client.create_bucket(Bucket="bucket")
+    return client
 
 
 @pytest.fixture
 def url(s3: Any, tmp_path: Path) -> str:
     """A store with run ``mine``, its metrics and one plan."""
-    s3.create_bucket(Bucket="bucket")
     prefix = tmp_path.name
     file = synthetic.finished(tmp_path / "made", "mine")
     store.write_plan(file, '{"steps": []}', name="one")
@@ -275,12 +278,13 @@ def test_a_push_creates_and_never_replaces(
 
 
 def shard(target: Any, number: int, start: int) -> bool:
-    filled = store.filled_tables(synthetic.tables(3, start=start, text=False, activations=False))
+    tables = synthetic.tables(3, start=start, text=False, activations=False)
+    filled = store.filled_tables({name: tables[name] for name in ("layer", "sequence", "expert_load")})
     return store.publish_shard(target, number, filled, f"shard {number}")
 
 
 def test_a_run_of_many_machines_counts_each_shard_once_and_is_resumed_after_every_kill(
-    url: str, s3: Any, monkeypatch: pytest.MonkeyPatch
+    url: str, s3: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     directory = store.located(url)
     writer = RunWriter.create(directory, "shared", synthetic.info())
@@ -316,7 +320,7 @@ def test_a_run_of_many_machines_counts_each_shard_once_and_is_resumed_after_ever
     assert not [name for name in objects(s3, url) if name.startswith("shared.live")]
     with store.open_run(directory / "shared.duckdb") as run:
         assert run.table("sequence")["sequence"].to_list() == list(range(9))
-        whole = store.open_run(synthetic.finished(directory.parent / "one", "one"))
+        whole = store.open_run(tmp_path / "made" / "mine.duckdb")
         counted = "select sum(tokens)::bigint as n from expert_load where kind = 'routed'"
         assert run.query(counted).item() == whole.query(counted).item()
     _elsewhere(monkeypatch, url)
@@ -388,7 +392,11 @@ def test_what_goes_wrong_is_said_in_one_line(
     for doing, name, command in (
         ("listed", "ls", ["runs", "--store", url]),
         ("read", "cat_file", ["show", "mine", "--store", url]),
-        ("written", "put_file", ["runs", "push", str(synthetic.finished(tmp_path / "more", "more")), "--store", url]),
+        (
+            "written",
+            "put_file",
+            ["runs", "push", str(synthetic.finished(tmp_path / "else", "yours", sequences=6)), "--store", url],
+        ),
     ):
         mirror._mirrors.clear()
         with monkeypatch.context() as patch:

@@ -11,7 +11,7 @@ from streamlit.testing.v1 import AppTest
 
 from app.commands.delivery import push
 from store import Catalog
-from store.remote import mirror
+from store.remote import listings, mirror
 from store.remote.objects import Objects
 from store.remote.refusals import Unreachable
 from tests.app import synthetic
@@ -62,9 +62,9 @@ def test_a_page_fetches_once_shows_that_it_does_and_says_what_goes_wrong(
     # The service goes: what is here is shown, with a line that says so; what is not here, is a line on its page.
     answers = False
     found = next(iter(mirror._mirrors.values()))
-    monkeypatch.setattr(mirror, "KEPT", -1.0)
+    monkeypatch.setattr(listings, "KEPT", -1.0)
     _run(app)
-    with found._looking:  # the look behind has ended
+    with found.listings._looking:  # the look behind has ended
         pass
     _run(app)
     assert [title.value for title in app.title] == ["Overview"]

@@ -28,7 +28,7 @@ from tests.profiler.capture.tiny import build, tokenizer
 pytest.importorskip("ray")
 
 LEVEL = "routing,activations,similarity,moments,lookahead,attention,predictions"
-PART_TOKENS = 300
+PART_TOKENS, PARTS = 300, 6
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +63,7 @@ def collect_alone(texts: Path, folder: Path, **options: Any) -> Path:
     )  # fmt: skip
 
 
-def collect(joined: cluster.Cluster, texts: Path, folder: Path, **options: Any) -> Path:
+def collect(joined: cluster.Cluster, texts: Path, folder: Path | str, **options: Any) -> Path:
     load = options.pop("load", partial(build, "qwen2_moe"))
     given = options.pop("corpus", None) or corpus(texts)
     level = options.pop("level", LEVEL)
@@ -132,7 +132,7 @@ def mortal(folder: Path) -> Any:
 
     def and_die(*arguments: Any) -> bool:
         published = publish(*arguments)
-        if arguments[1] == 3:
+        if arguments[1] == PARTS - 1:  # nobody needs to take its place
             die_once(folder, "reporting")
         return published
 
@@ -154,7 +154,7 @@ def test_killed_workers_change_nothing(ray_of_two: cluster.Cluster, alone: Path,
     assert told[-1].tokens == told[-1].token_budget == 2000
     kept = run.info.settings["workers"]
     assert (kept["engine"], kept["workers"], kept["part_tokens"]) == ("ray", 2, PART_TOKENS)
-    assert kept["parts"] == 6
+    assert kept["parts"] == PARTS
     assert {file.name for file in tmp_path.iterdir()} == {"tiny.duckdb", "deaths"}
 
 
@@ -167,7 +167,7 @@ def test_an_interrupted_collection_goes_on_with_other_workers_or_with_none(
     mine, theirs = tmp_path / "mine", tmp_path / "theirs"
     with monkeypatch.context() as patch, pytest.raises(RunError, match=r"interrupted; after \d+ of 2000 .* --resume"):
         patch.setattr(WorkersJob, "_take_verdicts", interrupt)  # when the first part has been recorded
-        collect(crew(ray_of_two, 3), texts, mine)
+        collect(ray_of_two, texts, mine)
     folder = mine / "tiny.live"
     assert not list(folder.glob(".staging-*"))
     assert len(list(folder.glob("shard-*"))) >= 1
@@ -176,5 +176,5 @@ def test_an_interrupted_collection_goes_on_with_other_workers_or_with_none(
     with pytest.raises(InputError, match=f"begun with --part-tokens {PART_TOKENS}"):
         collect(ray_of_two, texts, mine, resume=True, part_tokens=200)
     shutil.copytree(mine, theirs)
-    assert_same(collect(crew(ray_of_two, 1), texts, mine, resume=True, part_tokens=None), alone)
+    assert_same(collect(crew(ray_of_two, 1), texts, f"file://{mine}", resume=True, part_tokens=None), alone)
     assert_same(collect_alone(texts, theirs, resume=True), alone)
