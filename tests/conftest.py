@@ -24,7 +24,7 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 
 LONG = (
     "profiler/capture/test_families.py", "browser/test_dashboard.py", "app/test_page_shapes.py", "test_wheel.py",
-    "profiler/workers/test_collect_on_ray.py", "test_cluster.py", "store/test_remote.py",
+    "faults/test_kills.py", "profiler/workers/test_collect_on_ray.py", "test_cluster.py", "store/test_remote.py",
     "profiler/test_memory_limit.py",
     "profiler/capture/test_watch.py", "app/test_pages.py", "browser/test_focus.py", "app/test_recommend_command.py",
     "app/test_compress_page.py", "browser/test_report_in_browser.py", "app/test_compress_advice.py",
