@@ -15,8 +15,8 @@ NUM_PARTS = 16
 
 _GOLDEN = 2654435769  # 2^32 / golden ratio
 
-_MIX = 0x45D9F3B
-"""An odd number by which the bits of a sequence's number are mixed twice."""
+_MIX = ((16, 0x7FEB352D), (15, 0x68E31DA5))
+"""Shifts and odd factors that mix the bits of a sequence's number: small numbers, too, become evenly large ones."""
 
 Numbers = TypeVar("Numbers")
 """An int, or an int64 array of numpy or torch."""
@@ -39,6 +39,6 @@ def in_every(sequence: Any, every: int) -> Any:
     steps would miss some of them. Sequence 0 is one; those of a larger ``every`` are among those of a smaller one.
     """
     mixed = sequence & 0xFFFFFFFF
-    for _ in range(2):
-        mixed = ((mixed ^ (mixed >> 16)) * _MIX) & 0xFFFFFFFF
+    for shift, factor in _MIX:
+        mixed = ((mixed ^ (mixed >> shift)) * factor) & 0xFFFFFFFF
     return (mixed ^ (mixed >> 16)) * every < 1 << 32

@@ -21,7 +21,7 @@ from profiler.capture.discovery import inspect_model
 from profiler.capture.engine import engine_rows
 from profiler.capture.inputs import end_tokens, modality_tokens
 from profiler.capture.levels import RecordingOptions
-from profiler.capture.memory import MemoryWatch
+from profiler.capture.memory import MemoryWatch, grows_by_itself
 from profiler.capture.observer import Observer
 from profiler.capture.precision import precision_checks, precision_of
 from profiler.capture.provenance import describe_run
@@ -91,7 +91,7 @@ class WatchSession:
         if "predictions" in levels:
             require_predictions(self.model, self.found.name, keeps_text=tokenizer is not None)
         self.name, self.resuming = name, resume
-        self._options, self.memory = options, MemoryWatch()
+        self._options, self.memory = options, MemoryWatch(model_grows=grows_by_itself(self.model))
         self.path: Path | None = None
         self.tokens = self.tokens_before = 0
         self.planned_tokens = token_budget or 0
