@@ -76,7 +76,7 @@ class MemoryWatch:
         )
         if grown > self.stated and self._model_grows:
             detail = (
-                f"the process grew by {_mebibytes(grown)} beyond a bare forward of one batch; recording was said to take"
+                f"the process grew by {_mebibytes(grown)} beyond a bare forward of one batch; recording was to take"
                 f" {_mebibytes(self.stated)}. In 16 bits on a CPU the model alone grows with every new shape, whose"
                 " kernels are kept, so nothing follows"
             )
