@@ -56,9 +56,11 @@ def duration(seconds: float | None) -> str:
 
 
 def from_here(path: Path) -> str:
-    """A path as it is typed in the folder that this process was started in."""
+    """A path as it is typed in the folder that this process was started in; a URL, of what is in a remote store."""
+    from store import shown
+
     here = Path.cwd()
-    return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)
+    return str(path.relative_to(here)) if path.is_relative_to(here) else shown(path)
 
 
 def sentence(text: str) -> str:

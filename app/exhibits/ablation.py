@@ -83,7 +83,7 @@ def chosen(run: store.Run, name: str | None) -> dict[str, Any]:
 
 def command(run: store.Run) -> str:
     """What switches experts off: the super experts of a run where a rule names some, else experts by choice."""
-    name = shlex.quote(str(run.path))
+    name = shlex.quote(store.shown(run.path))
     marked = super_experts.super_experts(run).filter(pl.col("tokens") == "all")["rule"].to_list()
     which = f"--super-experts {name}" if marked else f"--experts LAYER:EXPERT,... --beside {name}"
     which += " --rule code" if marked and "paper" not in marked else ""

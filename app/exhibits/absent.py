@@ -34,7 +34,7 @@ def not_yet(what: str, run: store.Run) -> Absent:
     return Absent(
         f"{what} has not been computed for this run: the metrics beside it are missing. Compute them from the run "
         "alone:",
-        remedy=f"moescope runs compute {shlex.quote(str(run.path))}",
+        remedy=f"moescope runs compute {shlex.quote(store.shown(run.path))}",
     )
 
 

@@ -160,7 +160,8 @@ def measured(
     if not documents:
         raise Absent(
             "No plan of this run was measured: apply one, and evaluate the result.",
-            remedy=f"moescope evaluate SMALLER --against MODEL --data HELD-OUT --beside {shlex.quote(str(run.path))}",
+            remedy="moescope evaluate SMALLER --against MODEL --data HELD-OUT --beside"
+            f" {shlex.quote(store.shown(run.path))}",
         )
     names = list(documents)
     chosen = chosen if chosen in documents else names[0]

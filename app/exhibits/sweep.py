@@ -185,7 +185,7 @@ def chosen(run: store.Run, name: str | None) -> dict[str, Any]:
 
 def command(run: store.Run, more: str = "") -> str:
     """What tries rules on the model of a run."""
-    return f"moescope sweep MODEL --data PATH --against {shlex.quote(str(run.path))} {more}".strip()
+    return f"moescope sweep MODEL --data PATH --against {shlex.quote(store.shown(run.path))} {more}".strip()
 
 
 def trial_of(document: dict[str, Any], trial: str | None, *, varied: bool = False) -> str:

@@ -5,9 +5,11 @@ Each takes ``others``, the other checkpoints: paths, or names in the folder of t
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TypeVar
 
 import polars as pl
@@ -47,19 +49,24 @@ def checkpoints(run: store.Run, frames: Frames, others: str | None, *, order: Or
     """
     catalog = store.Catalog(run.path.parent)
     named = [name.strip() for name in (others or "").split(",") if name.strip()]
-    paths = list(dict.fromkeys([run.path.resolve(), *(catalog.resolve(name).resolve() for name in named)]))
+    paths = list(dict.fromkeys([_place(run.path), *(_place(catalog.resolve(name)) for name in named)]))
     if len(paths) < 2:
         raise Absent(
             "A timeline takes several checkpoints, and only one was named.",
             remedy=f"moescope compare {run.name} RUN RUN",
         )
-    if order == "chosen" and run.path.resolve() in (chosen := [catalog.resolve(name).resolve() for name in named]):
+    if order == "chosen" and _place(run.path) in (chosen := [_place(catalog.resolve(name)) for name in named]):
         paths = list(dict.fromkeys(chosen))
     found = Checkpoints(tuple(map(str, paths)), tuple(store.version_of(path) for path in paths))
     places = ordered([path.stem for path in paths], frames(_times, run, **found.keys), order)
     return Checkpoints(
         tuple(found.paths[place] for place in places), tuple(found.versions[place] for place in places)
     )  # fmt: skip
+
+
+def _place(path: Path) -> Path:
+    """Where a run is, by its own name: a copy of a remote one is a link to a file of another name."""
+    return Path(os.path.abspath(path))
 
 
 def measured(run: store.Run, frames: Frames, found: Checkpoints, *, measure: str = "") -> pl.DataFrame:

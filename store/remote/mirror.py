@@ -91,7 +91,9 @@ class Mirror:
         """
         listing = self.listing(fresh=True)
         if name in listing.runs:
-            raise StoreError(f"{self.url} already has a run {name!r}: choose another --name")
+            raise StoreError(
+                f"{self.url} already has a run {name!r}: choose another name (--name, or moescope runs rename)"
+            )
         if name in listing.live:
             raise StoreError(
                 f"{self.url} has an unfinished run {name!r}: continue it with --resume where it was begun, or choose"

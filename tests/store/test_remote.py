@@ -262,7 +262,10 @@ def test_a_push_creates_and_never_replaces(
     assert {"yours.duckdb", "yours.derived.duckdb", "yours.plans/plan-mine.json"} <= set(objects(s3, url))
     before = objects(s3, url)
     assert main(["runs", "push", str(made), "--store", url]) == 2
-    assert capsys.readouterr().err == f"moescope: {url} already has a run 'yours': choose another --name\n"
+    assert (
+        capsys.readouterr().err
+        == f"moescope: {url} already has a run 'yours': choose another name (--name, or moescope runs rename)\n"
+    )
     assert objects(s3, url) == before and Catalog(url).resolve("yours").is_symlink()
     assert main(["runs", "push", str(made), "--store", str(tmp_path)]) == 2
     assert "is a directory" in capsys.readouterr().err
