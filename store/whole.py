@@ -16,6 +16,9 @@ from moescope.errors import MoescopeError, RunError, StoreError
 
 _COUNTER = itertools.count()
 _FULL = (errno.ENOSPC, errno.EDQUOT)
+_NOTHING_LEFT = 1 << 16
+"""Bytes free below which a write that failed for no reason is taken to have found the disk full."""
+
 _SHUT = (errno.EROFS, errno.EACCES, errno.EPERM)
 
 
@@ -144,6 +147,14 @@ def code_of(error: BaseException) -> int:
         return int(found[1])
     told = [code for code in (*_FULL, *_SHUT) if os.strerror(code) in text]
     return told[0] if told else 0
+
+
+def cause(error: Exception, folder: Path) -> Exception:
+    """The error, or that the disk of a folder is full where a library says so in no word (Parquet footers)."""
+    with suppress(OSError):
+        if not code_of(error) and shutil.disk_usage(folder).free < _NOTHING_LEFT:
+            return OSError(errno.ENOSPC, str(error))
+    return error
 
 
 def listing(folder: Path) -> list[os.DirEntry[str]]:

@@ -18,7 +18,7 @@ from store.info import Progress, RunInfo
 from store.schema import Table, literal, tables
 from store.shard_target import FolderTarget, ShardTarget
 from store.vectors import VECTOR_ROWS, holds_vectors
-from store.whole import refusal, remove, replacing, sweep, temporary_for
+from store.whole import cause, refusal, remove, replacing, sweep, temporary_for
 
 _NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._+-]{0,127}$")
 _POLARS: dict[str, pl.DataType] = {
@@ -268,9 +268,11 @@ def publish_shard(target: ShardTarget, number: int, filled: Mapping[str, pl.Data
             frame.write_parquet(path, compression="zstd", compression_level=1, row_group_size=rows)
         return target.publish(number, folder)
     except (OSError, pl.exceptions.PolarsError) as error:
-        if folder is not None:
-            remove(folder)
-        raise _kept(Path(final), error) from error
+        if folder is None:
+            raise _kept(Path(final), error) from error
+        found = cause(error, folder)
+        remove(folder)
+        raise _kept(Path(final), found) from error
 
 
 def settle(directory: Path, name: str) -> None:
