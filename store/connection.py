@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -39,7 +41,7 @@ def connect(databases: Mapping[str, Path], lying: OneRun | None = None) -> duckd
     Raises:
         StoreError: a file is no DuckDB file, or another program holds it open for writing.
     """
-    connection = duckdb.connect(":memory:", config={**_NO_EXTENSIONS, **_settings, **_limited()})
+    connection = duckdb.connect(":memory:", config={**_NO_EXTENSIONS, **_spilling(), **_settings, **_limited()})
     if lying is not None:
         connection.register_filesystem(lying)
     for alias, path in databases.items():
@@ -57,6 +59,11 @@ def connect(databases: Mapping[str, Path], lying: OneRun | None = None) -> duckd
 def confine(**settings: str) -> None:
     """DuckDB settings, such as a memory limit, for all connections that this process opens from now on."""
     _settings.update(settings)
+
+
+def _spilling() -> dict[str, str]:
+    """Where what does not fit into memory goes: not into the folder that somebody happens to be in."""
+    return {"temp_directory": str(Path(tempfile.gettempdir(), f"moescope-{os.getpid()}"))}
 
 
 def _limited() -> dict[str, str]:
