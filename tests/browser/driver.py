@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 from urllib.parse import urlsplit
 
-from playwright.sync_api import Browser, Page, expect, sync_playwright
+from playwright.sync_api import Browser, FloatRect, Locator, Page, expect, sync_playwright
 
 FLAGS = [
     "--no-sandbox",
@@ -86,6 +86,16 @@ def watched_page(browser: Browser, *, theme: str = "light", width: int = 1400, h
         yield watched
     finally:
         context.close()
+
+
+def box_of(locator: Locator, seconds: float = 10) -> FloatRect:
+    """Where an element lies on the page; one that is drawn again at this moment lies nowhere, and is waited for."""
+    for _ in range(int(seconds * 10)):
+        box = locator.bounding_box()
+        if box is not None:
+            return box
+        locator.page.wait_for_timeout(100)
+    raise AssertionError(f"{locator} lies nowhere")
 
 
 def settle(page: Page, timeout: float = 60_000) -> None:

@@ -7,7 +7,7 @@ import re
 import pytest
 from playwright.sync_api import Page, expect
 
-from tests.browser.driver import Watched, open_page, settle, watched_page
+from tests.browser.driver import Watched, box_of, open_page, settle, watched_page
 
 pytestmark = pytest.mark.browser
 
@@ -17,8 +17,7 @@ LAYERS, EXPERTS = ("1", "2", "3", "5"), 16
 
 def click_cell(page: Page, row: int, column: int) -> None:
     """Click the middle of a cell of the page's first map."""
-    box = page.locator(".nsewdrag").first.bounding_box()
-    assert box is not None
+    box = box_of(page.locator(".nsewdrag").first)
     page.mouse.click(
         box["x"] + box["width"] * (column + 0.5) / EXPERTS, box["y"] + box["height"] * (row + 0.5) / len(LAYERS)
     )
@@ -39,8 +38,7 @@ def test_a_click_on_a_cell_moves_the_focus_everywhere_and_back_goes_back(watched
     settle(page)
     mark, plot = page.locator(".moescope-mark").first, page.locator(".nsewdrag").first
     expect(mark).to_be_visible()
-    inner, outer = mark.bounding_box(), plot.bounding_box()
-    assert inner is not None and outer is not None
+    inner, outer = box_of(mark), box_of(plot)
     assert inner["x"] + inner["width"] / 2 == pytest.approx(outer["x"] + outer["width"] * 9.5 / EXPERTS, abs=3)
     assert inner["y"] + inner["height"] / 2 == pytest.approx(outer["y"] + outer["height"] * 2.5 / len(LAYERS), abs=3)
     # Another page follows.
