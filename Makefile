@@ -23,7 +23,7 @@ demo: install  ## profile the bundled model and open the dashboard; ARGS=--no-da
 	@$(BIN)/python -P -m app.cli demo $(ARGS)
 
 test: install  ## run all tests, three at a time (some wait for a browser); those that need a browser are skipped where there is none
-	PYTHONDONTWRITEBYTECODE= $(BIN)/python -P -m pytest -n 3 --dist loadfile --no-loadscope-reorder $(ARGS)
+	PYTHONDONTWRITEBYTECODE= $(BIN)/python -P -m pytest -n 3 --dist loadfile --no-loadscope-reorder --max-worker-restart 0 $(ARGS)
 
 faults: install  ## kill what writes files, 200 times each, and see that nothing is lost; ARGS='--kills 40 --only collect'
 	@$(BIN)/python -m tests.faults $(ARGS)

@@ -142,17 +142,18 @@ def connected(
     if ray.is_initialized():
         raise InputError("this process has joined a Ray already: leave it first (ray.shutdown())")
     folder = Path(tempfile.mkdtemp(prefix="mray-", dir="/tmp" if os.path.isdir("/tmp") else None))
-    try:
-        _join(ray, address, folder)
-        _hush(ray)
-        joined = Cluster(ray, address, workers=workers, cpus=cpus_per_worker, gpus=gpus_per_worker)
-        _require_room(joined)
-        with _ended_as_interrupted():
+    with _sigterm_put_back():
+        try:
+            _join(ray, address, folder)
+            _hush(ray)
+            _interrupt_on_sigterm()
+            joined = Cluster(ray, address, workers=workers, cpus=cpus_per_worker, gpus=gpus_per_worker)
+            _require_room(joined)
             yield joined
-    finally:
-        with suppress(Exception):
-            ray.shutdown()
-        _remove(folder)
+        finally:
+            with suppress(Exception):
+                ray.shutdown()
+            _remove(folder)
 
 
 def _remove(folder: Path) -> None:
@@ -251,16 +252,23 @@ def _loopback() -> Iterator[None]:
 
 
 @contextmanager
-def _ended_as_interrupted() -> Iterator[None]:
-    """While entered, SIGTERM ends the work as Ctrl-C does: Ray's own handler prints its stack, and aborts."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+def _sigterm_put_back() -> Iterator[None]:
+    """A context that leaves SIGTERM's handler as it found it.
+
+    Ray's own ones, in Python and below it, would stay when Ray has been left, and end the process without a word.
+    """
+    before = signal.getsignal(signal.SIGTERM)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)
+
+
+def _interrupt_on_sigterm() -> None:
+    """SIGTERM ends the work as Ctrl-C does, not as Ray does, which prints its stack and aborts."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 def _require_room(joined: Cluster) -> None:

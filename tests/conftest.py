@@ -1,9 +1,10 @@
-"""Shared by all tests: the browser option, and no network."""
+"""Shared by all tests: the browser option, no network, and signals that stay as they were."""
 
 from __future__ import annotations
 
 import os
 import shutil
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -56,6 +57,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     if CHROMIUM is None:
         terminalreporter.section("BROWSER TESTS WERE SKIPPED: no Chromium found", sep="!", red=True, bold=True)
+
+
+@pytest.fixture(autouse=True)
+def _sigterm_stays() -> Iterator[None]:
+    """A handler that a test leaves behind ends a later one, or its whole process, in some orders only."""
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    assert signal.getsignal(signal.SIGTERM) == before, "this test leaves a handler of SIGTERM behind"
 
 
 @pytest.fixture(scope="session")

@@ -28,8 +28,11 @@ pytest.importorskip("ray")
 
 @pytest.fixture(scope="module")
 def joined() -> Iterator[cluster.Cluster]:
+    before = signal.getsignal(signal.SIGTERM)
     with cluster.connected("local", workers=2, cpus_per_worker=0.5) as found:
         yield found
+    # Ray's handlers would end whatever this process does next.
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 def _square(item: tuple[int, str]) -> int:

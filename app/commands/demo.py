@@ -35,10 +35,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Open the dashboard at once, profile meanwhile, print the summary, and serve until interrupted."""
-    # A plain kill would leave the dashboard behind: as an exit it passes through the "finally" below.
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     address = address_of(options)
     _lay_out_bundled_run(options.store)
+    # A plain kill would leave the dashboard behind: as an exit it passes through the "finally" below.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     server = None if options.no_dashboard else _open_dashboard(options.store, address, not options.no_browser)
     try:
         if importlib.util.find_spec("torch") is None:
