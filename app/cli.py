@@ -10,6 +10,7 @@ import os
 import sys
 from collections.abc import Sequence
 
+from app import line
 from app.commands import COMMANDS
 from app.commands.options import apply_config
 from app.terminal import guarded_output
@@ -84,6 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _complain(message: str, code: int) -> int:
     from app.text import shown_in_terminal
 
+    line.end()
     print(f"moescope: {shown_in_terminal(message)}", file=sys.stderr)
     return code
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -12,6 +11,7 @@ from pathlib import Path
 from types import FrameType
 
 import store
+from app import line
 from moescope.errors import InputError
 
 EVERY = 0.5
@@ -64,7 +64,6 @@ class ByteProgress:
         self._what, self._file, self._clock = what, file, clock
         self._first: tuple[float, int] | None = None
         self._told = float("-inf")
-        self._line = False
         if file is not None:
             self._write(0, 0, 0.0, None)
 
@@ -88,16 +87,14 @@ class ByteProgress:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._line:
-            print(file=sys.stderr)
+        line.end()
 
     def _show(self, done: int, total: int, speed: float, left: float | None) -> None:
-        from app.text import duration, progress_line, size
+        from app.text import duration, size
 
         share = f"{min(1.0, done / total):4.0%} " if total else ""
         text = f"{self._what} {share}{size(done)} of {size(total)}, {size(speed)}/s, {duration(left)} left"
-        print("\r" + progress_line(text), end="", file=sys.stderr, flush=True)
-        self._line = True
+        line.over(text)
 
     def _write(self, done: int, total: int, speed: float, left: float | None) -> None:
         assert self._file is not None

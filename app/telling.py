@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-import sys
 import time
 from collections.abc import Callable
+
+from app import line
 
 _COUNTED = re.compile(r"(\d+) of (\d+)")
 
@@ -23,24 +24,21 @@ class Telling:
         self._clock = clock
         self._began = clock()
         self._stage, self._stage_began, self._first = "", self._began, 1
-        self._line = False
 
     def __call__(self, sentence: str) -> None:
         """Show a sentence."""
-        from app.text import duration, progress_line
+        from app.text import duration
 
         now = self._clock()
         left = self._left(sentence, now)
         times = f"{duration(now - self._began)}" + (f", {duration(left)} left of this" if left is not None else "")
-        print("\r" + progress_line(f"[{times}] {sentence}"), end="", file=sys.stderr, flush=True)
-        self._line = True
+        line.over(f"[{times}] {sentence}")
 
     def __enter__(self) -> Telling:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._line:
-            print(file=sys.stderr)
+        line.end()
 
     def _left(self, sentence: str, now: float) -> float | None:
         """Seconds for what is left of a counted stage; None in its first step, and where nothing is counted."""

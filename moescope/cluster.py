@@ -115,6 +115,21 @@ class Cluster:
                 with suppress(Exception):
                     self.ray.cancel(reference, force=True)
 
+    def in_order(
+        self,
+        function: Callable[[Item], Result],
+        items: Sequence[Item],
+        tell: Callable[[int, int], None] | None = None,
+    ) -> Iterator[Result]:
+        """The results of :meth:`map` in the order of the items; those that come early wait for their turn."""
+        early: dict[int, Result] = {}
+        turn = 0
+        for index, result in self.map(function, items, tell):
+            early[index] = result
+            while turn in early:
+                yield early.pop(turn)
+                turn += 1
+
 
 @contextmanager
 def connected(

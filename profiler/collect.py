@@ -341,7 +341,7 @@ class Job:
         session = self.session
         done = session.state().tokens
         return RunError(
-            f"collection of {session.name!r} {what} after {done} of {self.corpus.num_tokens} tokens; what was"
+            f"collection of {session.name!r} {what} after {done:,} of {self.corpus.num_tokens:,} tokens; what was"
             f" recorded is kept in {session.writer.folder}: go on with the same command and --resume"
         )
 

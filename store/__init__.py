@@ -24,6 +24,7 @@ from store.run import Run, SequenceText, open_run
 from store.schema import SCHEMA_VERSION, tables
 from store.scores import RouterScores, pack_scores
 from store.shard_target import ShardTarget, shard_target
+from store.shared import SharedRun
 from store.tokens import TokenIds
 from store.trace import CHUNK_TOKENS, LayerSelections, Trace, none_value, pack_trace
 from store.union import Union, attach
@@ -54,6 +55,7 @@ __all__ = [
     "RunWriter",
     "SequenceText",
     "ShardTarget",
+    "SharedRun",
     "TokenIds",
     "Trace",
     "Union",

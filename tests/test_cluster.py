@@ -11,12 +11,15 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import pytest
 
 import store
+from app.frames.placement import placed
 from moescope import answers, cluster, memory
 from moescope.errors import InputError, PlanError, RunError, StoreError
 from planner.caching import study
+from planner.simulate.what_if import what_if
 from profiler import headline
 from profiler.headline.spread import compute_on
 from profiler.importers.job import import_run
@@ -165,3 +168,14 @@ def test_curves_of_a_whole_trace_are_those_of_one_process(joined: cluster.Cluste
         for workers in (None, cast(Any, Backwards()), joined)
     )
     assert found == [expected, expected]
+
+
+def test_placements_and_rules_are_those_of_one_process(joined: cluster.Cluster, tmp_path: Path) -> None:
+    routes = random_routes(6, layers=3, experts=8, k=2, requests=8, length=40)
+    run = written_run(tmp_path, routes, domains=["code", "prose"] * 4)
+    asked: dict[str, Any] = {"method": "eplb", "devices": 4, "redundant": 4, "batch": 2}
+    alone, shared = (placed(run, **asked, cluster=workers) for workers in (None, joined))
+    assert shared.plan.text() == alone.plan.text()
+    assert [told.verdict.sentence for told in (shared, alone) if told.verdict] == [alone.verdict.sentence] * 2  # type: ignore[union-attr]
+    rule = [what_if(run, "ratio", cluster=workers).load for workers in (None, joined)]
+    np.testing.assert_array_equal(rule[1], rule[0])

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from app import line
 from app.commands.documents import beside_run, described_model, described_text, write_document
 from app.commands.inputs import add_corpus, add_model, open_model, open_text, require_data
 from app.commands.options import add_config, add_json, add_store
@@ -114,15 +114,13 @@ def _measure(
             progress=lambda number, passes, name, tokens: _show(number, passes, name, tokens / max(total, 1)),
         )
     finally:
-        print(file=sys.stderr)
+        line.end()
     found.notes[:0] = notes
     return document(found, model=described_model(options.model, model), data=described_text(corpus))
 
 
 def _show(number: int, passes: int, name: str, share: float) -> None:
-    from app.text import progress_line
-
-    print("\r" + progress_line(f"pass {number} of {passes} ({name}) {share:4.0%}"), end="", file=sys.stderr, flush=True)
+    line.over(f"pass {number} of {passes} ({name}) {share:4.0%}")
 
 
 def _words(document: store.Document, kept: Path | None) -> str:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from app.commands.inputs import require_usable
 from app.commands.machines import add_machine, add_serving, asked_of, list_machines, machine_of
+from app.commands.on_ray import add_ray, on_ray, require_ray
 from app.commands.options import add_config, add_json, add_memory_limit, add_store, positive
 from app.commands.plan import memory
 from app.commands.within import within
@@ -20,14 +19,12 @@ if TYPE_CHECKING:
 
     import store
     from compressor.plan import Plan
-    from moescope.cluster import Cluster
     from planner.cache.beside import Beside
     from planner.cache.study import Study
     from planner.machine import Machine
 
 NAME = "cache"
 ALL = "all"
-WORKERS = 2
 """Of a Ray, where nobody says how many."""
 
 SUMMARY = "replay caches of experts on a run's trace and say whether caching pays on a machine, and how fast"
@@ -51,12 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="layers of tokens that are replayed at most (default 600k); all: hit-rate curves of the whole trace, layer"
         " by layer, while times rest on the default",
     )  # fmt: skip
-    parser.add_argument(
-        "--ray",
-        metavar="ADDRESS",
-        help="with --steps all: workers of this Ray (HOST:PORT, or local) take the layers",
-    )
-    parser.add_argument("--workers", type=positive, metavar="N", help="of the Ray, each with one CPU (default 2)")
+    add_ray(parser, "with --steps all, layers go over workers")
     parser.add_argument(
         "--beside", action="store_true",
         help="published policies, ways to foresee experts, forecasts, sequences put together and bit planes too",
@@ -89,7 +81,7 @@ def _run(options: argparse.Namespace) -> int:
         require_usable(opened, options)
         _require_trace(opened)
         with Telling() as tell:
-            with _cluster(options) as cluster:
+            with on_ray(options) as cluster:
                 found = study(
                     opened, machine, plan=_plan(options.plan), domains=domains_of(opened, options.domains), tell=tell,
                     whole=options.steps == ALL, cluster=cluster, **_asked(options),
@@ -182,8 +174,7 @@ def _refuse(options: argparse.Namespace) -> None:
         raise InputError("which run? give RUN, a path or a name in --store; --machines lists the machines")
     if options.ray and options.steps != ALL:
         raise InputError("--ray spreads the layers of a whole trace: give --steps all too")
-    if options.workers and not options.ray:
-        raise InputError("--workers are those of a Ray: give --ray ADDRESS too")
+    require_ray(options)
     if options.steps == ALL and ((options.batch or 1) > 1 or (options.chunk or 1) > 1):
         raise InputError("--steps all replays token by token: leave out --batch and --chunk, or give a number of steps")
 
@@ -202,15 +193,3 @@ def _asked(options: argparse.Namespace) -> dict[str, Any]:
 
 def _steps(text: str) -> int | str:
     return ALL if text == ALL else positive(text)
-
-
-@contextmanager
-def _cluster(options: argparse.Namespace) -> Iterator[Cluster | None]:
-    """The Ray that was asked for, as long as it is needed."""
-    if not options.ray:
-        yield None
-        return
-    from moescope import cluster
-
-    with cluster.connected(options.ray, workers=options.workers or WORKERS) as joined:
-        yield joined

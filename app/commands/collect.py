@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from app import line
 from app.commands.collect_workers import add_workers, collect_shared, require_shareable
 from app.commands.inputs import add_corpus, add_model, open_model, open_text, require_data, require_placement
 from app.commands.options import add_config, add_json, add_store, positive
@@ -165,7 +165,7 @@ def collect_run(options: argparse.Namespace) -> Path:
         model_name=options.model,
         stack=options.stack,
     )
-    print(file=sys.stderr)
+    line.end()
     return Path(path)
 
 
@@ -219,21 +219,20 @@ def _stream(options: argparse.Namespace, name: str, corpus: Corpus, tokenizer: A
         progress=show_progress,
         model_name=options.model,
     )
-    print(file=sys.stderr)
+    line.end()
     return path
 
 
 def show_progress(progress: Progress) -> None:
     """One line on stderr, printed over itself; what is said before the first token stays."""
-    from app.text import duration, progress_line
+    from app.text import duration
 
     share = f"{min(1.0, progress.tokens / progress.token_budget):4.0%}" if progress.token_budget else ""
     text = (
         f"{progress.state} {share} {progress.tokens:,} tokens, {progress.tokens_per_second:,.0f} tokens/s,"
         f" {duration(progress.seconds_left)} left {progress.detail}"
     )
-    stays = bool(progress.detail) and not progress.tokens
-    print("\r" + progress_line(text), end="\n" if stays else "", file=sys.stderr, flush=True)
+    line.over(text, stays=bool(progress.detail) and not progress.tokens)
 
 
 def _level_help() -> str:

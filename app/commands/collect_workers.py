@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from app import line
 from app.commands.options import positive
 
 if TYPE_CHECKING:
@@ -115,7 +115,7 @@ def collect_shared(options: argparse.Namespace, name: str, corpus: Corpus, token
             model_name=options.model,
             stack=options.stack,
         )
-    print(file=sys.stderr)
+    line.end()
     return path
 
 

@@ -5,16 +5,11 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-from app.commands.options import add_memory_limit, positive
-
-if TYPE_CHECKING:
-    from contextlib import AbstractContextManager
-
-WORKERS = 2
+from app import line
+from app.commands.on_ray import add_ray, on_ray, require_ray
+from app.commands.options import add_memory_limit
 
 
 def add_compute(parser: argparse.ArgumentParser) -> None:
@@ -24,10 +19,7 @@ def add_compute(parser: argparse.ArgumentParser) -> None:
         "--whole", action="store_true",
         help="hit rates of every layer's own cache on every token, instead of a sample of 262,144",
     )  # fmt: skip
-    group.add_argument(
-        "--ray", metavar="ADDRESS", help="layers go over workers: local (this machine), or HOST:PORT of a Ray cluster"
-    )
-    group.add_argument("--workers", type=positive, metavar="N", help=f"how many, each with a CPU (default {WORKERS})")
+    add_ray(group, "layers go over workers")
     add_memory_limit(parser)
 
 
@@ -48,8 +40,7 @@ def require_compute(options: argparse.Namespace) -> None:
     found = [name for name, there in given.items() if there]
     if options.action != "compute" and found:
         raise InputError(f"{found[0]} belongs to runs compute NAME: leave it out of runs {options.action}")
-    if options.workers is not None and options.ray is None:
-        raise InputError("--workers is about workers on Ray: give --ray local or --ray HOST:PORT too")
+    require_ray(options)
 
 
 def compute(options: argparse.Namespace, path: Path) -> None:
@@ -57,7 +48,7 @@ def compute(options: argparse.Namespace, path: Path) -> None:
     from moescope import memory
     from profiler.headline import compute_and_store
 
-    with memory.limited(options.memory_limit), _joined(options) as joined:
+    with memory.limited(options.memory_limit), on_ray(options) as joined:
         target = compute_and_store(path, whole=options.whole, joined=joined, tell=None if options.json else tell)
     peaks = {} if options.memory_limit is None else {"peak_memory": memory.peak()}
     if joined is not None:
@@ -73,15 +64,7 @@ def compute(options: argparse.Namespace, path: Path) -> None:
 
 def tell(words: str) -> None:
     """One line on stderr, printed over itself."""
-    from app.text import progress_line
-
-    end = "\r" if not words else ""
-    print("\r" + progress_line(words), end=end, file=sys.stderr, flush=True)
-
-
-def _joined(options: argparse.Namespace) -> AbstractContextManager[Any]:
-    if options.ray is None:
-        return nullcontext()
-    from moescope import cluster
-
-    return cluster.connected(options.ray, workers=options.workers or WORKERS)
+    if words:
+        line.over(words)
+    else:
+        line.clear()

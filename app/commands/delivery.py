@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from app import line
+
 if TYPE_CHECKING:
     from store import Catalog
 
@@ -89,6 +91,7 @@ def _copy(source: Path, target: Path) -> None:
 def _tell(words: str) -> None:
     """One line on a terminal, printed over itself."""
     if sys.stderr.isatty():
-        from app.text import progress_line
-
-        print("\r" + progress_line(words), end="\r" if not words else "", file=sys.stderr, flush=True)
+        if words:
+            line.over(words)
+        else:
+            line.clear()

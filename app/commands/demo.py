@@ -11,6 +11,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from app import line
 from app.commands.collect import show_progress
 from app.commands.dashboard import add_server, address_of
 from app.commands.options import add_store, positive
@@ -80,7 +81,7 @@ def profile_sample(store: Path, *, tokens: int, name: str = "") -> Path:
         flush_seconds=3.0,  # a demo is watched while it grows
         model_name="the sample model of moescope",
     )
-    print(file=sys.stderr)
+    line.end()
     return Path(path)
 
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from app import line
 from app.commands.documents import described_model, described_text, require_folder, write_document
 from app.commands.inputs import add_corpus, add_model, open_text, require_data, require_placement
 from app.commands.options import add_config, add_json, add_store, positive
@@ -158,7 +158,7 @@ def _measure(
             progress=_show,
         )
     finally:
-        print(file=sys.stderr)
+        line.end()
     found.notes[:0] = notes
     return document(
         found,
@@ -199,9 +199,7 @@ def _load(options: argparse.Namespace, place: str) -> nn.Module:
 
 
 def _show(part: str, share: float) -> None:
-    from app.text import progress_line
-
-    print("\r" + progress_line(f"{part} {share:4.0%}"), end="", file=sys.stderr, flush=True)
+    line.over(f"{part} {share:4.0%}")
 
 
 def _words(document: store.Document, kept: Path | None) -> str:

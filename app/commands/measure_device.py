@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from app import line
 from app.commands.options import add_json
 
 if TYPE_CHECKING:
@@ -42,7 +42,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Measure, print the figures, and write the machine."""
     from app.device_probe import probe
-    from app.text import progress_line
     from moescope.errors import InputError
     from planner.machines import as_json
 
@@ -50,12 +49,12 @@ def run(options: argparse.Namespace) -> int:
         _require_writable(options.output)
 
     def tell(text: str) -> None:
-        print("\r" + progress_line(f"measuring {text}"), end="", file=sys.stderr, flush=True)
+        line.over(f"measuring {text}")
 
     try:
         machine, figures = probe(folder=None if options.no_disk else options.disk, seconds=options.seconds, tell=tell)
     finally:
-        print("\r" + progress_line("") + "\r", end="", file=sys.stderr, flush=True)
+        line.clear()
     if options.output is not None:
         try:
             options.output.write_text(as_json(machine), encoding="utf-8")

@@ -9,6 +9,7 @@ import tomllib
 from collections.abc import Sequence
 from pathlib import Path
 
+from app import line
 from moescope.errors import InputError
 
 _LARGE = 32 << 20
@@ -53,13 +54,14 @@ def store_location(text: str) -> Path:
 
 def _fetching(name: str, done: int, total: int) -> None:
     """How far a fetch of more than a moment is, on a terminal."""
-    from app.text import progress_line
     from moescope.sizes import size
 
     if total < _LARGE or not sys.stderr.isatty():
         return
-    words = f"fetching {name}: {done / total:.0%} of {size(total)}" if done < total else ""
-    print("\r" + progress_line(words), end="\r" if not words else "", file=sys.stderr, flush=True)
+    if done < total:
+        line.over(f"fetching {name}: {done / total:.0%} of {size(total)}")
+    else:
+        line.clear()
 
 
 def add_json(parser: argparse.ArgumentParser) -> None:

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from app.commands.on_ray import add_ray, on_ray, require_ray
 from app.commands.options import add_config, add_json, add_memory_limit, add_store, positive
 from app.commands.within import within
 
@@ -59,6 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--allow-invalid", action="store_true", help="take a run whose checks failed all the same")
     parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="write the plan to this file too")
+    add_ray(parser, "parts of the trace go over workers")
     add_memory_limit(parser)
     add_store(parser)
     add_config(parser)
@@ -73,6 +75,9 @@ def run(options: argparse.Namespace) -> int:
 def _run(options: argparse.Namespace) -> int:
     from moescope.errors import InputError
 
+    require_ray(options)
+    if options.ray and options.devices is None:
+        raise InputError("--ray spreads the text that a placement is made from and scored on: give --devices too")
     if (options.choices or options.adapters) and (options.output or options.method):
         raise InputError("--choices and --adapters print an answer and place nothing: leave out --method and -o")
     if options.choices:
@@ -100,15 +105,18 @@ def _run(options: argparse.Namespace) -> int:
 def _place(run: store.Run, options: argparse.Namespace) -> int:
     import store
     from app.frames.placement import placed
+    from app.progress import Stoppable
     from app.sample import remarks
     from planner.placing import BATCH
 
     names = [name.strip() for name in (options.domains or "").split(",") if name.strip()]
-    found = placed(
-        run, method=options.method or "eplb", devices=options.devices, nodes=options.nodes, redundant=options.redundant,
-        groups=options.groups, batch=options.batch or BATCH, train_part=options.train_part, domains=names or None,
-        max_tokens=options.max_tokens, allow_invalid=options.allow_invalid, options=dict(options.option),
-    )  # fmt: skip
+    with Stoppable(), on_ray(options) as cluster:
+        found = placed(
+            run, method=options.method or "eplb", devices=options.devices, nodes=options.nodes,
+            redundant=options.redundant, groups=options.groups, batch=options.batch or BATCH,
+            train_part=options.train_part, domains=names or None, max_tokens=options.max_tokens,
+            allow_invalid=options.allow_invalid, options=dict(options.option), cluster=cluster,
+        )  # fmt: skip
     if options.output is not None:
         found.plan.save(options.output)
     path = store.write_plan(run.path, found.plan.text())

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from app import line
 from app.commands.inputs import add_corpus, add_model, open_model, open_text, require_data, require_placement
 from app.commands.options import add_config, add_json, add_store
 from app.commands.plan import ENGINES, add_bits, memory, share
@@ -66,7 +66,7 @@ def run(options: argparse.Namespace) -> int:
         try:
             ranking = planner.choose(plans, measure)
         finally:
-            print(file=sys.stderr)
+            line.end()
         kept = store.write_plan(opened.path, ranking[0].plan.text())
     if options.output is not None:
         ranking[0].plan.save(options.output)
@@ -117,7 +117,6 @@ def _takes(preset: Preset, options: argparse.Namespace) -> bool:
 def _measure(run: store.Run, options: argparse.Namespace, count: int) -> Callable[[Plan], Measurement]:
     """What measures a plan and says on stderr which one it is at."""
     from app.measuring import measuring
-    from app.text import progress_line
     from profiler import load_tokenizer
 
     corpus = open_text(options, load_tokenizer(options.model))
@@ -127,8 +126,7 @@ def _measure(run: store.Run, options: argparse.Namespace, count: int) -> Callabl
     def told(plan: Plan) -> Measurement:
         nonlocal done
         done += 1
-        words = progress_line(f"measuring plan {done} of {count}: {plan.target.preset}")
-        print("\r" + words, end="", file=sys.stderr, flush=True)
+        line.over(f"measuring plan {done} of {count}: {plan.target.preset}")
         return measure(plan)
 
     return told

@@ -8,12 +8,14 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from app.commands.on_ray import add_ray, on_ray, require_ray
 from app.commands.options import add_config, add_json, add_memory_limit, add_store, positive
 from app.commands.within import within
 
 if TYPE_CHECKING:
     import store
     from compressor.plan import LayerKey, Plan
+    from moescope.cluster import Cluster
 
 NAME = "route"
 SUMMARY = "plan other routing while the model runs: a rule, biases, or biases towards even load"
@@ -42,6 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-guard", action="store_true", help="let super experts lose their tokens")
     parser.add_argument("--allow-invalid", action="store_true", help="take a run whose checks failed all the same")
     parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="write the plan to this file too")
+    add_ray(parser, "layers of the trace go over workers")
     add_memory_limit(parser)
     add_store(parser)
     add_config(parser)
@@ -56,6 +59,7 @@ def run(options: argparse.Namespace) -> int:
 def _run(options: argparse.Namespace) -> int:
     from moescope.errors import InputError
 
+    require_ray(options)
     if (options.rule is None) != (options.value is None):
         raise InputError("--rule takes --value, such as --rule top_p --value 0.5; --bias and --balance take none")
     if options.value is not None and not math.isfinite(options.value):
@@ -65,9 +69,11 @@ def _run(options: argparse.Namespace) -> int:
     if options.balance and options.domain:
         raise InputError("--balance rests on all text: leave out --domain")
     import store
+    from app.progress import Stoppable
 
     with store.open_run(store.Catalog(options.store).resolve(options.target)) as opened:
-        plan = _made(opened, options)
+        with Stoppable(), on_ray(options) as cluster:
+            plan = _made(opened, options, cluster)
         path = store.write_plan(opened.path, plan.text())
         if options.output is not None:
             plan.save(options.output)
@@ -79,11 +85,12 @@ def _run(options: argparse.Namespace) -> int:
     return 0
 
 
-def _made(run: store.Run, options: argparse.Namespace) -> Plan:
+def _made(run: store.Run, options: argparse.Namespace, cluster: Cluster | None) -> Plan:
     from planner import route
 
     common: dict[str, Any] = {
         "guard": not options.no_guard, "allow_invalid": options.allow_invalid, "limit_tokens": options.max_tokens,
+        "cluster": cluster,
     }  # fmt: skip
     layers = _layers(options.layers)
     if options.balance:

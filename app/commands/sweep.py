@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from app import line
 from app.commands.documents import beside_run, described_model, described_text, require_folder, write_document
 from app.commands.inputs import add_corpus, add_model, open_model, open_text, require_data, require_placement
 from app.commands.options import add_config, add_json, add_store, positive
@@ -184,7 +184,7 @@ def _measure(
     try:
         return whole(sweep(model, text, wanted, known=known, keep=keep, tell=_show))
     finally:
-        print(file=sys.stderr)
+        line.end()
 
 
 def _wanted(
@@ -260,10 +260,10 @@ def _known(path: Path, model: dict[str, Any], data: dict[str, Any]) -> store.Doc
 
 
 def _show(progress: Progress) -> None:
-    from app.text import duration, progress_line
+    from app.text import duration
 
     words = f"{progress.part}  {progress.share:4.0%}  {progress.pace:,.0f} tokens/s  {duration(progress.left)} left"
-    print("\r" + progress_line(words), end="", file=sys.stderr, flush=True)
+    line.over(words)
 
 
 def _integers(text: str) -> tuple[int, ...]:

@@ -12,6 +12,7 @@ import polars as pl
 import store
 from app.frames.axes import layer_label
 from compressor.plan import Plan
+from moescope.cluster import Cluster
 from planner.entry import domains_of
 from planner.place.methods import METHODS, Method
 from planner.place.passes import Passes, passes
@@ -81,7 +82,8 @@ class Placed:
 
 def placed(
     run: store.Run, *, devices: int, nodes: int = 1, batch: int = BATCH, train_part: float = 0.5,
-    max_tokens: int | None = None, options: Mapping[str, Any] | tuple[tuple[str, Any], ...] = (), **asked: Any,
+    max_tokens: int | None = None, options: Mapping[str, Any] | tuple[tuple[str, Any], ...] = (),
+    cluster: Cluster | None = None, **asked: Any,
 ) -> Placed:  # fmt: skip
     """Place, and score the placement on the text that it was not made from.
 
@@ -93,6 +95,7 @@ def placed(
         train_part: of the requests, what the placement is made from.
         max_tokens: of the trace at most; None = all.
         options: of the method.
+        cluster: whose workers read the trace; None = this process.
         asked: other arguments of ``planner.placing.place``.
 
     Raises:
@@ -103,7 +106,7 @@ def placed(
     domains = domains_of(run, asked.get("domains"))
     held = source.layers[0].num_experts
     check_slots(held + asked.get("redundant", 0), held, devices, nodes)  # before the text is read
-    text = text_of(run, source, domains=domains, train_part=train_part, max_tokens=max_tokens)
+    text = text_of(run, source, domains=domains, train_part=train_part, max_tokens=max_tokens, cluster=cluster)
     common["text"] = text
     plan = place(run, devices=devices, nodes=nodes, **common, **asked, **dict(options))
     placement = placement_of(plan)

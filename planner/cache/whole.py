@@ -7,9 +7,8 @@ serve are timed on passes through all layers, and rest on a part of a long trace
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -67,16 +66,15 @@ class LayerJob:
     """One layer for :func:`layer_curves`, as it is sent to a worker.
 
     Attributes:
-        path: of the run.
+        run: with a trace.
         place: of the layer among those of the run.
         numbers, lengths, domains: of the requests, as in :class:`planner.simulate.reading.Reading`.
         kept: bits of the tokens that are passes.
         held: (E,) experts of the layer that hold weights.
         seed: of the controls.
-        limit: bytes that the process may hold; None = no limit.
     """
 
-    path: Path
+    run: store.SharedRun
     place: int
     numbers: IntArray
     lengths: IntArray
@@ -84,7 +82,6 @@ class LayerJob:
     kept: NDArray[np.uint8]
     held: NDArray[np.bool_]
     seed: int
-    limit: int | None = None
 
 
 def whole_curves(
@@ -110,9 +107,12 @@ def whole_curves(
     reading = Reading.of(run, domains=domains, phase=phase).with_passes()
     _require_room(reading)
     halved = _halved(reading, run.name)
+    shared = store.SharedRun.of(run.path)
+    if cluster is None:  # this process has the limit already
+        shared = replace(shared, limit=None)
     jobs = [
-        LayerJob(run.path, place, reading.numbers, reading.lengths, reading.domains, np.packbits(reading.kept),
-                 setting.sizes.bytes[place] > 0, seed, None if cluster is None else memory.limit())
+        LayerJob(shared, place, reading.numbers, reading.lengths, reading.domains, np.packbits(reading.kept),
+                 setting.sizes.bytes[place] > 0, seed)
         for place in range(len(run.layers))
     ]  # fmt: skip
     sums: Tallies = {}
@@ -133,7 +133,7 @@ def layer_curves(job: LayerJob) -> Tallies:
     Raises:
         StoreError: it cannot be read.
     """
-    with memory.limited(job.limit), store.open_run(job.path) as run:
+    with job.run.opened() as run:
         kept = np.unpackbits(job.kept, count=int(job.lengths.sum())).astype(np.bool_)
         reading = Reading(run, job.numbers, job.lengths, np.zeros_like(job.lengths), job.domains, known=kept)
         work = with_weights(reading.workload([job.place], weights=False), job.held[None])

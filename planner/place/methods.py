@@ -6,6 +6,7 @@ import difflib
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ from planner.place.moetuner import Objective as Cost
 from planner.place.pairs import coactivations, transitions
 from planner.place.rebalance import eplb
 from planner.place.slots import Placement, contiguous
-from planner.place.stream import Requests, parts_of
+from planner.place.stream import Part, Requests, over_parts
 from profiler.metrics._arrays import FloatArray, IntArray
 
 
@@ -220,17 +221,19 @@ def _hecate(
 
 def pass_loads(work: Requests, *, batch: int) -> FloatArray:
     """(passes, layers, E) tokens of each expert in each pass of ``batch`` requests."""
-    found = []
-    for part in (one.work for one in parts_of(work, multiple=batch)):
-        turn = passes_of(part, batch=batch)
-        count = int(turn.max(initial=-1)) + 1
-        loads = np.zeros((count, part.num_layers, part.num_experts))
-        for layer, ids in enumerate(part.ids):
-            token, rank = np.nonzero(ids >= 0)
-            keys = turn[token] * part.num_experts + ids[token, rank]
-            loads[:, layer] = np.bincount(keys, minlength=count * part.num_experts).reshape(count, -1)
-        found.append(loads)
-    return np.concatenate(found)
+    return np.concatenate(list(over_parts(work, partial(_pass_loads, batch=batch), multiple=batch)))
+
+
+def _pass_loads(part: Part, *, batch: int) -> FloatArray:
+    work = part.work
+    turn = passes_of(work, batch=batch)
+    count = int(turn.max(initial=-1)) + 1
+    loads = np.zeros((count, work.num_layers, work.num_experts))
+    for layer, ids in enumerate(work.ids):
+        token, rank = np.nonzero(ids >= 0)
+        keys = turn[token] * work.num_experts + ids[token, rank]
+        loads[:, layer] = np.bincount(keys, minlength=count * work.num_experts).reshape(count, -1)
+    return loads
 
 
 METHODS: tuple[Method, ...] = (

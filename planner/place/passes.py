@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
 from planner.place.dispatch import Dispatch, devices_of, passes_of, routes
 from planner.place.slots import Placement
-from planner.place.stream import Requests, parts_of
+from planner.place.stream import Part, Requests, over_parts
 from profiler.metrics._arrays import FloatArray, IntArray, ratio
 
 
@@ -41,21 +42,27 @@ def passes(
     Raises:
         PlanError: as :func:`planner.place.dispatch.passes_of`.
     """
-    devices, route = placement.devices, routes(placement)
-    found = []
-    for part in parts_of(work, multiple=batch if chunk is None else 1):
-        turn = passes_of(part.work, batch=batch, chunk=chunk)
-        count, home = int(turn.max(initial=-1)) + 1, (part.work.request_of_pass + part.first) % devices
-        pairs, largest = np.zeros(count, np.int64), np.zeros(count, np.int64)
-        for layer, ids in enumerate(part.work.ids):
-            token, rank = np.nonzero(ids >= 0)
-            device = devices_of(
-                placement, route[layer], layer, token=token, expert=ids[token, rank], home=home[token],
-                dispatch=dispatch, before=part.before,
-            )  # fmt: skip
-            load = np.bincount(turn[token] * devices + device, minlength=count * devices).reshape(count, devices)
-            pairs += load.sum(axis=1)
-            largest += load.max(axis=1)
-        found.append((np.bincount(turn, minlength=count).astype(np.int64), pairs, largest))
+    one = partial(_of_part, placement=placement, batch=batch, chunk=chunk, dispatch=dispatch)
+    found = over_parts(work, one, multiple=batch if chunk is None else 1)
     tokens, every, most = (np.concatenate(kind) for kind in zip(*found, strict=True))
-    return Passes(tokens, every, most, devices)
+    return Passes(tokens, every, most, placement.devices)
+
+
+def _of_part(
+    part: Part, *, placement: Placement, batch: int, chunk: int | None, dispatch: Dispatch
+) -> tuple[IntArray, IntArray, IntArray]:
+    """(passes,) tokens, pairs and pairs of the busiest devices of one part."""
+    devices, route = placement.devices, routes(placement)
+    turn = passes_of(part.work, batch=batch, chunk=chunk)
+    count, home = int(turn.max(initial=-1)) + 1, (part.work.request_of_pass + part.first) % devices
+    pairs, largest = np.zeros(count, np.int64), np.zeros(count, np.int64)
+    for layer, ids in enumerate(part.work.ids):
+        token, rank = np.nonzero(ids >= 0)
+        device = devices_of(
+            placement, route[layer], layer, token=token, expert=ids[token, rank], home=home[token], dispatch=dispatch,
+            before=part.before,
+        )  # fmt: skip
+        load = np.bincount(turn[token] * devices + device, minlength=count * devices).reshape(count, devices)
+        pairs += load.sum(axis=1)
+        largest += load.max(axis=1)
+    return np.bincount(turn, minlength=count).astype(np.int64), pairs, largest

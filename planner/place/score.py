@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
 from moescope.errors import PlanError
 from planner.place.dispatch import Dispatch, devices_of, passes_of, routes
 from planner.place.slots import Placement
-from planner.place.stream import Part, Requests, parts_of
+from planner.place.stream import Part, Requests, over_parts
 from planner.place.windows import By
 from profiler.metrics._arrays import FloatArray, IntArray, ratio
 
@@ -142,22 +143,19 @@ def score(
     whole = work.num_requests if by == "requests" else work.num_passes
     windows = max(min(count, whole), 1)
     edges = np.array([whole * one // windows for one in range(1, windows + 1)])
-    parts = []
-    for part in parts_of(work, multiple=batch if chunk is None else 1):
-        owner = part.work.request_of_pass + part.first
-        window = np.searchsorted(edges, owner if by == "requests" else _numbers(part), side="right")
-        turn = passes_of(part.work, batch=batch, chunk=chunk)
-        parts.append(_of_part(part, placement, home=owner % placement.devices, turn=turn, window=window,
-                              windows=windows, dispatch=dispatch))  # fmt: skip
+    one = partial(_of_part, placement=placement, edges=edges, by=by, batch=batch, chunk=chunk, dispatch=dispatch)
+    parts = list(over_parts(work, one, multiple=batch if chunk is None else 1))
     return Score(**{name: np.sum([getattr(one, name) for one in parts], axis=0) for name in vars(parts[0])})
 
 
 def _of_part(
-    part: Part, placement: Placement, *, home: IntArray, turn: IntArray, window: IntArray, windows: int,
-    dispatch: Dispatch,
-) -> Score:  # fmt: skip
-    """Sums over one part; home, turn, window (tokens,): home device, pass and window of each token."""
-    route, shape = routes(placement), (windows, placement.devices, placement.nodes)
+    part: Part, *, placement: Placement, edges: IntArray, by: By, batch: int, chunk: int | None, dispatch: Dispatch
+) -> Score:
+    """Sums over one part; edges (windows,): requests, or passes, at which windows end."""
+    owner = part.work.request_of_pass + part.first
+    home, turn = owner % placement.devices, passes_of(part.work, batch=batch, chunk=chunk)
+    window = np.searchsorted(edges, owner if by == "requests" else _numbers(part), side="right")
+    route, shape = routes(placement), (len(edges), placement.devices, placement.nodes)
     loads, sums, adjacent, stays = [], [], [], []
     before: IntArray | None = None
     for layer, ids in enumerate(part.work.ids):

@@ -1,18 +1,22 @@
 """The text that placements are made from and scored on, read in parts of whole batches of requests.
 
 A pass runs some requests together, and nothing that placements count reaches from one batch into another: sums over
-parts are those over the whole, to the last digit, and memory does not grow with the trace.
+parts are those over the whole, to the last digit, memory does not grow with the trace, and parts can go over the
+workers of a Ray.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Generic, TypeVar
 
 import numpy as np
 
+import store
 from moescope import memory
+from moescope.cluster import Cluster
 from moescope.errors import PlanError
 from moescope.sizes import size
 from planner.place.windows import routed_only
@@ -24,9 +28,15 @@ from profiler.metrics.controls import uniform_tokens
 PART_BYTES = 128 << 20
 """What a part may take, if that is a whole batch, unless a memory limit leaves less."""
 
+PER_WORKER = 4
+"""Parts of a worker, nearly: few enough that Ray's part is small, and enough that all end at about the same time."""
+
 _PART = 0.4  # of what a memory limit leaves
 _PER_SELECTION = 6  # bytes of an id and its count of tokens in a workload, and of an id while it is read
 _PER_PAIR = 72  # bytes of a token and one of its experts while a layer is counted
+
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -46,11 +56,13 @@ class Stream:
         reading: the requests.
         num_experts: E; experts from E on hold no weights, and every device has them.
         seed: of experts drawn at random in place of those recorded; None = as recorded.
+        cluster: whose workers read and count the parts; None = this process.
     """
 
     reading: Reading
     num_experts: int
     seed: int | None = None
+    cluster: Cluster | None = None
     _held: list[Part] = field(default_factory=list, repr=False, compare=False)
 
     @property
@@ -85,17 +97,33 @@ class Stream:
         before = 0
         ends = np.concatenate([[0], np.cumsum(self.reading.passes)])
         for first, part in self.reading.parts(self._tokens(multiple), multiple=multiple):
-            found = Part(first, before, self._drawn(first, routed_only(part.workload(weights=False), self.num_experts)))
+            work = _drawn(routed_only(part.workload(weights=False), self.num_experts), self.seed, first)
+            found = Part(first, before, work)
             if part.num_requests == self.num_requests:
                 self._held.append(found)  # all of it: the next who asks need not read it again
             yield found
             before = int(ends[first + part.num_requests])
 
+    def jobs(self, function: Callable[[Part], Result], *, multiple: int = 1) -> list[PartJob[Result]]:
+        """The parts as they are sent to workers, a few for each.
+
+        Raises:
+            PlanError: as :meth:`parts`.
+        """
+        assert self.cluster is not None, "asked for where there is one"
+        tokens = min(self._tokens(multiple), -(-self.reading.num_tokens // (PER_WORKER * self.cluster.workers)))
+        shared, ends = store.SharedRun.of(self.reading.run.path), np.concatenate([[0], np.cumsum(self.reading.passes)])
+        return [
+            PartJob(function, shared, part.numbers, part.lengths, part.prompts, part.domains, part.phase,
+                    self.num_experts, self.seed, first, int(ends[first]))
+            for first, part in self.reading.parts(tokens, multiple=multiple)
+        ]  # fmt: skip
+
     def counts(self) -> IntArray:
         """(layers, E) tokens that used each expert."""
         counts = np.zeros((self.num_layers, self.num_experts), np.int64)
-        for part in self.parts():
-            counts += part.work.counts()
+        for found in over_parts(self, _counts):
+            counts += found
         return counts
 
     def of_domain(self, *names: str) -> Stream:
@@ -132,9 +160,6 @@ class Stream:
         """The control: see :func:`uniform`."""
         return replace(self, seed=seed, _held=[])
 
-    def _drawn(self, first: int, work: Workload) -> Workload:
-        return work if self.seed is None else uniform(work, seed=self.seed, first=first)
-
     @cached_property
     def _token_bytes(self) -> int:
         """Bytes that one token takes, while one of its layers is counted."""
@@ -158,12 +183,64 @@ Requests = Workload | Stream
 """One token per pass, at once or part by part."""
 
 
-def parts_of(text: Requests, *, multiple: int = 1) -> Iterator[Part]:
-    """The parts of a text; a whole workload is one."""
+@dataclass(frozen=True)
+class PartJob(Generic[Result]):
+    """One part of a text, as it is sent to a worker: what :func:`counted` takes.
+
+    Attributes:
+        function: of the part.
+        run: with a trace.
+        numbers, lengths, prompts, domains, phase: as in :class:`planner.simulate.reading.Reading`.
+        num_experts, seed: as in :class:`Stream`.
+        first, before: as in :class:`Part`.
+    """
+
+    function: Callable[[Part], Result]
+    run: store.SharedRun
+    numbers: IntArray
+    lengths: IntArray
+    prompts: IntArray
+    domains: tuple[str, ...]
+    phase: str
+    num_experts: int
+    seed: int | None
+    first: int
+    before: int
+
+
+def counted(job: PartJob[Result]) -> Result:
+    """The function's result on a part; from any process that reaches the run.
+
+    Raises:
+        StoreError: it cannot be read, or is another one.
+    """
+    with job.run.opened() as run:
+        reading = Reading(run, job.numbers, job.lengths, job.prompts, job.domains, job.phase)
+        work = _drawn(routed_only(reading.workload(weights=False), job.num_experts), job.seed, job.first)
+        return job.function(Part(job.first, job.before, work))
+
+
+def over_parts(text: Requests, function: Callable[[Part], Result], *, multiple: int = 1) -> Iterator[Result]:
+    """What a function makes of each part of a text, in order; a whole workload is one part.
+
+    Args:
+        function: importable, or a ``functools.partial`` of one: it may run on a worker.
+        multiple: as for :meth:`Stream.parts`.
+    """
     if isinstance(text, Workload):
-        yield Part(0, 0, text)
+        yield function(Part(0, 0, text))
+    elif text.cluster is None:
+        yield from map(function, text.parts(multiple=multiple))
     else:
-        yield from text.parts(multiple=multiple)
+        yield from text.cluster.in_order(counted, text.jobs(function, multiple=multiple))
+
+
+def _counts(part: Part) -> IntArray:
+    return part.work.counts()
+
+
+def _drawn(work: Workload, seed: int | None, first: int) -> Workload:
+    return work if seed is None else uniform(work, seed=seed, first=first)
 
 
 def chance(text: Requests, *, seed: int = 0) -> Requests:

@@ -30,6 +30,7 @@ from compressor.plan import (
     Target,
 )
 from moescope import __version__
+from moescope.cluster import Cluster
 from moescope.errors import PlanError
 from planner.entry import domains_of
 from planner.estimate.parameters import active_parameters, expert_parameters, sizes_before
@@ -60,6 +61,7 @@ def make(
     guard: bool | Rule = True,
     allow_invalid: bool = False,
     limit_tokens: int | None = None,
+    cluster: Cluster | None = None,
     method: str = "",
     notes: Sequence[str] = (),
 ) -> Plan:
@@ -78,6 +80,7 @@ def make(
         guard: refuse what silences a super expert, see :func:`planner.guard.guard_of`.
         allow_invalid: take a run whose checks failed.
         limit_tokens: of the trace that the evidence rests on at most; None = all.
+        cluster: whose workers read the trace, layer by layer; None = this process.
         method: by which planner or editor it was found; empty = the rule as it was asked for.
         notes: sentences that belong beside the evidence.
 
@@ -100,7 +103,8 @@ def make(
     step = _step(rule, weights, chosen, method)
     names = domains_of(run, domains)
     _require_one_or_all(run, names)
-    found = told(run, step, domain=names[0] if len(names) == 1 < len(run.domains) else None, limit_tokens=limit_tokens)
+    domain = names[0] if len(names) == 1 < len(run.domains) else None
+    found = told(run, step, domain=domain, limit_tokens=limit_tokens, cluster=cluster)
     watch = guard_of(run, guard)
     _require_loud(found, watch, chosen)
     return _plan(run, source, step, names, found, watch, tuple(notes)).checked()
@@ -114,6 +118,7 @@ def balance(
     guard: bool | Rule = True,
     allow_invalid: bool = False,
     limit_tokens: int | None = None,
+    cluster: Cluster | None = None,
 ) -> Plan:
     """A plan of biases that even out the load of each layer, by :func:`planner.route.balance.balanced`; layers where
     they do not on text that they were not fitted on are left as they are.
@@ -135,7 +140,7 @@ def balance(
     biases = {one.key: tuple(float(f"{value:.6g}") for value in one.bias.tolist()) for one in gained}
     return make(
         run, rule="bias", biases=biases, guard=guard, allow_invalid=allow_invalid, limit_tokens=limit_tokens,
-        method="balance", notes=_balance_notes(found, gained),
+        cluster=cluster, method="balance", notes=_balance_notes(found, gained),
     )  # fmt: skip
 
 

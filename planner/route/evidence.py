@@ -10,6 +10,7 @@ import numpy as np
 
 import store
 from compressor.plan import LayerKey, RouteStep, Source
+from moescope.cluster import Cluster
 from planner.simulate.what_if import Refused, WhatIf, method_named, what_if
 
 LIVE = "What it does to the loss needs a live run: moescope sweep MODEL --plan PLAN."
@@ -70,15 +71,21 @@ class Told:
         return values
 
 
-def told(run: store.Run, step: RouteStep, *, domain: str | None = None, limit_tokens: int | None = None) -> Told:
+def told(
+    run: store.Run, step: RouteStep, *, domain: str | None = None, limit_tokens: int | None = None,
+    cluster: Cluster | None = None,
+) -> Told:  # fmt: skip
     """Try a step on the trace.
 
     Args:
         domain: whose text counts; None = all.
         limit_tokens: of the trace at most.
+        cluster: whose workers take the layers; None = this process.
     """
     method = method_named(step.rule)
-    attempt = partial(what_if, run, step.rule, weights=step.weights, domain=domain, limit_tokens=limit_tokens)
+    attempt = partial(
+        what_if, run, step.rule, weights=step.weights, domain=domain, limit_tokens=limit_tokens, cluster=cluster
+    )
     tried: tuple[WhatIf, ...]
     try:
         if step.rule == "bias":

@@ -10,7 +10,6 @@ import polars as pl
 
 import store
 from moescope import cluster, memory
-from moescope.errors import RunError
 from profiler import headline
 from profiler.headline.layerwise import LayerPart
 from profiler.headline.subject import Rows, Subject
@@ -18,15 +17,10 @@ from profiler.headline.subject import Rows, Subject
 
 @dataclass(frozen=True)
 class _Task:
-    """What a worker computes: one part, of one layer where the part reads layers by themselves.
+    """What a worker computes: one part, of one layer where the part reads layers by themselves."""
 
-    size: bytes of the run file, by which a worker sees that it has the same one.
-    """
-
-    path: Path
-    size: int
+    run: store.SharedRun
     whole: bool
-    memory_limit: int | None
     part: int
     axis: int | None
 
@@ -40,34 +34,29 @@ def compute_on(
     limit. A task that is lost is done again.
 
     Raises:
-        StoreError: the run is being collected, or there is none at its path on a worker's machine.
-        RunError: the run at that path on a worker's machine is another.
+        StoreError: the run is being collected, or there is none at its path on a worker's machine, or another one.
     """
     path = Path(path).resolve()
-    held: dict[int, Any] = {}
     rows: Rows = []
 
     def told(done: int, of: int) -> None:
         if tell is not None:
             tell(f"computing metrics on {joined.workers} workers, {done} of {of} pieces")
 
-    def take(index: int) -> Any:
-        while index not in held:
-            arrived, (peak, result) = next(results)
-            held[arrived] = result
-            memory.report_worker(peak)
-        return held.pop(index)
+    def take() -> Any:
+        peak, result = next(results)
+        memory.report_worker(peak)
+        return result
 
     with store.open_run(path) as run:
         headline.require_finished(run)
         subject = Subject(run, whole=whole)
         tasks = _tasks(subject, path)
-        results = joined.map(_work, tasks, told)
-        # in the order of parts and layers, so that what waits for its turn is little
+        results = joined.in_order(_work, tasks, told)  # of parts, and of their layers
         for number, part in enumerate(headline.PARTS):
-            mine = [index for index, task in enumerate(tasks) if task.part == number]
+            mine = (take() for task in tasks if task.part == number)
             with headline.one_thread():
-                rows += part.rows(subject, map(take, mine)) if isinstance(part, LayerPart) else take(mine[0])
+                rows += part.rows(subject, mine) if isinstance(part, LayerPart) else next(mine)
     return headline.frames(rows)
 
 
@@ -77,15 +66,13 @@ def _tasks(subject: Subject, path: Path) -> list[_Task]:
         for number, part in enumerate(headline.PARTS)
         for axis in (part.axes(subject) if isinstance(part, LayerPart) else (None,))
     ]
-    size = path.stat().st_size
-    return [_Task(path, size, subject.whole, memory.limit(), part, axis) for part, axis in places]
+    shared = store.SharedRun.of(path)
+    return [_Task(shared, subject.whole, part, axis) for part, axis in places]
 
 
 def _work(task: _Task) -> tuple[int, Any]:
     """In a worker: its peak of memory so far, and what the part gives."""
-    with memory.limited(task.memory_limit), headline.one_thread(), store.open_run(task.path) as run:
-        if task.path.stat().st_size != task.size:
-            raise RunError(f"{task.path} on a worker is not the run that was asked for: share its folder")
+    with headline.one_thread(), task.run.opened() as run:
         subject, part = Subject(run, whole=task.whole), headline.PARTS[task.part]
         if isinstance(part, LayerPart) and task.axis is not None:
             result: Any = part.layer(subject, task.axis)

@@ -44,6 +44,7 @@ class Member:
         owed: what Ray owes for the call under way.
         part: what it works on; None while it loads the model.
         tokens: of its part so far.
+        heard: when it last said something, or was given something to do.
         checks: its verdicts when it last finished a part.
     """
 
@@ -52,6 +53,7 @@ class Member:
     ready: bool = False
     part: Part | None = None
     tokens: int = 0
+    heard: float = field(default_factory=time.monotonic)
     checks: list[dict[str, Any]] = field(default_factory=list)
 
 
@@ -77,6 +79,12 @@ class Crew:
         return sum(member.ready for member in self.members)
 
     @property
+    def silent_seconds(self) -> float:
+        """For how long the most silent worker has said nothing: it says each batch, and that it has loaded."""
+        now = time.monotonic()
+        return max((now - member.heard for member in self.members), default=0.0)
+
+    @property
     def verdicts(self) -> list[list[dict[str, Any]]]:
         """Of all workers, those that are gone too."""
         return [*self.past, *(member.checks for member in self.members if member.checks)]
@@ -88,7 +96,7 @@ class Crew:
 
     def give(self, member: Member, part: Part, work: Work) -> None:
         """Let a worker record a part."""
-        member.part, member.tokens = part, 0
+        member.part, member.tokens, member.heard = part, 0, time.monotonic()
         member.owed = member.actor.record.options(num_returns="streaming").remote(work)
 
     def dismiss(self, member: Member) -> None:
@@ -116,6 +124,7 @@ class Crew:
         found, _ = self._ray.wait(list(waiting), num_returns=1, timeout=seconds) if waiting else ([], [])
         for owed in found:
             member = waiting[owed]
+            member.heard = time.monotonic()
             try:
                 said = self._ray.get(next(owed) if member.part is not None else owed)
             except (self._ray.exceptions.RayTaskError, MoescopeError) as error:

@@ -29,6 +29,9 @@ MOST_LOSSES = 3
 
 TELL_SECONDS = 1.0
 
+SILENT_SECONDS = 120.0
+"""A worker that says nothing for so long is mentioned. It is not ended: one that hangs looks like a slow batch."""
+
 
 class WorkersJob:
     """One collection. Made and run by :func:`profiler.workers.collect_on_ray`."""
@@ -235,8 +238,8 @@ class WorkersJob:
         if self._writer is None:
             return RunError(f"collection of {self._name!r} {what}; nothing was recorded yet")
         return RunError(
-            f"collection of {self._name!r} {what}; after {done} of {self._corpus.num_tokens} tokens; what was recorded"
-            f" is kept in {self._writer.folder}: go on with the same command and --resume"
+            f"collection of {self._name!r} {what}; after {done:,} of {self._corpus.num_tokens:,} tokens; what was"
+            f" recorded is kept in {self._writer.folder}: go on with the same command and --resume"
         )
 
     # The display
@@ -252,6 +255,8 @@ class WorkersJob:
         running = sum(member.part is not None for member in crew.members) if crew is not None else 0
         parts = len(self._parts) - len(self._left) - running
         workers = f"{crew.at_work} of {self._cluster.workers} workers, " if crew is not None else ""
+        if crew is not None and crew.silent_seconds >= SILENT_SECONDS:
+            workers += f"one silent for {crew.silent_seconds / 60:.0f} min, "
         known = bool(total and speed and state == "collecting")
         return run_store.Progress(
             tokens=done,

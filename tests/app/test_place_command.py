@@ -204,6 +204,8 @@ def test_adapters_that_are_none(text: str, message: str) -> None:
         (("--devices", "4", "--train-part", "1.5"), "outside (0, 1)"),
         (("--devices", "4", "--groups", "3"), "cannot be divided into 3 groups"),
         (("--devices", "4", "-o", "/nowhere/at/all/plan.json"), "cannot be written"),
+        (("--ray", "local"), "give --devices too"),
+        (("--devices", "4", "--workers", "2"), "give --ray local"),
         (("--adapters", "/nowhere/adapters.json"), "cannot be read"),
     ],
 )

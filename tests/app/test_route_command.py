@@ -61,6 +61,8 @@ def test_balance_says_what_it_was_judged_on(directory: Path, capsys: pytest.Capt
         (("--rule", "top_p", "--value", "2"), None, "within 0..1"),
         (("--rule", "top_p", "--value", "0.5", "--layers", "x"), None, "'x' is no layer"),
         (("--rule", "top_p", "--value", "0.5", "--layers", "8"), None, "no MoE layer 8"),
+        (("--rule", "top_p", "--value", "0.5", "--workers", "2"), None, "give --ray local"),
+        (("--rule", "top_p", "--value", "0.5", "--ray", "nonsense"), None, "give 'local', or HOST:PORT"),
         (("--bias", "FILE"), None, "No such file"),
         (("--bias", "FILE"), "{", "FILE"),
         (("--bias", "FILE"), "[]", "takes {"),

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import pytest
 from cache_settings import random_routes, written_run
 
 import store
+from app.frames.placement import placed, scores
 from moescope import memory
 from moescope.errors import PlanError
 from planner.place import stream
@@ -23,6 +26,7 @@ from planner.place.windows import split
 from planner.placing import place
 from planner.simulate.reading import Reading
 from planner.simulate.workload import Workload, workload_of
+from tests.planner.sent import Sent
 
 DOMAINS = ["code", "prose", "code", "math", "code", "prose", "math", "code", "code", "prose", "code"]
 
@@ -38,10 +42,16 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> store.Run:
     return written_run(folder, ids, domains=DOMAINS, experts=8)
 
 
-@pytest.fixture
-def parts(monkeypatch: pytest.MonkeyPatch, run: store.Run) -> tuple[Stream, Workload]:
+@pytest.fixture(params=["here", "on workers"])
+def parts(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, run: store.Run
+) -> Iterator[tuple[Stream, Workload]]:
     monkeypatch.setattr(stream, "PART_BYTES", 1)  # a batch at a time
-    return Stream(Reading.of(run).with_passes(), 8), workload_of(run)
+    sent = Sent()
+    cluster = cast(Any, sent) if request.param == "on workers" else None
+    yield Stream(Reading.of(run).with_passes(), 8, cluster=cluster), workload_of(run)
+    if request.node.originalname != "test_a_batch_beyond_the_memory_limit_is_refused":
+        assert (sent.pieces > 0) == (cluster is not None)
 
 
 def of_experts() -> list[Placement]:
@@ -87,6 +97,26 @@ def test_plans_do_not_depend_on_the_parts(run: store.Run, monkeypatch: pytest.Mo
     whole = [place(run, method=name, devices=4, batch=2).text() for name in ("eplb", "affinity")]
     monkeypatch.setattr(stream, "PART_BYTES", 1)
     assert [place(run, method=name, devices=4, batch=2).text() for name in ("eplb", "affinity")] == whole
+
+
+def test_placements_and_verdicts_made_on_workers_are_those_of_one_process(run: store.Run) -> None:
+    asked: dict[str, Any] = {"method": "affinity", "devices": 4, "batch": 2}
+    alone, shared = placed(run, **asked), placed(run, **asked, cluster=cast(Any, Sent()))
+    assert shared.plan.text() == alone.plan.text()
+    assert shared.verdict is not None and alone.verdict is not None
+    assert shared.verdict.sentence == alone.verdict.sentence
+    for name, score_alone in scores(alone).items():
+        for field, value in vars(score_alone).items():
+            np.testing.assert_array_equal(getattr(scores(shared)[name], field), value, err_msg=f"{name}.{field}")
+    for name, by_pass in alone.passes.items():
+        np.testing.assert_array_equal(shared.passes[name].largest, by_pass.largest)
+
+
+def test_more_parts_than_one_goes_to_each_worker(run: store.Run) -> None:
+    text = Stream(Reading.of(run).with_passes(), 8, cluster=cast(Any, Sent()))
+    jobs = text.jobs(np.sum, multiple=1)
+    assert Sent.workers < len(jobs) <= 2 * stream.PER_WORKER * Sent.workers
+    assert np.concatenate([job.numbers for job in jobs]).tolist() == text.reading.numbers.tolist()
 
 
 def test_a_batch_beyond_the_memory_limit_is_refused(parts: tuple[Stream, Workload]) -> None:

@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import numpy as np
 import polars as pl
 from numpy.typing import ArrayLike
 
 import store
+from moescope.cluster import Cluster
 from planner.simulate.what_if import choosing, dropping, fitting, rerouting, sinkhorn, smoothing
 from planner.simulate.what_if.blocks import BLOCK_TOKENS, COLLECT_SCORES, Block, Layer, Subject
 from planner.simulate.what_if.outcome import Refused, Weights, WhatIf
@@ -38,6 +41,7 @@ def what_if(
     skip_above: float = 0.9,
     bits: tuple[float, float] = (16.0, 4.0),
     limit_tokens: int | None = None,
+    cluster: Cluster | None = None,
 ) -> WhatIf:
     """Try a rule on the recorded trace. Memory does not grow with its length.
 
@@ -56,6 +60,7 @@ def what_if(
         skip_above: for ``tiers``: T2, the gate weight above beyond which an expert is left out; 1 leaves none out.
         bits: for ``tiers``: of high and of low precision.
         limit_tokens: read evenly spread sequences of about so many tokens.
+        cluster: whose workers take the layers, each by the run's path; None = this process.
 
     Raises:
         Refused: it makes no sense here, or the run lacks the data; the message says which.
@@ -73,7 +78,10 @@ def what_if(
     layer_values = _layer_values(fitting_on, found, chosen, fitted)
     count = _counter(found, scored, bias, skip_above, bits)
     block_tokens = int(max(BLOCK_TOKENS, chosen.max())) if method == "sinkhorn" else BLOCK_TOKENS
-    tallies = _run(judging, layer_values, count, block_tokens)
+    if cluster is None:
+        tallies = tallied(judging, layer_values, count, block_tokens)
+    else:
+        tallies = list(cluster.in_order(layer_tally, _jobs(judging, layer_values, count, block_tokens)))
     if fitted and len(subject.sequences) < 2:
         notes = (*notes, "There is one sequence: values were found on the tokens that judge them.")
     return assemble(
@@ -226,7 +234,7 @@ def _counter(method: Method, scored: bool, bias: Bias | None, skip_above: float,
         return partial(dropping.tiers, skip_above=skip_above, bits=bits)
     if method.name == "bias":
         vectors = {key: np.asarray(delta, np.float64) for key, delta in (bias or {}).items()}
-        return lambda block, layer, values: rerouting.bias(block, layer, values, delta=vectors[layer.key])
+        return partial(_bias, vectors=vectors)
     return {
         "top_p": choosing.top_p if scored else dropping.top_p,
         "top_k": choosing.top_k if scored else dropping.fewer,
@@ -238,7 +246,50 @@ def _counter(method: Method, scored: bool, bias: Bias | None, skip_above: float,
     }[method.name]
 
 
-def _run(subject: Subject, layer_values: FloatArray, count: Count, block_tokens: int) -> list[Tally]:
+def _bias(block: Block, layer: Layer, values: FloatArray, *, vectors: Mapping[tuple[int, int], FloatArray]) -> Tally:
+    return rerouting.bias(block, layer, values, delta=vectors[layer.key])
+
+
+@dataclass(frozen=True)
+class LayerJob:
+    """One layer of a trial, as it is sent to a worker: what :func:`layer_tally` takes.
+
+    Attributes:
+        run: with a trace.
+        subject: with one layer, and without its run.
+        values: (V, 1) of the layer.
+        count: of one block.
+        block_tokens: of a block, nearly.
+    """
+
+    run: store.SharedRun
+    subject: Subject
+    values: FloatArray
+    count: Count
+    block_tokens: int
+
+
+def layer_tally(job: LayerJob) -> Tally:
+    """The tally of one layer; from any process that reaches the run.
+
+    Raises:
+        StoreError: it cannot be read, or is another one.
+    """
+    with job.run.opened() as run:
+        return tallied(replace(job.subject, run=run), job.values, job.count, job.block_tokens)[0]
+
+
+def _jobs(subject: Subject, layer_values: FloatArray, count: Count, block_tokens: int) -> list[LayerJob]:
+    shared = store.SharedRun.of(subject.run.path)
+    bare: Any = None
+    return [
+        LayerJob(shared, replace(subject, run=bare, layers=(layer,)), layer_values[:, axis, None],
+                 count, block_tokens)
+        for axis, layer in enumerate(subject.layers)
+    ]  # fmt: skip
+
+
+def tallied(subject: Subject, layer_values: FloatArray, count: Count, block_tokens: int) -> list[Tally]:
     """One tally per layer: as many blocks as there are cores are read and counted at a time."""
     cores = available_cores()
     found: dict[int, Tally] = {}

@@ -19,6 +19,7 @@ from planner.simulate.what_if.outcome import quantile
 from planner.simulate.what_if.sinkhorn import batches
 from planner.simulate.what_if.smoothing import TEMPERATURE, WINDOW
 from profiler.headline import compute_and_store
+from tests.planner.sent import Sent
 
 EXPERTS, TOP_K = 12, 3
 LENGTHS = [60, 0, 33, 7]
@@ -485,6 +486,21 @@ def test_blocks_add_up(run: store.Run, monkeypatch: pytest.MonkeyPatch) -> None:
         assert_allclose(found.kept_mass, expected.kept_mass)
         for figure, values in expected.figures.items():
             assert_allclose(found.figures[figure], values, rtol=1e-6)
+
+
+def test_layers_on_workers_are_those_of_one_process(run: store.Run) -> None:
+    vectors = {(0, 0): np.arange(EXPERTS) / 4.0}
+    for method in METHODS:
+        sent, asked = Sent(), {"bias": vectors} if method.name == "bias" else {}
+        fitted = method.name in ("ratio", "null_experts")
+        alone = what_if(run, method.name, **asked, fitted=fitted)
+        shared = what_if(run, method.name, **asked, fitted=fitted, cluster=cast(Any, sent))
+        assert sent.pieces == len(alone.layers)
+        for field, value in vars(alone).items():
+            if isinstance(value, np.ndarray):
+                assert_array_equal(getattr(shared, field), value, err_msg=f"{method.name}.{field}")
+            elif not isinstance(value, dict):
+                assert getattr(shared, field) == value, (method.name, field)
 
 
 def test_a_part_of_the_text(run: store.Run) -> None:

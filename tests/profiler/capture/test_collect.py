@@ -93,7 +93,7 @@ def test_a_corpus_becomes_a_run(texts: Path, tmp_path: Path) -> None:
 def test_interrupted_and_resumed_equals_uninterrupted(texts: Path, tmp_path: Path) -> None:
     model = build("qwen2_moe")
     whole = store.open_run(collect(model, texts, tmp_path, "whole", level="activations"))
-    with pytest.raises(RunError, match=r"'parts' was interrupted after \d+ of 1200 tokens; .* --resume"):
+    with pytest.raises(RunError, match=r"'parts' was interrupted after [\d,]+ of 1,200 tokens; .* --resume"):
         collect(model, texts, tmp_path, "parts", level="activations", progress=interrupt_after(2), flush_seconds=0)
     live = store.open_run(tmp_path / "parts.live")
     assert live.progress is not None

@@ -165,7 +165,8 @@ def test_an_interrupted_collection_goes_on_with_other_workers_or_with_none(
         raise KeyboardInterrupt
 
     mine, theirs = tmp_path / "mine", tmp_path / "theirs"
-    with monkeypatch.context() as patch, pytest.raises(RunError, match=r"interrupted; after \d+ of 2000 .* --resume"):
+    words = r"interrupted; after [\d,]+ of 2,000 .* --resume"
+    with monkeypatch.context() as patch, pytest.raises(RunError, match=words):
         patch.setattr(WorkersJob, "_take_verdicts", interrupt)  # when the first part has been recorded
         collect(ray_of_two, texts, mine)
     folder = mine / "tiny.live"

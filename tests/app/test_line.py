@@ -1,0 +1,27 @@
+"""The line that is printed over itself, and what comes after it."""
+
+import re
+
+import pytest
+
+from app import line
+from app.cli import main
+
+
+def test_an_error_stands_below_the_line(capsys: pytest.CaptureFixture[str]) -> None:
+    line.over("collecting 10%")
+    line.over("collecting 20%")
+    assert main(["show", "nowhere"]) == 2
+    assert main(["show", "nowhere"]) == 2
+    said = capsys.readouterr().err
+    assert re.fullmatch(r"\rcollecting 10% +\rcollecting 20% +\nmoescope: .*\nmoescope: .*\n", said)
+
+
+def test_a_line_that_stays_or_was_taken_away_needs_no_end(capsys: pytest.CaptureFixture[str]) -> None:
+    line.over("2 workers", stays=True)
+    line.end()
+    line.over("fetching")
+    line.clear()
+    line.end()
+    line.clear()
+    assert re.fullmatch(r"\r2 workers +\n\rfetching +\r +\r", capsys.readouterr().err)
