@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from pathlib import Path
+import threading
+from io import BufferedRandom
+from typing import cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,30 +19,41 @@ Key = tuple[int, int]
 
 
 class Spool:
-    """Arrays of ids by key in a temporary folder, which goes away with the object."""
+    """Arrays of ids by key in a temporary file without a name: it goes away with the object, and with a process that is
+    killed."""
 
     def __init__(self) -> None:
-        self._folder: tempfile.TemporaryDirectory[str] | None = None
-        self._shapes: dict[Key, tuple[int, ...]] = {}
+        self._file: BufferedRandom | None = None
+        self._places: dict[Key, tuple[int, tuple[int, ...]]] = {}
         self._bytes = 0
+        self._turn = threading.Lock()
 
     def get(self, key: Key) -> NDArray[np.int16] | None:
         """The array under a key; None where none was kept."""
-        if key not in self._shapes:
+        if key not in self._places:
             return None
-        return np.fromfile(self._path(key), np.int16).reshape(self._shapes[key])
+        offset, shape = self._places[key]
+        ids = np.empty(shape, np.int16)
+        assert self._file is not None, "what has a place was put there"
+        with self._turn:
+            self._file.seek(offset)
+            self._file.readinto(_bytes_of(ids))
+        return ids
 
     def put(self, key: Key, ids: NDArray[np.int16]) -> None:
         """Keep an array, unless it would take the room that others need."""
-        if self._folder is None:
-            self._folder = tempfile.TemporaryDirectory(prefix="moescope-")
-        room = shutil.disk_usage(self._folder.name).free - (1 << 30)
-        if self._bytes + ids.nbytes > MAX_BYTES or ids.nbytes > room:
-            return
-        ids.tofile(self._path(key))
-        self._shapes[key] = ids.shape
-        self._bytes += ids.nbytes
+        with self._turn:
+            if self._file is None:
+                # not closed by a block: it lives as long as this object
+                self._file = cast(BufferedRandom, tempfile.TemporaryFile())  # noqa: SIM115
+            room = shutil.disk_usage(tempfile.gettempdir()).free - (1 << 30)
+            if self._bytes + ids.nbytes > MAX_BYTES or ids.nbytes > room:
+                return
+            self._file.seek(self._bytes)
+            self._file.write(_bytes_of(np.ascontiguousarray(ids)))
+            self._places[key] = self._bytes, ids.shape
+            self._bytes += ids.nbytes
 
-    def _path(self, key: Key) -> Path:
-        assert self._folder is not None
-        return Path(self._folder.name) / f"{key[0]}-{key[1]}"
+
+def _bytes_of(ids: NDArray[np.int16]) -> NDArray[np.uint8]:
+    return ids.reshape(-1).view(np.uint8)
