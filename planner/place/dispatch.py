@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Iterator
+from typing import Literal, get_args
 
 import numpy as np
 
 from moescope.errors import PlanError
 from planner.place.pairs import require_tokens
 from planner.place.slots import Placement
+from planner.place.stream import Part
 from planner.simulate.workload import Workload
 from profiler.metrics._arrays import IntArray
 
@@ -40,34 +42,35 @@ def routes(placement: Placement) -> IntArray:
     return result
 
 
-def devices_of(
-    placement: Placement, route: IntArray, layer: int, *, token: IntArray, expert: IntArray, home: IntArray,
-    dispatch: Dispatch = "local", before: int = 0,
-) -> IntArray:  # fmt: skip
-    """(pairs,) the device that computes each pair of a token and one of its experts.
+def sent(
+    part: Part, placement: Placement, *, home: IntArray, dispatch: Dispatch = "local"
+) -> Iterator[tuple[IntArray, IntArray]]:
+    """(pairs,) token and (pairs,) device of each pair of a token and one of its experts, layer after layer.
 
     Args:
-        placement: of all layers.
-        route: (D, E) of this layer, see :func:`routes`.
-        layer: place of the layer.
-        token: (pairs,) number of the token.
-        expert: (pairs,).
-        home: (pairs,) home device of the token.
+        part: one token per pass.
+        placement: of the same layers.
+        home: (tokens,) home device of each token.
         dispatch: which replica is taken.
-        before: tokens of the text before the first of these.
 
     Raises:
         PlanError: an unknown way to dispatch.
     """
-    if dispatch == "local":
-        return np.asarray(route[home, expert])
-    if dispatch != "fair":
+    if dispatch not in get_args(Dispatch):
         raise PlanError(f"dispatch {dispatch!r} is unknown: choose local or fair")
-    slots = placement.experts[layer]
-    order = np.argsort(slots, kind="stable")
-    count = np.bincount(slots, minlength=placement.num_experts)
-    first = np.cumsum(count) - count
-    return np.asarray(placement.device_of_slot[order[first[expert] + (token + before) % count[expert]]])
+    route = routes(placement)
+    for layer, ids in enumerate(part.work.ids):
+        token, rank = np.nonzero(ids >= 0)
+        expert = ids[token, rank]
+        if dispatch == "local":
+            yield token, np.asarray(route[layer][home[token], expert])
+            continue
+        slots = placement.experts[layer]
+        order = np.argsort(slots, kind="stable")
+        count = np.bincount(slots, minlength=placement.num_experts)
+        first = np.cumsum(count) - count
+        turn = (token + part.before) % count[expert]
+        yield token, np.asarray(placement.device_of_slot[order[first[expert] + turn]])
 
 
 def homes_of(work: Workload, devices: int) -> IntArray:

@@ -7,7 +7,7 @@ from functools import partial
 
 import numpy as np
 
-from planner.place.dispatch import Dispatch, devices_of, passes_of, routes
+from planner.place.dispatch import Dispatch, passes_of, sent
 from planner.place.slots import Placement
 from planner.place.stream import Part, Requests, over_parts
 from profiler.metrics._arrays import FloatArray, IntArray, ratio
@@ -52,16 +52,10 @@ def _of_part(
     part: Part, *, placement: Placement, batch: int, chunk: int | None, dispatch: Dispatch
 ) -> tuple[IntArray, IntArray, IntArray]:
     """(passes,) tokens, pairs and pairs of the busiest devices of one part."""
-    devices, route = placement.devices, routes(placement)
-    turn = passes_of(part.work, batch=batch, chunk=chunk)
+    devices, turn = placement.devices, passes_of(part.work, batch=batch, chunk=chunk)
     count, home = int(turn.max(initial=-1)) + 1, (part.work.request_of_pass + part.first) % devices
     pairs, largest = np.zeros(count, np.int64), np.zeros(count, np.int64)
-    for layer, ids in enumerate(part.work.ids):
-        token, rank = np.nonzero(ids >= 0)
-        device = devices_of(
-            placement, route[layer], layer, token=token, expert=ids[token, rank], home=home[token], dispatch=dispatch,
-            before=part.before,
-        )  # fmt: skip
+    for token, device in sent(part, placement, home=home, dispatch=dispatch):
         load = np.bincount(turn[token] * devices + device, minlength=count * devices).reshape(count, devices)
         pairs += load.sum(axis=1)
         largest += load.max(axis=1)

@@ -12,7 +12,7 @@ from functools import partial
 import numpy as np
 
 from moescope.errors import PlanError
-from planner.place.dispatch import Dispatch, devices_of, passes_of, routes
+from planner.place.dispatch import Dispatch, passes_of, sent
 from planner.place.slots import Placement
 from planner.place.stream import Part, Requests, over_parts
 from planner.place.windows import By
@@ -155,15 +155,10 @@ def _of_part(
     owner = part.work.request_of_pass + part.first
     home, turn = owner % placement.devices, passes_of(part.work, batch=batch, chunk=chunk)
     window = np.searchsorted(edges, owner if by == "requests" else _numbers(part), side="right")
-    route, shape = routes(placement), (len(edges), placement.devices, placement.nodes)
+    shape = len(edges), placement.devices, placement.nodes
     loads, sums, adjacent, stays = [], [], [], []
     before: IntArray | None = None
-    for layer, ids in enumerate(part.work.ids):
-        token, rank = np.nonzero(ids >= 0)
-        device = devices_of(
-            placement, route[layer], layer, token=token, expert=ids[token, rank], home=home[token], dispatch=dispatch,
-            before=part.before,
-        )  # fmt: skip
+    for token, device in sent(part, placement, home=home, dispatch=dispatch):
         load, row, held = _layer(token, device, home, turn, window, shape)
         loads.append(load)
         sums.append(row)

@@ -6,7 +6,6 @@ import shutil
 import tempfile
 import threading
 from io import BufferedRandom
-from typing import cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,7 +44,7 @@ class Spool:
         with self._turn:
             if self._file is None:
                 # not closed by a block: it lives as long as this object
-                self._file = cast(BufferedRandom, tempfile.TemporaryFile())  # noqa: SIM115
+                self._file = tempfile.TemporaryFile()  # noqa: SIM115
             room = shutil.disk_usage(tempfile.gettempdir()).free - (1 << 30)
             if self._bytes + ids.nbytes > MAX_BYTES or ids.nbytes > room:
                 return
@@ -55,5 +54,5 @@ class Spool:
             self._bytes += ids.nbytes
 
 
-def _bytes_of(ids: NDArray[np.int16]) -> NDArray[np.uint8]:
-    return ids.reshape(-1).view(np.uint8)
+def _bytes_of(ids: NDArray[np.int16]) -> memoryview:
+    return ids.reshape(-1).view(np.uint8).data
