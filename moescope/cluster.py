@@ -19,6 +19,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
+from moescope import memory
 from moescope.answers import require_answer
 from moescope.errors import InputError, MoescopeError, RunError
 
@@ -82,6 +83,8 @@ class Cluster:
     ) -> Iterator[tuple[int, Result]]:
         """Results of ``function`` on each item as they come, each exactly once, with the item's index.
 
+        How much memory the workers took at most is reported to :mod:`moescope.memory`.
+
         Args:
             function: importable, or a function that Ray can pickle; it may run twice on an item whose worker was lost.
             items: small ones: each is sent when a worker is free for it.
@@ -91,7 +94,7 @@ class Cluster:
             MoescopeError: what the function raised of ours, as it was.
             RunError: the function failed otherwise, or its worker was lost again and again.
         """
-        task = self.ray.remote(function).options(**self.options, max_retries=TRIES, retry_exceptions=False)
+        task = self.ray.remote(_measured).options(**self.options, max_retries=TRIES, retry_exceptions=False)
         waiting = list(enumerate(items))[::-1]
         running: dict[Any, int] = {}
         done = 0
@@ -99,13 +102,14 @@ class Cluster:
             while waiting or running:
                 while waiting and len(running) < self.workers:
                     index, item = waiting.pop()
-                    running[task.remote(item)] = index
+                    running[task.remote(function, item)] = index
                 ready, _ = self.ray.wait(list(running), num_returns=1)
                 index = running.pop(ready[0])
                 try:
-                    result = self.ray.get(ready[0])
+                    result, peak = self.ray.get(ready[0])
                 except Exception as error:
                     raise failure(error, f"piece {index + 1} of {len(items)}") from error
+                memory.report_worker(peak)
                 done += 1
                 if tell is not None:
                     tell(done, len(items))
@@ -129,6 +133,11 @@ class Cluster:
             while turn in early:
                 yield early.pop(turn)
                 turn += 1
+
+
+def _measured(function: Callable[[Item], Result], item: Item) -> tuple[Result, int]:
+    """In a worker: the result, and the most memory that the process has held."""
+    return function(item), memory.peak()
 
 
 @contextmanager

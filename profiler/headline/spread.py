@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import polars as pl
 
 import store
-from moescope import cluster, memory
+from moescope import cluster
 from profiler import headline
 from profiler.headline.layerwise import LayerPart
 from profiler.headline.subject import Rows, Subject
@@ -43,18 +44,13 @@ def compute_on(
         if tell is not None:
             tell(f"computing metrics on {joined.workers} workers, {done} of {of} pieces")
 
-    def take() -> Any:
-        peak, result = next(results)
-        memory.report_worker(peak)
-        return result
-
     with store.open_run(path) as run:
         headline.require_finished(run)
         subject = Subject(run, whole=whole)
         tasks = _tasks(subject, path)
         results = joined.in_order(_work, tasks, told)  # of parts, and of their layers
         for number, part in enumerate(headline.PARTS):
-            mine = (take() for task in tasks if task.part == number)
+            mine = islice(results, sum(task.part == number for task in tasks))
             with headline.one_thread():
                 rows += part.rows(subject, mine) if isinstance(part, LayerPart) else next(mine)
     return headline.frames(rows)
@@ -70,12 +66,10 @@ def _tasks(subject: Subject, path: Path) -> list[_Task]:
     return [_Task(shared, subject.whole, part, axis) for part, axis in places]
 
 
-def _work(task: _Task) -> tuple[int, Any]:
-    """In a worker: its peak of memory so far, and what the part gives."""
+def _work(task: _Task) -> Any:
+    """In a worker: what the part gives."""
     with headline.one_thread(), task.run.opened() as run:
         subject, part = Subject(run, whole=task.whole), headline.PARTS[task.part]
         if isinstance(part, LayerPart) and task.axis is not None:
-            result: Any = part.layer(subject, task.axis)
-        else:
-            result = part(subject)
-    return memory.peak(), result
+            return part.layer(subject, task.axis)
+        return part(subject)
