@@ -17,8 +17,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import polars as pl
+
 from moescope.errors import ShardError, StoreError
 from store import live
+from store.damage import damage
 from store.remote.mirror import GATHERED
 from store.remote.objects import Object
 from store.remote.refusals import Vanished
@@ -104,15 +107,16 @@ def gather(objects: Objects, folder: Path, tell: Callable[[int, int], None] | No
     Broken off, the same again goes on: a shard appears in the folder whole or not at all.
 
     Raises:
-        ShardError: what a marker says is not what is there.
+        ShardError: what a marker says is not what is there, or a shard's sequences are in another one.
         StoreError: the store cannot be read.
         RunError: the disk is full.
     """
     known = markers(objects, folder.name)
     here = {live.shard_number(path) for path in live.shards(folder)}
     missing = sorted(set(known) - here)
+    held = _sequences(live.files(folder, "sequence")) if missing else set()
     for done, number in enumerate(missing):
-        _fetch_shard(objects, folder, number, known[number])
+        _fetch_shard(objects, folder, number, known[number], held)
         if tell is not None:
             tell(len(known) - len(missing) + done + 1, len(known))
     return len(here | set(known))
@@ -170,7 +174,8 @@ def begin(folder: Path, info: bytes, *, shown: bool = False) -> None:
             raise refusal(folder, error) from error
 
 
-def _fetch_shard(objects: Objects, folder: Path, number: int, marker: str) -> None:
+def _fetch_shard(objects: Objects, folder: Path, number: int, marker: str, held: set[int]) -> None:
+    """Fetch one shard; ``held`` are the sequences of those that are here, and gets its own."""
     part, files = _read_marker(objects, number, marker)
     temporary = temporary_for(folder / live.shard_name(number))
     try:
@@ -183,12 +188,28 @@ def _fetch_shard(objects: Objects, folder: Path, number: int, marker: str) -> No
                 whole = False
             if not whole:
                 raise ShardError(f"{objects.url_of(marker)}: {name} of this shard is missing or not whole")
+        found = _sequences([temporary / "sequence.parquet"] if "sequence.parquet" in files else [])
+        if twice := sorted(found & held):
+            raise ShardError(
+                f"{objects.url_of(marker)} is of a worker that outlived its driver: sequence {twice[0]}"
+                f"{f' and {len(twice) - 1} more' if len(twice) > 1 else ''} of this shard have been recorded anew and"
+                " would count twice; remove that object and go on with --resume"
+            )
+        held |= found
         temporary.rename(folder / live.shard_name(number))
     except OSError as error:
         if not (folder / live.shard_name(number)).is_dir():  # else another process was quicker
             raise refusal(folder / live.shard_name(number), error) from error
     finally:
         remove(temporary)
+
+
+def _sequences(files: list[Path]) -> set[int]:
+    """Numbers of the sequences in these files of table ``sequence``."""
+    try:
+        return {one for file in files for one in pl.read_parquet(file, columns=["sequence"])["sequence"]}
+    except (OSError, pl.exceptions.PolarsError) as error:
+        raise damage(files[0].parents[1], error) from error
 
 
 def _read_marker(objects: Objects, number: int, marker: str) -> tuple[str, dict[str, int]]:

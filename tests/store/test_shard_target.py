@@ -45,6 +45,22 @@ def test_a_marker_that_was_copied_to_another_number_counts_nothing(tmp_path: Pat
     assert [path.name for path in folder.iterdir()] == ["shard-000001"]
 
 
+def test_a_shard_whose_sequences_were_recorded_anew_counts_nothing(tmp_path: Path) -> None:
+    """A worker that outlived its driver, while one process went on with the run, and left some of its part undone."""
+    url = f"memory://twice-{tmp_path.name}"
+    both = {"sequence": {"sequence": [0, 1], "domain": ["code"] * 2, "tokens": [2, 2], "prompt_tokens": [2, 2]}}
+    writer = RunWriter.create(tmp_path, "mine", RunInfo(model="toy"))
+    writer.write_shard(FRAMES)
+    late = writer.next_shard + 4
+    publish_shard(shard_target(f"{url}/mine.live"), late, filled_tables(both), "of a worker that came too late")
+    with pytest.raises(ShardError, match=rf"shard-00000{late}.json is of a worker .* sequence 0 .* remove that object"):
+        gather(Objects(url), writer.folder)
+    assert writer.sequences_done == {0} and len(writer.shard_names) == 1
+    Objects(url).remove(f"mine.live/shard-00000{late}.json")
+    assert gather(Objects(url), writer.folder) == 1
+    writer.close()
+
+
 def test_a_run_is_not_begun_where_a_shard_of_another_one_lies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MOESCOPE_CACHE", str(tmp_path))
     url = f"memory://late-{tmp_path.name}/runs"
