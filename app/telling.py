@@ -23,7 +23,7 @@ class Telling:
     def __init__(self, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._began = clock()
-        self._stage, self._stage_began, self._first = "", self._began, 1
+        self._stage, self._stage_began, self._first, self._last = "", self._began, 1, 1
 
     def __call__(self, sentence: str) -> None:
         """Show a sentence."""
@@ -48,8 +48,9 @@ class Telling:
             return None
         number, count = int(found[1]), int(found[2])
         stage = f"{sentence[: found.start()]}of {count}"
-        if stage != self._stage:
-            self._stage, self._stage_began, self._first = stage, now, number
+        if stage != self._stage or number < self._last:  # or the same begins anew
+            self._stage, self._stage_began, self._first, self._last = stage, now, number, number
             return None
+        self._last = number
         done = number - self._first
         return (now - self._stage_began) / done * (count - number + 1) if done > 0 else None

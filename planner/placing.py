@@ -6,7 +6,7 @@ is worth.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -191,12 +191,13 @@ def placeable(run: store.Run, *, allow_invalid: bool = False) -> Source:
 
 def text_of(
     run: store.Run, source: Source, *, domains: Sequence[str], train_part: float = 0.5, max_tokens: int | None = None,
-    cluster: Cluster | None = None,
+    cluster: Cluster | None = None, tell: Callable[[str], None] | None = None,
 ) -> Text:  # fmt: skip
     """The text of a run in two parts; without a trace, its counts.
 
     Args:
         cluster: whose workers read and count parts of the trace, each by the run's path; None = this process.
+        tell: told how far it is, each time that a long trace is read.
 
     Raises:
         PlanError: no token used any expert, or the trace has too few requests to be split.
@@ -206,7 +207,7 @@ def text_of(
         raise PlanError(f"part {train_part:g} is outside (0, 1): give the part to fit on, such as 0.5")
     if run.has_trace:
         reading = Reading.of(run, domains=domains, max_tokens=max_tokens).with_passes()
-        fit, later = Stream(reading, experts, cluster=cluster).split(train_part)
+        fit, later = Stream(reading, experts, cluster=cluster, tell=tell).split(train_part)
         return Text(fit, later, fit.counts()[:, :experts])
     frames = [Statistics(run, level="routing", domain=one).experts("expert_load", "tokens") for one in domains]
     load = sum(frame["tokens"].to_numpy().astype(np.int64) for frame in frames)

@@ -107,15 +107,16 @@ def _place(run: store.Run, options: argparse.Namespace) -> int:
     from app.frames.placement import placed
     from app.progress import Stoppable
     from app.sample import remarks
+    from app.telling import Telling
     from planner.placing import BATCH
 
     names = [name.strip() for name in (options.domains or "").split(",") if name.strip()]
-    with Stoppable(), on_ray(options) as cluster:
+    with Stoppable(), on_ray(options) as cluster, Telling() as tell:
         found = placed(
             run, method=options.method or "eplb", devices=options.devices, nodes=options.nodes,
             redundant=options.redundant, groups=options.groups, batch=options.batch or BATCH,
             train_part=options.train_part, domains=names or None, max_tokens=options.max_tokens,
-            allow_invalid=options.allow_invalid, options=dict(options.option), cluster=cluster,
+            allow_invalid=options.allow_invalid, options=dict(options.option), cluster=cluster, tell=tell,
         )  # fmt: skip
     if options.output is not None:
         found.plan.save(options.output)

@@ -15,7 +15,6 @@ from app.commands.within import within
 if TYPE_CHECKING:
     import store
     from compressor.plan import LayerKey, Plan
-    from moescope.cluster import Cluster
 
 NAME = "route"
 SUMMARY = "plan other routing while the model runs: a rule, biases, or biases towards even load"
@@ -70,10 +69,11 @@ def _run(options: argparse.Namespace) -> int:
         raise InputError("--balance rests on all text: leave out --domain")
     import store
     from app.progress import Stoppable
+    from app.telling import Telling
 
     with store.open_run(store.Catalog(options.store).resolve(options.target)) as opened:
-        with Stoppable(), on_ray(options) as cluster:
-            plan = _made(opened, options, cluster)
+        with Stoppable(), on_ray(options) as cluster, Telling() as tell:
+            plan = _made(opened, options, cluster=cluster, tell=tell)
         path = store.write_plan(opened.path, plan.text())
         if options.output is not None:
             plan.save(options.output)
@@ -85,12 +85,12 @@ def _run(options: argparse.Namespace) -> int:
     return 0
 
 
-def _made(run: store.Run, options: argparse.Namespace, cluster: Cluster | None) -> Plan:
+def _made(run: store.Run, options: argparse.Namespace, **how: Any) -> Plan:
     from planner import route
 
     common: dict[str, Any] = {
         "guard": not options.no_guard, "allow_invalid": options.allow_invalid, "limit_tokens": options.max_tokens,
-        "cluster": cluster,
+        **how,
     }  # fmt: skip
     layers = _layers(options.layers)
     if options.balance:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,7 +83,7 @@ class Placed:
 def placed(
     run: store.Run, *, devices: int, nodes: int = 1, batch: int = BATCH, train_part: float = 0.5,
     max_tokens: int | None = None, options: Mapping[str, Any] | tuple[tuple[str, Any], ...] = (),
-    cluster: Cluster | None = None, **asked: Any,
+    cluster: Cluster | None = None, tell: Callable[[str], None] | None = None, **asked: Any,
 ) -> Placed:  # fmt: skip
     """Place, and score the placement on the text that it was not made from.
 
@@ -96,6 +96,7 @@ def placed(
         max_tokens: of the trace at most; None = all.
         options: of the method.
         cluster: whose workers read the trace; None = this process.
+        tell: told how far it is.
         asked: other arguments of ``planner.placing.place``.
 
     Raises:
@@ -106,7 +107,9 @@ def placed(
     domains = domains_of(run, asked.get("domains"))
     held = source.layers[0].num_experts
     check_slots(held + asked.get("redundant", 0), held, devices, nodes)  # before the text is read
-    text = text_of(run, source, domains=domains, train_part=train_part, max_tokens=max_tokens, cluster=cluster)
+    text = text_of(
+        run, source, domains=domains, train_part=train_part, max_tokens=max_tokens, cluster=cluster, tell=tell
+    )
     common["text"] = text
     plan = place(run, devices=devices, nodes=nodes, **common, **asked, **dict(options))
     placement = placement_of(plan)

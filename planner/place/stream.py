@@ -57,12 +57,16 @@ class Stream:
         num_experts: E; experts from E on hold no weights, and every device has them.
         seed: of experts drawn at random in place of those recorded; None = as recorded.
         cluster: whose workers read and count the parts; None = this process.
+        tell: told how far it is, where there are several parts.
+        name: of the text, as it is told.
     """
 
     reading: Reading
     num_experts: int
     seed: int | None = None
     cluster: Cluster | None = None
+    tell: Callable[[str], None] | None = field(default=None, repr=False, compare=False)
+    name: str = "the text"
     _held: list[Part] = field(default_factory=list, repr=False, compare=False)
 
     @property
@@ -96,13 +100,20 @@ class Stream:
             return
         before = 0
         ends = np.concatenate([[0], np.cumsum(self.reading.passes)])
-        for first, part in self.reading.parts(self._tokens(multiple), multiple=multiple):
+        pieces = list(self.reading.parts(self._tokens(multiple), multiple=multiple))
+        for number, (first, part) in enumerate(pieces, 1):
+            self.say(number, len(pieces))
             work = _drawn(routed_only(part.workload(weights=False), self.num_experts), self.seed, first)
             found = Part(first, before, work)
             if part.num_requests == self.num_requests:
                 self._held.append(found)  # all of it: the next who asks need not read it again
             yield found
             before = int(ends[first + part.num_requests])
+
+    def say(self, number: int, of: int) -> None:
+        """Tell that a part is under way."""
+        if self.tell is not None and of > 1:
+            self.tell(f"reading {self.name}, part {number} of {of}")
 
     def jobs(self, function: Callable[[Part], Result], *, multiple: int = 1) -> list[PartJob[Result]]:
         """The parts as they are sent to workers, a few for each.
@@ -141,7 +152,7 @@ class Stream:
         return replace(self, reading=self.reading.some(chosen), _held=[])
 
     def split(self, part: float) -> tuple[Stream, Stream]:
-        """The first part of the requests, and the rest.
+        """The first requests, and the later ones.
 
         Raises:
             PlanError: a part outside 0..1, or fewer than two requests.
@@ -154,7 +165,8 @@ class Stream:
                 " text"
             )
         edge = min(max(round(part * self.num_requests), 1), self.num_requests - 1)
-        return self.some(np.arange(edge)), self.some(np.arange(edge, self.num_requests))
+        first, later = self.some(np.arange(edge)), self.some(np.arange(edge, self.num_requests))
+        return replace(first, name="the first text"), replace(later, name="the later text")
 
     def uniform(self, *, seed: int = 0) -> Stream:
         """The control: see :func:`uniform`."""
@@ -232,7 +244,10 @@ def over_parts(text: Requests, function: Callable[[Part], Result], *, multiple: 
     elif text.cluster is None:
         yield from map(function, text.parts(multiple=multiple))
     else:
-        yield from text.cluster.in_order(counted, text.jobs(function, multiple=multiple))
+        jobs = text.jobs(function, multiple=multiple)
+        for number, result in enumerate(text.cluster.in_order(counted, jobs), 1):
+            text.say(number, len(jobs))
+            yield result
 
 
 def _counts(part: Part) -> IntArray:

@@ -6,7 +6,7 @@ A trace knows what a rule does to the choice of experts; what it does to the los
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import get_args
 
@@ -62,6 +62,7 @@ def make(
     allow_invalid: bool = False,
     limit_tokens: int | None = None,
     cluster: Cluster | None = None,
+    tell: Callable[[str], None] | None = None,
     method: str = "",
     notes: Sequence[str] = (),
 ) -> Plan:
@@ -81,6 +82,7 @@ def make(
         allow_invalid: take a run whose checks failed.
         limit_tokens: of the trace that the evidence rests on at most; None = all.
         cluster: whose workers read the trace, layer by layer; None = this process.
+        tell: told how far it is.
         method: by which planner or editor it was found; empty = the rule as it was asked for.
         notes: sentences that belong beside the evidence.
 
@@ -104,7 +106,7 @@ def make(
     names = domains_of(run, domains)
     _require_one_or_all(run, names)
     domain = names[0] if len(names) == 1 < len(run.domains) else None
-    found = told(run, step, domain=domain, limit_tokens=limit_tokens, cluster=cluster)
+    found = told(run, step, domain=domain, limit_tokens=limit_tokens, cluster=cluster, tell=tell)
     watch = guard_of(run, guard)
     _require_loud(found, watch, chosen)
     return _plan(run, source, step, names, found, watch, tuple(notes)).checked()
@@ -119,6 +121,7 @@ def balance(
     allow_invalid: bool = False,
     limit_tokens: int | None = None,
     cluster: Cluster | None = None,
+    tell: Callable[[str], None] | None = None,
 ) -> Plan:
     """A plan of biases that even out the load of each layer, by :func:`planner.route.balance.balanced`; layers where
     they do not on text that they were not fitted on are left as they are.
@@ -140,7 +143,7 @@ def balance(
     biases = {one.key: tuple(float(f"{value:.6g}") for value in one.bias.tolist()) for one in gained}
     return make(
         run, rule="bias", biases=biases, guard=guard, allow_invalid=allow_invalid, limit_tokens=limit_tokens,
-        cluster=cluster, method="balance", notes=_balance_notes(found, gained),
+        cluster=cluster, tell=tell, method="balance", notes=_balance_notes(found, gained),
     )  # fmt: skip
 
 

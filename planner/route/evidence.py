@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -73,7 +73,7 @@ class Told:
 
 def told(
     run: store.Run, step: RouteStep, *, domain: str | None = None, limit_tokens: int | None = None,
-    cluster: Cluster | None = None,
+    cluster: Cluster | None = None, tell: Callable[[str], None] | None = None,
 ) -> Told:  # fmt: skip
     """Try a step on the trace.
 
@@ -81,10 +81,18 @@ def told(
         domain: whose text counts; None = all.
         limit_tokens: of the trace at most.
         cluster: whose workers take the layers; None = this process.
+        tell: told how far it is.
     """
     method = method_named(step.rule)
     attempt = partial(
-        what_if, run, step.rule, weights=step.weights, domain=domain, limit_tokens=limit_tokens, cluster=cluster
+        what_if,
+        run,
+        step.rule,
+        weights=step.weights,
+        domain=domain,
+        limit_tokens=limit_tokens,
+        cluster=cluster,
+        tell=tell,
     )
     tried: tuple[WhatIf, ...]
     try:

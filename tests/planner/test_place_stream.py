@@ -112,6 +112,20 @@ def test_placements_and_verdicts_made_on_workers_are_those_of_one_process(run: s
         np.testing.assert_array_equal(shared.passes[name].largest, by_pass.largest)
 
 
+def test_what_takes_long_is_told(run: store.Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict[str, Any] = {"devices": 4, "batch": 2}
+    told: list[str] = []
+    placed(run, **asked, tell=told.append)
+    assert told == []  # all of it is read at once
+    monkeypatch.setattr(stream, "PART_BYTES", 1)
+    placed(run, **asked, tell=told.append)
+    assert told[:3] == [f"reading the first text, part {number} of 6" for number in (1, 2, 3)]
+    assert "reading the later text, part 3 of 3" in told
+    told.clear()
+    placed(run, **asked, tell=told.append, cluster=cast(Any, Sent()))
+    assert "reading the later text, part 3 of 3" in told
+
+
 def test_more_parts_than_one_goes_to_each_worker(run: store.Run) -> None:
     text = Stream(Reading.of(run).with_passes(), 8, cluster=cast(Any, Sent()))
     jobs = text.jobs(np.sum, multiple=1)

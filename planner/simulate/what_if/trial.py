@@ -42,6 +42,7 @@ def what_if(
     bits: tuple[float, float] = (16.0, 4.0),
     limit_tokens: int | None = None,
     cluster: Cluster | None = None,
+    tell: Callable[[str], None] | None = None,
 ) -> WhatIf:
     """Try a rule on the recorded trace. Memory does not grow with its length.
 
@@ -61,6 +62,7 @@ def what_if(
         bits: for ``tiers``: of high and of low precision.
         limit_tokens: read evenly spread sequences of about so many tokens.
         cluster: whose workers take the layers, each by the run's path; None = this process.
+        tell: told how far it is, where layers are read in several pieces.
 
     Raises:
         Refused: it makes no sense here, or the run lacks the data; the message says which.
@@ -78,10 +80,15 @@ def what_if(
     layer_values = _layer_values(fitting_on, found, chosen, fitted)
     count = _counter(found, scored, bias, skip_above, bits)
     block_tokens = int(max(BLOCK_TOKENS, chosen.max())) if method == "sinkhorn" else BLOCK_TOKENS
+    say = tell if tell is not None and len(judging.pieces(tokens=block_tokens)) > 1 else lambda _: None
+    done = f"trying {found.title} on the trace, layer {{}} of {len(judging.layers)}"
     if cluster is None:
-        tallies = tallied(judging, layer_values, count, block_tokens)
+        tallies = tallied(judging, layer_values, count, block_tokens, tell=lambda layer: say(done.format(layer)))
     else:
-        tallies = list(cluster.in_order(layer_tally, _jobs(judging, layer_values, count, block_tokens)))
+        tallies = []
+        for tally in cluster.in_order(layer_tally, _jobs(judging, layer_values, count, block_tokens)):
+            tallies.append(tally)
+            say(done.format(len(tallies)))
     if fitted and len(subject.sequences) < 2:
         notes = (*notes, "There is one sequence: values were found on the tokens that judge them.")
     return assemble(
@@ -289,7 +296,10 @@ def _jobs(subject: Subject, layer_values: FloatArray, count: Count, block_tokens
     ]  # fmt: skip
 
 
-def tallied(subject: Subject, layer_values: FloatArray, count: Count, block_tokens: int) -> list[Tally]:
+def tallied(
+    subject: Subject, layer_values: FloatArray, count: Count, block_tokens: int, *,
+    tell: Callable[[int], None] = lambda _: None,
+) -> list[Tally]:  # fmt: skip
     """One tally per layer: as many blocks as there are cores are read and counted at a time."""
     cores = available_cores()
     found: dict[int, Tally] = {}
@@ -308,6 +318,7 @@ def tallied(subject: Subject, layer_values: FloatArray, count: Count, block_toke
     pieces = subject.pieces(tokens=block_tokens)
     with ThreadPoolExecutor(cores) as threads:
         for axis in range(len(subject.layers)):
+            tell(axis + 1)
             for numbers in pieces:
                 waiting.append((axis, threads.submit(one, axis, numbers)))
                 if len(waiting) > cores:

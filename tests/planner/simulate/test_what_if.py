@@ -480,7 +480,9 @@ def test_blocks_add_up(run: store.Run, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = {name: what_if(run, name, bias=vectors) for name in ("top_p", "tiers", "bias", "smoothing", "ratio")}
     monkeypatch.setattr("planner.simulate.what_if.trial.BLOCK_TOKENS", 10)
     for name, expected in whole.items():
-        found = what_if(run, name, bias=vectors)
+        told: list[str] = []
+        found = what_if(run, name, bias=vectors, tell=told.append)
+        assert len(told) == len(found.layers) and told[-1].endswith(f"layer {len(told)} of {len(told)}")
         assert_array_equal(found.load, expected.load)
         assert_array_equal(found.counts, expected.counts)
         assert_allclose(found.kept_mass, expected.kept_mass)
