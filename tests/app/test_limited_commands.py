@@ -73,7 +73,7 @@ def test_all_steps(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     ("more", "said"),
     [
         (("--ray", "local"), "give --steps all too"),
-        (("--steps", "all", "--workers", "2"), "give --ray ADDRESS too"),
+        (("--steps", "all", "--workers", "2"), "give --ray local or --ray HOST:PORT too"),
         (("--steps", "all", "--batch", "2"), "leave out --batch and --chunk"),
         (("--steps", "all", "--ray", "127.0.0.1:1"), "no Ray answers at 127.0.0.1:1"),
     ],
