@@ -227,11 +227,14 @@ def show_progress(progress: Progress) -> None:
     """One line on stderr, printed over itself; what is said before the first token stays."""
     from app.text import duration
 
-    share = f"{min(1.0, progress.tokens / progress.token_budget):4.0%}" if progress.token_budget else ""
-    text = (
-        f"{progress.state} {share} {progress.tokens:,} tokens, {progress.tokens_per_second:,.0f} tokens/s,"
-        f" {duration(progress.seconds_left)} left {progress.detail}"
-    )
+    parts = [f"{progress.tokens:,} tokens"]
+    if progress.tokens_per_second:
+        parts.append(f"{progress.tokens_per_second:,.0f} tokens/s")
+    if progress.seconds_left is not None:
+        parts.append(f"{duration(progress.seconds_left)} left")
+    parts += [progress.detail] if progress.detail else []
+    share = f" {min(1.0, progress.tokens / progress.token_budget):4.0%}" if progress.token_budget else ""
+    text = f"{progress.state}{share}  {', '.join(parts)}"
     line.over(text, stays=bool(progress.detail) and not progress.tokens)
 
 
