@@ -108,8 +108,11 @@ def _place(run: store.Run, options: argparse.Namespace) -> int:
     from app.progress import Stoppable
     from app.sample import remarks
     from app.telling import Telling
+    from moescope.errors import InputError
     from planner.placing import BATCH
 
+    if options.ray and not run.has_trace:
+        raise InputError(f"run {run.name!r} holds counts and no trace: there is no text to share, leave out --ray")
     names = [name.strip() for name in (options.domains or "").split(",") if name.strip()]
     with Stoppable(), on_ray(options) as cluster, Telling() as tell:
         found = placed(

@@ -80,9 +80,9 @@ class Crew:
 
     @property
     def silent_seconds(self) -> float:
-        """For how long the most silent worker has said nothing: it says each batch, and that it has loaded."""
+        """For how long the most silent of the workers at work has said nothing: each says every batch."""
         now = time.monotonic()
-        return max((now - member.heard for member in self.members), default=0.0)
+        return max((now - member.heard for member in self.members if member.ready), default=0.0)
 
     @property
     def verdicts(self) -> list[list[dict[str, Any]]]:

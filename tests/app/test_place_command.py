@@ -112,6 +112,8 @@ def test_counts_alone(directory: Path, tmp_path: Path, capsys: pytest.CaptureFix
     assert "Not known: whether moving experts is worth it" in out and "per pass" not in out.split("to be sent")[0]
     assert main(ask(directory, "--devices", "2", "--method", "moetuner", run="counts")) == 2
     assert "needs a trace and the run holds counts: use eplb or lpt" in capsys.readouterr().err
+    assert main(ask(directory, "--devices", "2", "--ray", "local", run="counts")) == 2
+    assert "holds counts and no trace: there is no text to share, leave out --ray" in capsys.readouterr().err
 
 
 def test_the_list_says_what_the_run_suffices_for(directory: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -20,5 +20,7 @@ def test_silence_is_mentioned_after_two_minutes() -> None:
     assert job._state(crew).detail == "0 of 2 workers, 0 of 0 parts"
     crew.members = [Member(None, None, ready=True), Member(None, None, ready=True, heard=time.monotonic() - 110)]
     assert job._state(crew).detail == "2 of 2 workers, 0 of 0 parts"
+    crew.members.append(Member(None, None, heard=time.monotonic() - 900))  # waits for room, or loads the model
+    assert "silent" not in job._state(crew).detail
     crew.members[1].heard -= 70
     assert job._state(crew).detail == "2 of 2 workers, one silent for 3 min, 0 of 0 parts"
